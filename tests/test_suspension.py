@@ -243,6 +243,9 @@ def test_a_suspension_that_waits_for_a_quiet_start_is_not_overdue(
         time.sleep(0.2)
         manager._connected().suspender.end_overdue()
         assert states(manager.namespace, "a") == ["suspending"]
+        monkeypatch.setattr("mpmm.observability.findings.limit_s", lambda mb: 0.05)
+        said = [finding.text for finding in findings(read_snapshot(manager.namespace))]
+        assert not any("has been suspending" in text for text in said), said
         monkeypatch.undo()
         lease.settled()
         await_states(manager.namespace, "a", "suspended")
@@ -503,6 +506,25 @@ def test_a_server_that_is_stopped_is_waited_for_only_so_long_and_that_is_no_faul
     await_states(namespace, "a")
     assert model_of(namespace, "a").unsuspendable == 0
     assert problems(namespace) == []
+
+
+def test_a_process_that_was_stopped_for_longer_than_a_suspension_may_take_does_not_blame_the_model(
+    namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 1.0)
+    hang, process = new_gate(), new_process(suspend_budget_mb=2000.0)
+    process.call(acquire, "a", MakesSleeper(tmp_path, hang=hang))
+    process.call(release)
+    (tmp_path / "hang_sleep").touch()
+    process.send(suspend, "a")
+    wait_until((tmp_path / "hangs_sleep").exists, "it goes to sleep")
+    process.stop()
+    time.sleep(2.0)
+    process.resume()
+    assert process.result() == 0
+    await_states(namespace, "a")
+    assert model_of(namespace, "a").unsuspendable == 0
+    hang.open()
 
 
 def work_on(seat: Seat, folder: Path, seed: int) -> None:
@@ -799,6 +821,29 @@ def test_what_cannot_be_moved_at_the_command_line_is_said(
         assert cli.main(["resume", "b", "--wait", "0.05"]) == 1
     assert "b after 0." in capsys.readouterr().err
     assert cli.main(["resume", "b"]) == 0
+
+
+def test_what_has_failed_to_move_at_the_command_line_is_said(
+    manager: ModelManager, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tag in "ba":
+        with manager.model(tag, LoadsSleeper(f"{tag}-1", MakesSleeper(tmp_path))):
+            pass
+        if tag == "b":
+            assert manager.suspend(tag) == 1
+    for step in ("sleep", "wake"):
+        (tmp_path / f"fail_{step}").touch()
+    capsys.readouterr()
+    assert cli.main(["suspend", "a"]) == 1
+    failed = "its copies are unloaded instead of suspended, because an attempt to suspend it failed"
+    assert failed in capsys.readouterr().err
+    with manager.model("a", Loads()):
+        pass
+    assert cli.main(["suspend", "a"]) == 1
+    assert failed in capsys.readouterr().err
+    assert cli.main(["resume", "b"]) == 1
+    failed = "no copy is suspended: they are unloaded instead, because an attempt to resume it failed"
+    assert failed in capsys.readouterr().err
 
 
 def test_a_trace_has_spans_for_both_directions(manager: ModelManager, tmp_path: Path) -> None:

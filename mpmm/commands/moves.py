@@ -74,7 +74,9 @@ def move(options: argparse.Namespace, name: str, root: Path | None, says: loggin
 
 def _why_none(snapshot: Snapshot, tag: str) -> str:
     """Return why no copy of a model was suspended."""
-    states = _states(snapshot, tag)
+    states, barred = _states(snapshot, tag), _why_barred(snapshot, tag)
+    if barred and states.keys() != {"suspended"}:
+        return f"its copies are unloaded instead of suspended, because {barred}"
     if not states:
         return "no copy is loaded"
     if states.keys() == {"suspended"}:
@@ -91,7 +93,9 @@ def _why_left(snapshot: Snapshot, tag: str, moved: int) -> str:
     """Return why suspended copies of a model are left, or none was resumed; empty if all were."""
     left = [copy for copy in snapshot.copies if copy.tag == tag and copy.state == "suspended"]
     if not left:
-        return "" if moved else "no copy is suspended"
+        barred = _why_barred(snapshot, tag)
+        none = "no copy is suspended" + (f": they are unloaded instead, because {barred}" if barred else "")
+        return "" if moved else none
     owners = Counter(copy.owner for copy in left)
     pids = {member.slot: member.pid for member in snapshot.members}
     reasons = []
@@ -105,6 +109,11 @@ def _why_left(snapshot: Snapshot, tag: str, moved: int) -> str:
             "them: at its next request for the model, or by `resume` of its own manager"
         )
     return "; ".join(reasons)
+
+
+def _why_barred(snapshot: Snapshot, tag: str) -> str:
+    """Return why the model's copies are not suspended any more, empty if they are."""
+    return next((model.why_unsuspendable for model in snapshot.models if model.tag == tag), "")
 
 
 def _states(snapshot: Snapshot, tag: str) -> Counter[str]:

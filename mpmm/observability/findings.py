@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mpmm.observability.formatting import age, waiters, whys, with_names
-from mpmm.policy.suspension import Unsuspendable, limit_s
+from mpmm.policy.suspension import limit_s
 from mpmm.policy.view import Reason
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import Snapshot, TicketInfo
@@ -22,13 +22,6 @@ LONG_HOLD_S = 60.0
 # A load may take this many times as long as the model's loads usually do.
 SLOW_LOAD = 10.0
 PIDS_NAMED = 5
-
-
-_UNSUSPENDABLE: dict[int, str] = {
-    Unsuspendable.SUSPEND_FAILED: "an attempt to suspend it failed",
-    Unsuspendable.RESUME_FAILED: "an attempt to resume it failed",
-    Unsuspendable.TIMED_OUT: "suspending or resuming it did not end in time",
-}
 
 
 @dataclass(frozen=True)
@@ -217,20 +210,20 @@ def _unloads(snapshot: Snapshot) -> Iterator[Finding]:
 def _suspensions(snapshot: Snapshot) -> Iterator[Finding]:
     pids = {member.slot: member.pid for member in snapshot.members}
     for copy in snapshot.copies:
+        if copy.state == "suspending" and copy.device in snapshot.steady_devices:
+            # It waits until something has started undisturbed, and has its time from then on.
+            continue
         if copy.state in ("suspending", "resuming") and copy.for_s > limit_s(copy.device_mb):
             pid = "?" if copy.holder is None else pids.get(copy.holder, "?")
             yield Finding(
                 True,
                 f"pid {pid} has been {copy.state} {copy.tag} ({copy.device_mb:.0f} MB) for {age(copy.for_s)}: if it is "
-                "stuck, its server is ended soon and the model is loaded again",
+                "stuck, the copy is unloaded soon, and the model is loaded again",
             )
     for model in snapshot.models:
         if model.unsuspendable:
-            yield Finding(
-                False,
-                f"{model.tag} is unloaded instead of suspended, because "
-                + _UNSUSPENDABLE.get(model.unsuspendable, f"reason {model.unsuspendable}"),
-            )
+            why = model.why_unsuspendable
+            yield Finding(False, f"{model.tag} is unloaded instead of suspended, because {why}")
 
 
 def _past(snapshot: Snapshot) -> Iterator[Finding]:

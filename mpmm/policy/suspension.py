@@ -32,6 +32,7 @@ __all__ = [
     "pays",
     "resume_s",
     "suspend_s",
+    "why_unsuspendable",
 ]
 
 
@@ -51,6 +52,21 @@ class Unsuspendable(IntEnum):
     SUSPEND_FAILED = 1  # the object or the driver refused
     RESUME_FAILED = 2
     TIMED_OUT = 3  # neither ended nor failed within `limit_s`
+
+
+_WHY_UNSUSPENDABLE: dict[int, str] = {
+    Unsuspendable.SUSPEND_FAILED: "an attempt to suspend it failed",
+    Unsuspendable.RESUME_FAILED: "an attempt to resume it failed",
+    Unsuspendable.TIMED_OUT: "suspending or resuming it did not end in time",
+}
+
+
+def why_unsuspendable(number: int) -> str:
+    """Return why a model's copies are not suspended any more, as a clause; empty for 0.
+
+    number: in the model's row, an `Unsuspendable`, or one of a later version.
+    """
+    return _WHY_UNSUSPENDABLE.get(number, f"reason {number}") if number else ""
 
 
 @dataclass(frozen=True)

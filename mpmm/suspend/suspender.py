@@ -45,6 +45,8 @@ LOOK_S = 0.01
 GRACE = 1.5
 # Below this share of its memory the host begins to swap, or to kill.
 HOST_RESERVE = 0.05
+# A thread that wakes up later than that after its limit was stopped with its process, or had no processor.
+LATE_S = 0.5
 # A killed process is seen to end within so long.
 DYING_S = 0.5
 
@@ -87,6 +89,7 @@ class Suspender:
         # By copy: held by the thread whose turn it is with an object of this process.
         self._turns: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()
         self._mutex = new_lock()
+        self._seen_overdue: set[tuple[int, int]] = set()
 
     def way_of(self, value: Any, row: int) -> Way:
         """Return how what a loader has made for a row can be suspended."""
@@ -302,18 +305,24 @@ class Suspender:
     # ---- for the leader ------------------------------------------------------------------------------------
 
     def end_overdue(self) -> None:
-        """Have copies unloaded whose suspension or resume takes far too long, as its HOLDER is stuck, or stopped."""
-        if not self._overdue():
+        """Have copies unloaded whose suspension or resume takes far too long, as its HOLDER is stuck, or stopped.
+
+        Those that were so at the last look, too: where all processes were stopped together, each HOLDER has had time to
+        find that out by itself.
+        """
+        before, self._seen_overdue = self._seen_overdue, self._overdue()
+        if before.isdisjoint(self._seen_overdue):
             return
         namespace = self._namespace
         with namespace.transaction() as t:
-            for row in self._overdue():
+            for row, _ in self._overdue() & before:
                 why = None if self._is_held_up(row) else Unsuspendable.TIMED_OUT
                 namespace.transitions.suspensions.fail(t, row, why, namespace.reference)
             self._scheduler.advance(t)
 
-    def _overdue(self) -> list[int]:
-        tables, now_ns, found = self._namespace.tables, time.monotonic_ns(), []
+    def _overdue(self) -> set[tuple[int, int]]:
+        """Return row and generation of the copies that should have been suspended or resumed long since."""
+        tables, now_ns, found = self._namespace.tables, time.monotonic_ns(), set()
         for state in _MOVING:
             for row in tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, state):
                 instance = tables.instances[row]
@@ -321,7 +330,7 @@ class Suspender:
                     # It has to wait until a load has started quietly, and has its time from then on.
                     continue
                 if now_ns - instance.since > GRACE * limit_s(instance.device_mb) * 1e9:
-                    found.append(row)
+                    found.add((row, instance.generation))
         return found
 
     def _is_held_up(self, row: int) -> bool:
@@ -365,11 +374,13 @@ class Suspender:
                 # Kept, not raised: what a handler raises while this thread waits is no failure of the model's.
                 failures.append(error)
 
+        limit, began = limit_s(task.mb), time.monotonic()
         try:
-            answer_within(ask, limit_s(task.mb), "mpmm-suspend")
+            answer_within(ask, limit, "mpmm-suspend")
         except NoAnswerError as error:
+            late = time.monotonic() > began + limit + LATE_S
             self._say(logging.WARNING, task, request, error)
-            return False, None if self._was_held_up(task) else Unsuspendable.TIMED_OUT
+            return False, None if late or self._was_held_up(task) else Unsuspendable.TIMED_OUT
         if not failures:
             return True, None
         # It is the model's own code, which may raise anything.

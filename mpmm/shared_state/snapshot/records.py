@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from mpmm.policy.suspension import why_unsuspendable
 from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import kinds
@@ -119,6 +120,11 @@ class ModelInfo:
     def copies(self) -> int:
         """How many copies are loaded."""
         return self.loaded - self.seats
+
+    @property
+    def why_unsuspendable(self) -> str:
+        """Why its copies are not suspended any more, as a clause; empty if they may be."""
+        return why_unsuspendable(self.unsuspendable)
 
 
 @dataclass(frozen=True, eq=False)
