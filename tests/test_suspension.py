@@ -43,6 +43,8 @@ from mpmm.policy.view import Reason
 from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
+from mpmm.sources.host_memory import host_memory_mb
+from mpmm.suspend.suspender import HOST_RESERVE
 
 # As accounted: a load of it is worth a suspension of 600 MB.
 LONG_S = 20.0
@@ -662,6 +664,22 @@ def test_where_the_host_runs_short_of_memory_suspended_copies_go(
     await_states(manager.namespace, "a")
     gone = [event.reason for event in read_snapshot(manager.namespace).events if event.kind == "unload_began"]
     assert gone == [Reason.HOST_SHORT]
+
+
+def test_what_the_host_has_no_room_for_any_more_is_not_suspended_unless_a_budget_was_chosen(
+    new_manager: NewManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager(default_estimate_mb=600.0)
+    use(manager, "a", MakesSleeper(tmp_path))
+    room = HOST_RESERVE * host_memory_mb()
+    monkeypatch.setattr("mpmm.suspend.suspender.host_memory_left_mb", lambda: room + 599.0)
+    assert manager.suspend("a") == 0 and states(manager.namespace, "a") == ["idle"]
+    use(manager, "b", MakesSleeper(tmp_path))
+    await_states(manager.namespace, "a")
+    assert (steps(tmp_path, "sleep"), model_of(manager.namespace, "a").unsuspendable) == (0, 0)
+    manager.update_settings(suspend_budget_mb=1000.0)
+    assert manager.suspend("b") == 1
+    assert problems(manager.namespace) == []
 
 
 def test_how_long_it_takes_is_kept_from_run_to_run(new_manager: NewManager, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _why_none(snapshot: Snapshot, tag: str) -> str:
     if states["idle"]:
         return (
             "a copy can be suspended if it is idle, and its object has sleep() and wake_up(), or the CUDA driver can "
-            "do it, and suspend_budget_mb leaves room for it; `mpmm help behaviour` says more"
+            "do it, and suspend_budget_mb and the host leave room for it; `mpmm help behaviour` says more"
         )
     return f"no copy is idle: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
 

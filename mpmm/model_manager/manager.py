@@ -146,8 +146,8 @@ class ModelManager(BeamNames):
             `cooperative`, those of objects with `sleep()` and `wake_up()`; `checkpoint`, also those of any model
             server, by the CUDA driver; `auto`, the latter on drivers that are known to be good.
         suspend_budget_mb (MB, at least 0): host memory for suspended copies, which come back sooner than by a load, see
-            `mpmm.suspend`; None takes half of the host memory that is free when the namespace is created, 0 suspends
-            nothing.
+            `mpmm.suspend`; None takes half of the host memory that is free when the namespace is created, as far as it
+            is free still, 0 suspends nothing.
         devices: indices or uuids of the devices to manage, of those that `CUDA_VISIBLE_DEVICES` shows; None takes all.
         estimates_path: a file that keeps the estimates from run to run; None takes `$MPMM_ESTIMATES_PATH`, and without
             that keeps none; the first manager of a process decides for the process.

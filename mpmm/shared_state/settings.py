@@ -129,7 +129,7 @@ class Settings:
         0.0,
         math.inf,
         "host memory for suspended copies, which come back sooner than by a load, see `mpmm.suspend`; None takes half "
-        "of the host memory that is free when the namespace is created, 0 suspends nothing",
+        "of the host memory that is free when the namespace is created, as far as it is free still, 0 suspends nothing",
     )
     suspend_checkpoints: float = _setting(
         1,  # an index into CHECKPOINTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import threading
 import time
 import weakref
@@ -43,7 +44,7 @@ _MOVING = (Instance.SUSPENDING, Instance.RESUMING)
 LOOK_S = 0.01
 # Whose own limit has passed has so much longer to say so, before the leader does.
 GRACE = 1.5
-# Below this share of its memory the host begins to swap, or to kill.
+# Below this share of its memory the host begins to swap, or to kill: copies are dropped, and none is suspended.
 HOST_RESERVE = 0.05
 # A thread that wakes up later than that after its limit was stopped with its process, or had no processor.
 LATE_S = 0.5
@@ -132,7 +133,13 @@ class Suspender:
         task = self._task(row, generation, Instance.SUSPENDING)
         if task is None:
             return
-        done, why = self._attempt(task, protocol.SLEEP)
+        done, why = False, None
+        room_mb = self._host_room_mb()
+        if task.mb > room_mb:
+            error = SuspendError(f"the host has only {max(0.0, room_mb):.0f} MB left for it", tag=task.tag)
+            self._say(logging.WARNING, task, protocol.SLEEP, error)
+        else:
+            done, why = self._attempt(task, protocol.SLEEP)
         with self._namespace.transaction() as t:
             if self._is_ours(row, generation, Instance.SUSPENDING):
                 if done:
@@ -150,14 +157,26 @@ class Suspender:
         """
         namespace = self._namespace
         suspend, cause = self._scheduler.suspension.suspend, Cause(Reason.BY_HAND)
-        chosen = []
+        chosen, room_mb = [], self._host_room_mb()
         with namespace.transaction() as t:
             for row, instance in self._instances_of(tag):
-                if instance.state == Instance.IDLE and suspend(t, row, namespace.slot, cause, evicted=False):
+                fits = instance.state == Instance.IDLE and instance.mb <= room_mb
+                if fits and suspend(t, row, namespace.slot, cause, evicted=False):
                     chosen.append((row, instance.generation))
+                    room_mb -= instance.device_mb
             expect([row for row, _ in chosen])
         self._unload_in_thread()
         return chosen
+
+    def _host_room_mb(self) -> float:
+        """Return how much of the host's memory a suspension may take now.
+
+        By default the budget is a share of what the host had left when the namespace began, which others may have taken
+        since. One that was chosen is taken at its word.
+        """
+        if math.isfinite(self._namespace.settings.suspend_budget_mb):
+            return math.inf
+        return host_memory_left_mb() - HOST_RESERVE * host_memory_mb()
 
     def moving_among(self, copies: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return those of some copies (row, generation) that are still to be suspended; without the lock.
@@ -299,8 +318,14 @@ class Suspender:
             return
         pid, limit = tables.members[server].pid, limit_s(instance.mb)
         folder, tag = self._namespace.runtime.path, tables.tag_of(instance.model)
-        with contextlib.suppress(SuspendError, OSError, EOFError, TimeoutError):
-            answer_within(lambda: ask_helper(folder, "suspend", pid, limit, tag), limit, "mpmm-suspend")
+        try:
+            with contextlib.suppress(SuspendError, EOFError):
+                answer_within(lambda: ask_helper(folder, "suspend", pid, limit, tag), limit, "mpmm-suspend")
+        except NoAnswerError:
+            kill_stopped_helper(folder)
+        except OSError:
+            # The helper cannot be started, say.
+            pass
 
     # ---- for the leader ------------------------------------------------------------------------------------
 
