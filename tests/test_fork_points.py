@@ -27,6 +27,7 @@ from harness import FORK_POINTS, NewProcess, files_in
 from loaders import Loads
 from patience import DEADLINE_S
 
+from mpmm.errors import SuspendError
 from mpmm.interpreter import fork_hooks
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
@@ -34,6 +35,7 @@ from mpmm.shared_state.lock_file import is_locked
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.suspend.helper import ask_helper, kill_stopped_helper
 
 # Whose functions may open, lock, map or close something.
 KERNEL = ("posix", "fcntl", "mmap", "_posixshmem", "_posixsubprocess", "_socket", "socket", "_io", "select")
@@ -194,6 +196,13 @@ def use_server(tag: str, spawns: bool) -> None:
     proxy.unsafe_hard_delete()
 
 
+def use_helper(folder: Path) -> None:
+    """Ask the process that calls the CUDA driver, which there is none of here, and look whether it is stopped."""
+    with pytest.raises(SuspendError):
+        ask_helper(folder, "resume", os.getpid(), DEADLINE_S, "a")
+    assert not kill_stopped_helper(folder)
+
+
 def put_files_back(namespace: Namespace) -> None:
     """Have a member make again what was removed."""
     shutil.rmtree(namespace.runtime.path)
@@ -201,7 +210,8 @@ def put_files_back(namespace: Namespace) -> None:
 
 
 @pytest.mark.parametrize(
-    "operation", ["join and leave", "look", "acquire", "async", "lease", "put back", "remove", "server", "host"]
+    "operation",
+    ["join and leave", "look", "acquire", "async", "lease", "put back", "helper", "remove", "server", "host"],
 )
 def test_a_fork_at_any_call_to_the_kernel_gives_the_child_no_lock(
     namespace: str,
@@ -235,6 +245,7 @@ def test_a_fork_at_any_call_to_the_kernel_gives_the_child_no_lock(
                 "acquire": lambda: use_model(made[0]),
                 "async": lambda: use_async(loop, made[0]),
                 "lease": lambda: made[0].reserve(10.0).release(),
+                "helper": lambda: use_helper(runtime_root / namespace),
                 "put back": lambda: put_files_back(made[0]._connected().namespace),
             }
             with closing(asyncio.new_event_loop()) as loop:
