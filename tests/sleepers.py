@@ -54,6 +54,8 @@ class Sleeper:
             self._hang.wait()
         if (self._folder / f"fail_{what}").exists():
             raise RuntimeError(f"cannot {what}")
+        if (self._folder / f"crowd_{what}").exists():
+            raise MemoryError(f"no room to {what}")
         if (self._folder / f"exit_{what}").exists():
             sys.exit(f"leaves instead of {what}")
         with open(self._folder / what, "a") as steps:

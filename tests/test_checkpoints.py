@@ -38,7 +38,7 @@ from sleepers import pretend_load_s
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.suspend.driver import CheckpointDriver, DriverError, State, driver_branch
+from mpmm.suspend.driver import OUT_OF_MEMORY, CheckpointDriver, DriverError, State, driver_branch
 from mpmm.suspend.helper import LOCK, SOCKET, TRIES, ask_helper
 from mpmm.suspend.suspender import DYING_S
 
@@ -262,6 +262,20 @@ def test_a_failed_restore_costs_the_copy_and_the_model_is_loaded_anew(
     assert served("a").pid() != pid
     assert model_of(namespace, "a").unsuspendable == Unsuspendable.RESUME_FAILED
     assert gpus.checkpoints.host_mb() == 0.0 and problems(namespace) == []
+
+
+def test_a_restore_that_finds_no_memory_costs_the_copy_and_the_model_is_suspended_again(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    first, second = two
+    pid = load(first, gpus, "a")
+    assert first.call(suspend, "a") == 1
+    gpus.checkpoints.fail_call("restore", OUT_OF_MEMORY)
+    assert second.call(acquire, "a", loads(gpus, "a")) == "a"
+    assert served("a").pid() != pid
+    second.call(release)
+    assert second.call(suspend, "a") == 1
+    assert problems(namespace) == []
 
 
 @pytest.mark.parametrize("call", ["checkpoint", "restore"])

@@ -287,6 +287,26 @@ def test_a_copy_that_cannot_wake_up_is_unloaded_and_loaded_anew(
     assert problems(manager.namespace) == []
 
 
+@pytest.mark.parametrize("spawn", [None, False, True], ids=["object", "served here", "server"])
+def test_a_copy_that_finds_no_memory_as_it_wakes_up_is_loaded_anew_and_its_model_suspended_again(
+    manager: ModelManager, tmp_path: Path, spawn: bool | None
+) -> None:
+    handles = iter(("first", "second"))
+
+    def loader() -> Any:
+        makes = MakesSleeper(tmp_path)
+        return makes() if spawn is None else LoadsSleeper(next(handles), makes, spawn)()
+
+    first = use(manager, "a", loader)
+    assert manager.suspend("a") == 1
+    (tmp_path / "crowd_wake").touch()
+    with manager.model("a", loader) as second:
+        assert second != first
+    await_states(manager.namespace, "a", "idle")
+    assert manager.suspend("a") == 1
+    assert problems(manager.namespace) == []
+
+
 def test_a_suspension_that_hangs_has_a_limit_and_holds_up_nobody_else(
     manager: ModelManager, tmp_path: Path, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,8 @@ dropped for that. There are two ways:
   ends it; it cannot do so for a server that dies by itself, or that another program kills.
 
 A copy that spans several devices, or has the same handle as another one, is not suspended. If a suspension or a resume
-fails, the copy is unloaded, and its model is not suspended again; unless its server died meanwhile, or a process was
-stopped that had to do a part of it, which says nothing of the model.
+fails, the copy is unloaded, and its model is not suspended again; unless its server died meanwhile, the device had too
+little memory for a resume, or a process was stopped that had to do a part of it: that says nothing of the model.
 """
 
 from mpmm.suspend.cooperative import TorchModule

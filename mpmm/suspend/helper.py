@@ -39,7 +39,7 @@ from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.sources.process_tree import is_stopped
-from mpmm.suspend.driver import CheckpointDriver, DriverError
+from mpmm.suspend.driver import OUT_OF_MEMORY, CheckpointDriver, DriverError
 
 __all__ = ["ask_helper", "kill_stopped_helper", "main"]
 
@@ -66,7 +66,8 @@ _started: list[subprocess.Popen[bytes]] = []
 def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, shown: str | None = None) -> None:
     """Have the helper of a namespace's folder `suspend` or `resume` a process, starting one if there is none.
 
-    shown: what people are shown for the tag. Raises SuspendError with what the driver says; TimeoutError if no helper
+    shown: what people are shown for the tag. Raises SuspendError with what the driver says, from a MemoryError if the
+    device has no room for a resume; TimeoutError if no helper
     could be asked within `limit_s`; what `sockets.dial` raises for a folder that is gone.
     """
     deadline = time.monotonic() + limit_s
@@ -86,7 +87,8 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, show
                 raise SuspendError(f"{subject}: {TRIES} helpers have died of it", tag=tag) from error
             continue
         if answer["error"] is not None:
-            raise SuspendError(f"{subject}: {answer['error']}", tag=tag)
+            cause = MemoryError() if answer.get("no_room") else None
+            raise SuspendError(f"{subject}: {answer['error']}", tag=tag) from cause
         return
 
 
@@ -219,28 +221,31 @@ class _Helper:
             self._hung_at[threading.get_ident()] = self._last_asked + HUNG * request["limit_s"]
             try:
                 # It sends nothing after its request, so what can be read is the end of the connection.
-                error = self._do(request, lambda: not connection.poll())
+                answer = self._do(request, lambda: not connection.poll())
             finally:
                 del self._hung_at[threading.get_ident()]
                 self._last_asked = time.monotonic()
-            connection.send_bytes(json.dumps({"error": error}).encode())
+            connection.send_bytes(json.dumps(answer).encode())
 
-    def _do(self, request: dict[str, Any], is_wanted: Callable[[], bool]) -> str | None:
-        """Do what is asked; return what went wrong. is_wanted: the process that has asked is still there."""
+    def _do(self, request: dict[str, Any], is_wanted: Callable[[], bool]) -> dict[str, Any]:
+        """Do what is asked; return what went wrong, and whether that was too little memory on the device.
+
+        is_wanted: the process that has asked is still there.
+        """
         pid, limit_s = request["pid"], request["limit_s"]
         with self._mutex:
             turn = self._turns.setdefault(pid, new_lock())
         if not turn.acquire(timeout=limit_s):
-            return f"process {pid} is still being suspended or resumed for another request"
+            return {"error": f"process {pid} is still being suspended or resumed for another request"}
         try:
             # Its own time begins now.
             self._hung_at[threading.get_ident()] = time.monotonic() + HUNG * limit_s
             self._move(request["what"], pid, time.monotonic() + limit_s, is_wanted)
         except DriverError as error:
-            return str(error)
+            return {"error": str(error), "no_room": error.call == "restore" and error.code == OUT_OF_MEMORY}
         finally:
             turn.release()
-        return None
+        return {"error": None}
 
     def _move(self, what: str, pid: int, deadline: float, is_wanted: Callable[[], bool]) -> None:
         with self._mutex:

@@ -18,6 +18,7 @@ from mpmm.interpreter.thread_locks import new_lock
 from mpmm.memory.samples import SharedSamples
 from mpmm.multi_process_shared.rpc import protocol
 from mpmm.multi_process_shared.sleeping import ask_to, can_sleep, record_of
+from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.policy.reasons import explain
 from mpmm.policy.suspension import Unsuspendable, Way, limit_s
 from mpmm.policy.view import Reason
@@ -44,6 +45,8 @@ _MOVING = (Instance.SUSPENDING, Instance.RESUMING)
 LOOK_S = 0.01
 # Whose own limit has passed has so much longer to say so, before the leader does.
 GRACE = 1.5
+# The leader has seen for so long that it has not.
+OVERDUE_S = 1.0
 # Below this share of its memory the host begins to swap, or to kill: copies are dropped, and none is suspended.
 HOST_RESERVE = 0.05
 # A thread that wakes up later than that after its limit was stopped with its process, or had no processor.
@@ -90,7 +93,8 @@ class Suspender:
         # By copy: held by the thread whose turn it is with an object of this process.
         self._turns: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()
         self._mutex = new_lock()
-        self._seen_overdue: set[tuple[int, int]] = set()
+        # For the leader: since when it has seen that copies (row, generation) are overdue.
+        self._overdue_since: dict[tuple[int, int], float] = {}
 
     def way_of(self, value: Any, row: int) -> Way:
         """Return how what a loader has made for a row can be suspended."""
@@ -332,15 +336,16 @@ class Suspender:
     def end_overdue(self) -> None:
         """Have copies unloaded whose suspension or resume takes far too long, as its HOLDER is stuck, or stopped.
 
-        Those that were so at the last look, too: where all processes were stopped together, each HOLDER has had time to
-        find that out by itself.
+        Not at the first look: where all processes were stopped together, each HOLDER has to find that out by itself.
         """
-        before, self._seen_overdue = self._seen_overdue, self._overdue()
-        if before.isdisjoint(self._seen_overdue):
+        now = time.monotonic()
+        self._overdue_since = {one: self._overdue_since.get(one, now) for one in self._overdue()}
+        ended = {one for one, since in self._overdue_since.items() if now >= since + OVERDUE_S}
+        if not ended:
             return
         namespace = self._namespace
         with namespace.transaction() as t:
-            for row, _ in self._overdue() & before:
+            for row, _ in self._overdue() & ended:
                 why = None if self._is_held_up(row) else Unsuspendable.TIMED_OUT
                 namespace.transitions.suspensions.fail(t, row, why, namespace.reference)
             self._scheduler.advance(t)
@@ -413,6 +418,11 @@ class Suspender:
         self._say(logging.WARNING, task, request, failure)
         # A server may have been killed meanwhile, whatever the driver says of that.
         if isinstance(failure, ModelServerError) or self._is_dying(task):
+            return False, None
+        cause = failure.__cause__
+        no_room = is_out_of_memory(failure) or (cause is not None and is_out_of_memory(cause))
+        if request == protocol.WAKE_UP and no_room:
+            # Somebody else had what was reserved for it.
             return False, None
         failed = Unsuspendable.SUSPEND_FAILED if request == protocol.SLEEP else Unsuspendable.RESUME_FAILED
         return False, failed
