@@ -8,16 +8,14 @@ import resource
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from containers import can_unshare
-from harness import NewManager, NewProcess, acquire, import_path, problems, release, scaled, wait_until
+from containers import as_nobody, as_root, can_unshare, run_unshared
+from harness import NewManager, NewProcess, acquire, problems, release, scaled, wait_until
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm import ModelManager, MultiProcessShared, SegmentCorruptError
@@ -214,19 +212,6 @@ def test_many_forks_of_a_busy_process_neither_block_nor_claim_anything(namespace
 TMPFS_BYTES = 8 << 20
 
 
-def run_unshared(options: Sequence[str], script: str) -> str:
-    """Run a Python script in kernel namespaces of its own, as in a container; return what it prints."""
-    done = subprocess.run(
-        ["unshare", *options, sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": import_path()},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 @can_unshare
 def test_a_shared_memory_that_fills_up_later_troubles_nobody_who_is_in(runtime_root: Path) -> None:
     answer = run_unshared(
@@ -357,30 +342,6 @@ def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_server(run
 
 
 # ---- other users ------------------------------------------------------------------------------------------------
-
-NOBODY = 65534
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
-
-
-def as_nobody(action: Callable[[], object]) -> str:
-    """Return what `action` returns or raises, as text, when another user does it in a process of its own."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            answer = repr(action())
-        except BaseException as error:
-            answer = repr(error)
-        os.write(writer, answer.encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader) as answers:
-        text = answers.read()
-    os.waitpid(pid, 0)
-    return text
 
 
 def first_bytes_from(path: str) -> bytes:

@@ -40,11 +40,13 @@ import psutil
 
 from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock
+from mpmm.shared_state.file_errors import told_by_file
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import (
     REGISTRY_FOLDER,
     RUNTIME_DIR_VARIABLE,
     RuntimeDirectory,
+    absolute,
     default_root_text,
     root_below,
 )
@@ -351,8 +353,9 @@ class ServerRegistry:
             key = os.pread(lock.fd, KEY_BYTES + 1, 0)
             if len(key) != KEY_BYTES:
                 key = os.urandom(KEY_BYTES)
-                os.ftruncate(lock.fd, 0)
-                os.pwrite(lock.fd, key, 0)
+                with told_by_file(lock.path):
+                    os.ftruncate(lock.fd, 0)
+                    os.pwrite(lock.fd, key, 0)
             return key
 
     @contextmanager
@@ -441,7 +444,8 @@ def write_record(life: LockFile, record: ServerRecord) -> None:
     text = json.dumps(asdict(record)).encode()
     # One write at least as long as the old text: a reader sees the old one, the new one, or something that is not JSON.
     text += b" " * max(0, os.fstat(life.fd).st_size - len(text))
-    os.pwrite(life.fd, text, 0)
+    with told_by_file(life.path):
+        os.pwrite(life.fd, text, 0)
 
 
 def _contents(path: str | Path) -> bytes:
@@ -493,7 +497,7 @@ _registries_by_argument: dict[tuple[str | None, str | None], ServerRegistry] = {
 
 def registry_at(root: str | Path) -> ServerRegistry:
     """Return this process's one object for the registry below `root`."""
-    root = os.path.abspath(root)
+    root = absolute(root)
     with _registries_mutex:
         registry = _registries.get(root)
         if registry is None:

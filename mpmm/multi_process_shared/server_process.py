@@ -131,13 +131,13 @@ class _Server:
             self.prepare(preparation)
         self.signals.listen()
         _log_as_beam_does()
-        self.life = self.registry.take_life(self.tag)
-        if self.life is None:
-            self.tell(OCCUPIED)
-            self.exit(0)
-        self.record = record = new_record(self.registry, self.tag, spawned=True, ready=False)
-        write_record(self.life, record)
         try:
+            self.life = self.registry.take_life(self.tag)
+            if self.life is None:
+                self.tell(OCCUPIED)
+                self.exit(0)
+            self.record = record = new_record(self.registry, self.tag, spawned=True, ready=False)
+            write_record(self.life, record)
             self.contexts = pickle.loads(self.plan.contexts)
             for context in self.contexts:
                 if context.on_start is not None:
@@ -164,7 +164,8 @@ class _Server:
             )
             host_object(self.registry, self.record, constructor, shared, self.life, lambda: self.exit(0))
         except BaseException as error:
-            text = error.message if isinstance(error, ServerStartError) else _crash_text(self.tag)
+            # The constructor's own come as the former.
+            text = error.message if isinstance(error, ServerStartError) else _crash_text("the server", self.tag)
             self.tell(CRASHED, text)
             # The starter waits for the end of this process by itself.
             self.exit(1, keep_life=False)
@@ -398,10 +399,10 @@ class _Construction:
                 self._pickled = None
             return self.unpickled()
         except ModuleNotFoundError:
-            text = f"{_crash_text(self.tag)}sys.path there: {sys.path}\n"
+            text = f"{_crash_text('the constructor', self.tag)}sys.path there: {sys.path}\n"
             raise ServerStartError(text, tag=self.tag) from None
         except Exception:
-            raise ServerStartError(_crash_text(self.tag), tag=self.tag) from None
+            raise ServerStartError(_crash_text("the constructor", self.tag), tag=self.tag) from None
 
 
 class AliveLock:
@@ -443,7 +444,5 @@ class AliveLock:
             self._lock = None
 
 
-def _crash_text(tag: str) -> str:
-    return f"Shared Server Process crashed: the constructor of {tag!r} failed in pid {os.getpid()}:\n" + (
-        traceback.format_exc()
-    )
+def _crash_text(what: str, tag: str) -> str:
+    return f"Shared Server Process crashed: {what} of {tag!r} failed in pid {os.getpid()}:\n{traceback.format_exc()}"

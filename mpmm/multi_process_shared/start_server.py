@@ -58,7 +58,14 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     name = f"mpmm-server-{tag}"[:80]
     if is_importing_main():
         raise not_while_importing_main(f"start a model server for {tag!r}", tag)
-    preparation = preparation_for(name, constructor)
+    try:
+        preparation = preparation_for(name, constructor)
+    except FileNotFoundError as error:
+        raise ServerStartError(
+            f"a model server for {tag!r} begins in the working directory of its starter, and that of pid "
+            f"{os.getpid()} was removed: change to one that is there (os.chdir)",
+            tag=tag,
+        ) from error
     server, reader = _begin(registry, plan, preparation, name)
     with reader:
         while not wait([reader, server.sentinel], LOOK_INTERVAL_S) and server.is_alive():

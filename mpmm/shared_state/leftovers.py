@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpmm.shared_state.file_errors import told_by_file
 from mpmm.shared_state.prune import find_orphans
 from mpmm.shared_state.removal import is_deserted, namespaces_below, remove_deserted
 from mpmm.shared_state.runtime_dir import default_root, leftovers_in
@@ -28,9 +29,17 @@ class Leftover:
 def prune(root: Path, *, dry_run: bool = False) -> list[Leftover]:
     """Remove segments without a root, and below `root` namespaces without a worker; return what that was.
 
-    dry_run: only return it.
+    dry_run: only return it. Raises RuntimeDirectoryError where this user may not look.
     """
+    with told_by_file(root):
+        return _prune(root, dry_run)
+
+
+def _prune(root: Path, dry_run: bool) -> list[Leftover]:
     removed = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # Where this user may not look, a pattern for paths finds nothing, and says nothing.
+        os.scandir(root).close()
     for name in namespaces_below(root):
         size_mb = 0.0
         with contextlib.suppress(FileNotFoundError):

@@ -29,6 +29,7 @@ from typing import NoReturn
 
 from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.shared_state.file_errors import told_by_file
 
 __all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "write_once"]
 
@@ -57,7 +58,7 @@ class LockFile:
     put_here = False
 
     def __init__(self, path: str | Path, *, create: bool = True, folder: bool = False) -> None:
-        """Open, and create if need be, `path` with mode 0600; symbolic links are refused (OSError ELOOP).
+        """Open, and create if need be, `path` with mode 0600; symbolic links are refused (RuntimeDirectoryError).
 
         create: False raises FileNotFoundError instead. folder: `path` is a folder, which is not created.
         """
@@ -260,8 +261,9 @@ def write_once(path: Path, text: str) -> bool:
     draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     fd = _open_private(draft, _OPEN | os.O_CREAT | os.O_EXCL)
     try:
-        os.write(fd, text.encode("ascii"))
-        _link(draft, path)
+        with told_by_file(draft):
+            os.write(fd, text.encode("ascii"))
+            _link(draft, path)
     except FileExistsError:
         return False
     finally:
@@ -285,19 +287,29 @@ def _link(draft: Path, path: Path) -> None:
 
 
 def _open_private(path: str | Path, flags: int) -> int:
-    """Open a file of mode 0600, whatever the umask leaves of that when it is made."""
+    """Open a file of mode 0600, whatever the umask leaves of that when it is made.
+
+    Raises OSError; RuntimeDirectoryError where that says more, see `file_errors`.
+    """
     try:
         fd = os.open(path, flags, 0o600)
-    except PermissionError:
-        # Made this instant by a process with a umask that denies even itself, or by one that died then.
-        found = os.stat(path, follow_symlinks=False)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
-            raise
-        os.chmod(path, 0o600)
-        return os.open(path, flags, 0o600)
+    except OSError as error:
+        fd = _open_nevertheless(path, flags, error)
     if flags & os.O_CREAT and stat.S_IMODE(os.fstat(fd).st_mode) & 0o600 != 0o600:
         os.fchmod(fd, 0o600)
     return fd
+
+
+def _open_nevertheless(path: str | Path, flags: int, error: OSError) -> int:
+    """Open what the first attempt could not because of its mode; raise what the error means otherwise."""
+    with told_by_file(path):
+        if isinstance(error, PermissionError):
+            # Made this instant by a process with a umask that denies even itself, or by one that died then.
+            found = os.stat(path, follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
+                os.chmod(path, 0o600)
+                return os.open(path, flags, 0o600)
+        raise error
 
 
 def _raise_what_it_means(error: OSError, path: str | Path) -> NoReturn:

@@ -58,6 +58,7 @@ from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.core import make_core, which
 from mpmm.shared_state.creation import NoNamespaceError, StartAgain, create, open_or_replace, read_settings
+from mpmm.shared_state.file_errors import told_by_file
 from mpmm.shared_state.layout import Capacities, Header, Member, Model
 from mpmm.shared_state.lifecycle import LIFECYCLE_TIMEOUT_S, Lifecycle
 from mpmm.shared_state.liveness import member_of_row_lives, pid_namespace
@@ -155,23 +156,28 @@ class Namespace:
             raise InvalidArgumentError(f"namespace {name!r}: the folder of the model servers has this name")
         # Before anything is made, because it raises where the environment says what cannot be.
         which()
+        _expect_processes_to_be_shown()
         began = time.monotonic()
         deadline = began + timeout_s
+        missing: FileNotFoundError | None = None
         while True:
             if must_exist and not runtime.path.is_dir():
                 raise FileNotFoundError(f"there is no namespace {name!r} in {runtime.root}")
             runtime.ensure()
             try:
-                with Lifecycle(runtime, max(0.0, deadline - time.monotonic())) as current:
+                with (
+                    told_by_file(runtime.path),
+                    Lifecycle(runtime, max(0.0, deadline - time.monotonic())) as current,
+                ):
                     if current:
                         return cls._join_locked(
                             runtime, capacities, settings or Settings(), source, kind, label, must_exist, made, deadline
                         )
             except NoNamespaceError as error:
                 raise FileNotFoundError(str(error)) from None
-            except FileNotFoundError:
+            except FileNotFoundError as error:
                 # The last member removed the directory under our feet: begin again with a new one.
-                pass
+                missing = error
             except StartAgain:
                 time.sleep(AGAIN_S)
             if time.monotonic() > began + LIFECYCLE_TIMEOUT_S:
@@ -179,7 +185,7 @@ class Namespace:
                     f"the files of namespace {name!r} in {runtime.path} are removed again and again while this process "
                     "tries to join; find out what removes them, or set MPMM_RUNTIME_DIR to another folder",
                     path=str(runtime.path),
-                )
+                ) from missing
 
     @classmethod
     def _join_locked(
@@ -492,6 +498,16 @@ class Namespace:
         self._usable = False
         self._files.forget_after_fork()
         self.lock.forget_after_fork()
+
+
+def _expect_processes_to_be_shown() -> None:
+    """Raise RuntimeDirectoryError on a Linux without /proc, where this process cannot even be told from others."""
+    if sys.platform == "linux" and not os.path.exists("/proc/self/stat"):
+        raise RuntimeDirectoryError(
+            "mpmm tells processes apart by /proc, and none is mounted here: mount it (`mount -t proc proc /proc`), or "
+            "leave the sandbox that hides it",
+            path="/proc",
+        )
 
 
 def _program_name() -> str:

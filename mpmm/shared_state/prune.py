@@ -121,7 +121,12 @@ def find_moved(runtime: RuntimeDirectory, name: str) -> Segment | None:
 
 def _names() -> Iterator[str]:
     """Name the segments of this user."""
-    for name in os.listdir(SHARED_MEMORY):
+    try:
+        names = os.listdir(SHARED_MEMORY)
+    except FileNotFoundError:
+        # Of a system without one, which who makes a namespace is told.
+        return
+    for name in names:
         match = _NAME.fullmatch(name)
         if match and int(match["uid"]) == os.getuid():
             yield name

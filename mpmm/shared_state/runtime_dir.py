@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 
 from mpmm.errors import InvalidArgumentError, RuntimeDirectoryError
+from mpmm.shared_state.file_errors import reason_of
 from mpmm.shared_state.lock_file import identity_of
 
 __all__ = ["REGISTRY_FOLDER", "RuntimeDirectory", "default_root"]
@@ -64,8 +65,20 @@ def default_root_text() -> str:
     if not chosen:
         return root_below("/tmp")
     if not os.path.isabs(chosen):
-        chosen = os.environ[RUNTIME_DIR_VARIABLE] = os.path.abspath(chosen)
+        chosen = os.environ[RUNTIME_DIR_VARIABLE] = absolute(chosen)
     return chosen
+
+
+def absolute(folder: str | Path) -> str:
+    """Return the absolute path of a folder that was named. Raises RuntimeDirectoryError where that leads nowhere."""
+    try:
+        return os.path.abspath(folder)
+    except FileNotFoundError as error:
+        raise RuntimeDirectoryError(
+            f"the runtime directory {os.fspath(folder)!r} is relative to the working directory, which was "
+            f"removed; set {RUNTIME_DIR_VARIABLE} to an absolute path",
+            path=os.fspath(folder),
+        ) from error
 
 
 def root_below(folder: str) -> str:
@@ -85,7 +98,7 @@ class RuntimeDirectory:
         """Describe the folder of namespace `name`; nothing is created yet.
 
         Raises InvalidArgumentError for a name that is not 1 to 64 of `A-Z a-z 0-9 _ . -`, or starts
-        with a dot.
+        with a dot; RuntimeDirectoryError for a relative root where the working directory was removed.
         """
         if not isinstance(name, str) or not is_namespace_name(name):
             raise InvalidArgumentError(
@@ -93,7 +106,7 @@ class RuntimeDirectory:
             )
         self.name = name
         # Text, because a process that has just been forked pays more for the first Path than for a system call.
-        self.root_text = os.path.abspath(default_root_text() if root is None else root)
+        self.root_text = absolute(default_root_text() if root is None else root)
         self.text = os.path.join(self.root_text, name)
 
     def __repr__(self) -> str:
@@ -135,8 +148,9 @@ class RuntimeDirectory:
         except RuntimeDirectoryError:
             raise
         except OSError as error:
+            why = reason_of(error, self.path)
             raise RuntimeDirectoryError(
-                f"cannot create the runtime directory {self.path}: {error.strerror}; "
+                f"cannot create the runtime directory {self.path}: {error.strerror}{f': {why}' if why else ''}; "
                 f"set {RUNTIME_DIR_VARIABLE} to a folder that this user can write",
                 path=str(self.path),
             ) from error

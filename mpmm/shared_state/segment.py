@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from mpmm.errors import SegmentAllocationError, SegmentLostError
 from mpmm.interpreter.thread_locks import new_lock
+from mpmm.shared_state.file_errors import file_error
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
 from mpmm.shared_state.lock_file import LockFile, identity_of
 
@@ -151,10 +152,12 @@ class Segment:
         try:
             with _unknown_to_tracker(name):
                 memory = _shared_memory(name, create=True, size=layout.size_bytes)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise _no_room(name, layout.size_bytes, error) from error
+        except FileExistsError:
             raise
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise _no_room(name, layout.size_bytes, error) from error
         try:
             # `_fd`, here and in _map, is not in the type stubs: SharedMemory offers no other way to its descriptor.
             if hasattr(os, "posix_fallocate"):
@@ -195,6 +198,9 @@ class Segment:
             fd = _posixshmem.shm_open(f"/{name}", os.O_RDWR, mode=0o600)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            # It names the segment as `shm_open` does, without the folder.
+            raise file_error(OSError(error.errno, error.strerror), f"{SHARED_MEMORY}/{name}") from error
         try:
             found = os.fstat(fd)
             size = found.st_size
@@ -379,10 +385,22 @@ def _checked_layout(mapping: mmap.mmap, token: int | None) -> Layout:
         return layout
 
 
+# What has an owner do else than where there is no room.
+_WITHOUT_SHARED_MEMORY = {
+    errno.ENOENT: f"this host has no {SHARED_MEMORY}: mount a tmpfs there, of mode 1777",
+    errno.EROFS: f"{SHARED_MEMORY} is mounted read-only: have it mounted such that it can be written",
+    errno.EACCES: f"{SHARED_MEMORY} cannot be written by this user: give it mode 1777",
+    errno.EFBIG: "the limit of this process on the size of files is lower: raise it (ulimit -f)",
+}
+
+
 def _no_room(name: str, size_bytes: int, error: OSError) -> SegmentAllocationError:
+    what_to_do = _WITHOUT_SHARED_MEMORY.get(
+        error.errno or 0, f"free or enlarge {SHARED_MEMORY}, or create the namespace with smaller capacities"
+    )
     return SegmentAllocationError(
         f"no room for the segment {name}: {size_bytes} bytes of shared memory were refused ({error.strerror}); "
-        "free or enlarge /dev/shm, or create the namespace with smaller capacities",
+        f"{what_to_do}",
         name=name,
         size_bytes=size_bytes,
     )

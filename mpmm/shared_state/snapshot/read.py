@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpmm.errors import LayoutMismatchError, LockTimeoutError
+from mpmm.shared_state.file_errors import told_by_file
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.liveness import member_lives
 from mpmm.shared_state.lock_file import identity_of, is_locked, is_locked_as
@@ -60,6 +61,11 @@ def find_lost_namespaces(root: Path | None = None) -> list[str]:
 def _folders_below(root: Path | None) -> list[tuple[str, str]]:
     """Return the names of folders that may be those of namespaces, and those of their segments."""
     folder = RuntimeDirectory("any", root).root
+    with told_by_file(folder):
+        return _folders_in(folder)
+
+
+def _folders_in(folder: Path) -> list[tuple[str, str]]:
     try:
         prefix = segment_name(folder, "")
         with os.scandir(folder) as entries:
@@ -100,9 +106,14 @@ def read_snapshot(
     events: False leaves the event ring out; choice: what is wanted of it else.
     Raises FileNotFoundError when there is no such namespace, DeadMakerError when its maker died, LayoutMismatchError
     when it is another version's, SegmentCorruptError when it holds junk, SegmentLostError when it is gone though
-    members live, InvalidArgumentError for an impossible name.
+    members live, InvalidArgumentError for an impossible name, RuntimeDirectoryError where this user may not look.
     """
     runtime = RuntimeDirectory(namespace, root)
+    with told_by_file(runtime.path):
+        return _read(runtime, namespace, events, choice)
+
+
+def _read(runtime: RuntimeDirectory, namespace: str, events: bool, choice: EventChoice) -> Snapshot:
     # The folder first: where there is none, nobody has made a namespace of this name, and none is lost.
     if not runtime.path.is_dir():
         raise FileNotFoundError(f"there is no namespace {namespace!r} in {runtime.root}")

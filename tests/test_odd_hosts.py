@@ -1,0 +1,248 @@
+"""Hosts and programs that lack something: shared memory, /proc, room, rights, a working directory.
+
+Either all works there, or an MpmmError says at once what is missing, whose it is, and what to change.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from containers import NOBODY, as_nobody, as_root, can_unshare, run_unshared
+from harness import import_path
+
+from mpmm.cli import main
+from mpmm.errors import RuntimeDirectoryError, SegmentAllocationError
+from mpmm.shared_state import segment as segment_module
+from mpmm.shared_state.file_errors import file_error
+from mpmm.shared_state.leftovers import prune
+from mpmm.shared_state.lock_file import LockFile, write_once
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.segment import Segment, segment_name
+from mpmm.shared_state.snapshot import find_lost_namespaces, find_namespaces, read_snapshot
+
+PROGRAM = """
+import os, sys
+from mpmm import ModelManager, MultiProcessShared
+
+class Detector:
+    def predict(self, number):
+        return 2 * number
+
+def serve():
+    MultiProcessShared(Detector, tag="detector-1", spawn_process=True, always_proxy=True).acquire()
+    return "detector-1"
+
+if __name__ == "__main__":
+    with ModelManager(namespace="odd", memory_source="booked") as manager, manager.model("detector", serve) as handle:
+        print(MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire().predict(21))
+"""
+
+
+# ---- files of others --------------------------------------------------------------------------------------------
+
+LOOKS: dict[str, Callable[[Path], object]] = {
+    "list": find_namespaces,
+    "lost": find_lost_namespaces,
+    "inspect": lambda root: read_snapshot("n", root),
+    "prune": prune,
+    "join": lambda root: Namespace.join("n", root=root),
+    "join below": lambda root: Namespace.join("n", root=root / "below"),
+    "lock": lambda root: LockFile(root / "n" / "alive.lock"),
+    "token": lambda root: write_once(root / "token", "text"),
+}
+
+
+@as_root
+@pytest.mark.parametrize("look", LOOKS)
+def test_another_user_is_told_whose_files_these_are_and_what_to_set(runtime_root: Path, look: str) -> None:
+    (runtime_root / "n").mkdir(mode=0o700, parents=True)
+    runtime_root.chmod(0o700)
+    answer = as_nobody(lambda: LOOKS[look](runtime_root))
+    assert answer.startswith("RuntimeDirectoryError("), answer
+    assert f"{runtime_root} " in answer
+    assert "belongs to uid 0" in answer
+    assert str(NOBODY) in answer
+    assert "MPMM_RUNTIME_DIR" in answer
+    (runtime_root / "n").rmdir()
+
+
+@as_root
+def test_commands_say_so_too(runtime_root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runtime_root.mkdir(mode=0o700, exist_ok=True)
+    below = str(runtime_root / "below")
+    for command in (["list"], ["inspect"], ["inspect", "n"], ["prune"], ["check", "--health"], ["ps"]):
+        assert as_nobody(lambda command=command: main(["--runtime-root", below, *command])) == "2"  # type: ignore[misc]  # mypy has no type for a lambda's default
+        said = capfd.readouterr().err
+        assert f"{runtime_root} belongs to uid 0 (root), and this process runs as uid {NOBODY}" in said, command
+        assert "Errno" not in said
+
+
+@as_root
+@pytest.mark.parametrize("made", ["lock", "segment"])
+def test_a_file_of_another_user_in_a_folder_of_ones_own(runtime_root: Path, made: str) -> None:
+    runtime_root.mkdir(mode=0o700, exist_ok=True)
+    path = runtime_root / "file.lock"
+    if made == "segment":
+        path = Path("/dev/shm") / segment_name(runtime_root, "n")
+    path.touch(mode=0o600)
+    os.chown(runtime_root, NOBODY, -1)
+    try:
+        answer = as_nobody(lambda: LockFile(path) if made == "lock" else Segment.open(path.name))
+        assert f"{path} belongs to uid 0 (root), and this process runs as uid {NOBODY}" in answer
+    finally:
+        os.chown(runtime_root, 0, -1)
+        path.unlink()
+
+
+@as_root
+def test_a_folder_of_ones_own_without_rights_asks_for_its_mode(runtime_root: Path) -> None:
+    own = runtime_root.with_name(f"{runtime_root.name}-own")
+    own.mkdir(mode=0o500)
+    os.chown(own, NOBODY, -1)
+    try:
+        assert "change its mode (0500)" in as_nobody(lambda: Namespace.join("n", root=own / "below"))
+    finally:
+        own.rmdir()
+
+
+def test_what_passes_or_is_missing_keeps_the_words_of_the_system() -> None:
+    for error in (
+        FileNotFoundError(2, "No such file"),
+        OSError(24, "Too many open files"),
+        BlockingIOError(11, "Later"),
+    ):
+        assert file_error(error, "/somewhere") is error
+    told = RuntimeDirectoryError("told", path="/somewhere")
+    assert file_error(told, "/elsewhere") is told
+
+
+# ---- hosts without something ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [(2, "has no /dev/shm"), (30, "read-only"), (13, "this user"), (27, "ulimit -f"), (28, "free or enlarge /dev/shm")],
+)
+def test_shared_memory_that_is_refused_is_one_error_and_leaves_nothing(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch, number: int, what: str
+) -> None:
+    def refuse(name: str, create: bool = False, size: int = 0) -> object:
+        raise OSError(number, os.strerror(number), f"/{name}")
+
+    monkeypatch.setattr(segment_module, "_shared_memory", refuse)
+    with pytest.raises(SegmentAllocationError, match=what):
+        Namespace.join("n", root=runtime_root)
+    assert not (runtime_root / "n").exists()
+
+
+@can_unshare
+def test_without_shared_memory_at_all_the_first_call_says_so_and_looks_find_nothing() -> None:
+    answer = run_unshared(
+        ["--mount"],
+        """
+        import subprocess, tempfile
+        from mpmm import ModelManager, SegmentAllocationError
+        from mpmm.cli import main
+
+        empty = tempfile.mkdtemp()
+        for name in ("null", "urandom"):
+            open(f"{empty}/{name}", "w").close()
+            subprocess.run(["mount", "--bind", f"/dev/{name}", f"{empty}/{name}"], check=True)
+        subprocess.run(["mount", "--rbind", empty, "/dev"], check=True)
+        try:
+            ModelManager(namespace="n", memory_source="booked")
+        except SegmentAllocationError as error:
+            print("mount a tmpfs there" in str(error), main(["list"]), main(["prune"]))
+        subprocess.run(["umount", "-R", "/dev"], check=True)
+        subprocess.run(["umount", f"{empty}/null", f"{empty}/urandom"], check=True)
+        subprocess.run(["rm", "-r", empty], check=True)
+        """,
+    )
+    assert answer.splitlines()[-1] == "True 0 0"
+
+
+@can_unshare
+def test_without_proc_the_first_call_says_so_and_leaves_nothing(runtime_root: Path) -> None:
+    answer = run_unshared(
+        ["--mount"],
+        """
+        import os, subprocess
+        from mpmm import ModelManager, RuntimeDirectoryError
+
+        subprocess.run(["mount", "-t", "tmpfs", "none", "/proc"], check=True)
+        before = set(os.listdir("/dev/shm"))
+        try:
+            ModelManager(namespace="n", memory_source="booked")
+        except RuntimeDirectoryError as error:
+            print(error.path, set(os.listdir("/dev/shm")) - before)
+        """,
+    )
+    assert answer == "/proc set()"
+    assert not (runtime_root / "n").exists()
+
+
+@can_unshare
+@pytest.mark.parametrize("limit", ["nr_inodes=4", "nr_inodes=11", "size=4k"])
+def test_a_runtime_directory_without_room_says_which_file_had_none(tmp_path: Path, limit: str) -> None:
+    answer = run_unshared(
+        ["--mount"],
+        f"""
+        import os, subprocess, sys
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "{limit}", "none", "{tmp_path}"], check=True)
+        environment = {{**os.environ, "MPMM_RUNTIME_DIR": "{tmp_path}/root", "MPMM_ZYGOTE": "0"}}
+        done = subprocess.run([sys.executable, "-"], env=environment, input={PROGRAM!r}, capture_output=True, text=True)
+        print(done.stderr)
+        """,
+    )
+    # In a server or here: what the error of the server says comes last, too.
+    last = answer.splitlines()[-1]
+    assert last.startswith(f"mpmm.errors.RuntimeDirectoryError: {tmp_path}/root/"), answer
+    assert "free space" in last
+
+
+# ---- programs without something ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_that_is_removed(tmp_path: Path) -> Iterator[Path]:
+    """A folder for a program that removes it as the first thing it does."""
+    folder = tmp_path / "removed"
+    folder.mkdir()
+    yield folder
+    assert not folder.exists()
+
+
+def run_program(program: str, *arguments: str, folder: Path | None = None, **environment: str) -> str:
+    """Run a Python program; return the last line that it says, on either stream."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": import_path(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+def test_a_program_whose_working_directory_was_removed_can_start_no_server_and_is_told_so(
+    folder_that_is_removed: Path,
+) -> None:
+    said = run_program(f"import os; os.rmdir(os.getcwd()){PROGRAM}", folder=folder_that_is_removed)
+    assert said.startswith(
+        "mpmm.errors.ServerStartError: a model server for 'detector-1' begins in the working directory"
+    )
+
+
+def test_a_relative_runtime_directory_below_a_removed_one_is_an_error_that_says_so(
+    folder_that_is_removed: Path,
+) -> None:
+    program = "import os; os.rmdir(os.getcwd()); from mpmm import ModelManager; ModelManager(namespace='n')"
+    said = run_program(program, folder=folder_that_is_removed, MPMM_RUNTIME_DIR="relative")
+    assert said.startswith("mpmm.errors.RuntimeDirectoryError: the runtime directory 'relative' is relative to")
