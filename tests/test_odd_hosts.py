@@ -1,4 +1,4 @@
-"""Hosts and programs that lack something: shared memory, /proc, room, rights, a working directory.
+"""Hosts and programs that lack something: shared memory, /proc, room, rights, a working directory, a main file.
 
 Either all works there, or an MpmmError says at once what is missing, whose it is, and what to change.
 """
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -246,3 +247,48 @@ def test_a_relative_runtime_directory_below_a_removed_one_is_an_error_that_says_
     program = "import os; os.rmdir(os.getcwd()); from mpmm import ModelManager; ModelManager(namespace='n')"
     said = run_program(program, folder=folder_that_is_removed, MPMM_RUNTIME_DIR="relative")
     assert said.startswith("mpmm.errors.RuntimeDirectoryError: the runtime directory 'relative' is relative to")
+
+
+def of_a_zip(folder: Path) -> list[str]:
+    with zipfile.ZipFile(folder / "program.pyz", "w") as archive:
+        archive.writestr("__main__.py", PROGRAM)
+    return [str(folder / "program.pyz")]
+
+
+def of_a_package(folder: Path) -> list[str]:
+    (folder / "odd_package").mkdir()
+    (folder / "odd_package" / "__init__.py").touch()
+    (folder / "odd_package" / "__main__.py").write_text(PROGRAM)
+    return ["-m", "odd_package"]
+
+
+def of_a_script_that_is_gone(folder: Path) -> list[str]:
+    (folder / "program.py").write_text(f"import os\nos.unlink(__file__)\n{PROGRAM}")
+    return [str(folder / "program.py")]
+
+
+MAIN_MODULES: dict[str, Callable[[Path], list[str]]] = {
+    "standard input": lambda _: ["-"],
+    "command line": lambda _: ["-c", PROGRAM],
+    "zip archive": of_a_zip,
+    "package": of_a_package,
+    "script that is gone": of_a_script_that_is_gone,
+}
+
+
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+@pytest.mark.parametrize("kind", MAIN_MODULES)
+def test_servers_have_what_a_main_module_defines_that_they_cannot_import(
+    tmp_path: Path, kind: str, switch: str
+) -> None:
+    pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
+    done = subprocess.run(
+        [sys.executable, *MAIN_MODULES[kind](tmp_path)],
+        input=PROGRAM,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": import_path(), "MPMM_ZYGOTE": switch},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("42\n", "")

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mpmm.interpreter.fork_hooks import fork_guard
+from mpmm.interpreter.main_module import is_main_importable
 from mpmm.multi_process_shared.server_process import ServerPlan, run_server
 
 __all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]
@@ -31,9 +32,13 @@ def preparation_for(name: str, constructor: object) -> dict[str, Any]:
 
     constructor: what the new process has to import; where `sys.path` no longer leads to it, as with a program that
         has imported it from the working directory (`celery -A app`), its folder is added.
-    Raises RuntimeError in a process that still imports its own main module.
+    Raises RuntimeError in a process that still imports its own main module, FileNotFoundError where its working
+    directory was removed.
     """
     preparation = spawn.get_preparation_data(name)
+    if not is_main_importable():
+        # A script from the standard input, say, of which multiprocessing takes "<stdin>" for the file.
+        preparation.pop("init_main_from_path", None)
     # Refuses to be pickled outside of a spawn.
     preparation["authkey"] = bytes(preparation["authkey"])
     preparation["sys_path"] = [path for path in preparation["sys_path"] if isinstance(path, str)]

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
-import sys
 import traceback
 from typing import Any
 
 from mpmm.errors import InvalidArgumentError, RemoteCallError
+from mpmm.interpreter.main_module import is_main_importable
 from mpmm.multi_process_shared.rpc import pickling
 from mpmm.multi_process_shared.rpc.channel import Message
 
@@ -187,9 +187,8 @@ def _dumpers() -> list[Any]:
         import cloudpickle  # type: ignore[import-untyped, import-not-found, unused-ignore]  # optional, and untyped
 
         dumpers.append(cloudpickle.dumps)
-        main = sys.modules.get("__main__")
-        # Typed in, or `python -c`: the server cannot import this __main__, so pickle's references would lead nowhere.
-        if getattr(main, "__spec__", None) is None and getattr(main, "__file__", None) is None:
+        # Pickle's references to what the main module defines would lead nowhere.
+        if not is_main_importable():
             dumpers.reverse()
     return dumpers
 
