@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from device import SimulatedDevice
@@ -303,6 +306,36 @@ def test_what_is_not_known_of_a_share_is_not_told_of_the_one_around_it(
         program = with_share(os.environ, lease.environment())
         assert [program.get(name) for name in SHARE] == ["100", "booked", None]
         assert program["MPMM_ZYGOTE"] == zygote
+
+
+def test_a_program_that_a_loader_starts_has_nothing_of_the_share_around_it(
+    new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the way that the documentation shows, in `mpmm run` on a device of unknown size."""
+    manager = new_manager()
+    outer = dict(zip(SHARE, ("999", "elsewhere", "0.900"), strict=True))
+    say = [sys.executable, "-c", f"import os; print([os.environ.get(name) for name in {SHARE!r}])"]
+    said = []
+
+    def load() -> str:
+        placement = current_placement()
+        assert placement is not None
+        program = subprocess.run(
+            say, env={**os.environ, **placement.environment()}, capture_output=True, text=True, check=True
+        )
+        said.append(program.stdout.strip())
+        return uuid4().hex
+
+    with manager.model("known", load, expect_mb=150):
+        pass
+    monkeypatch.setattr(SharedSamples, "memory_fraction", lambda *of: None)
+    with manager.model("unknown outside", load, expect_mb=150):
+        pass
+    for name, value in outer.items():
+        monkeypatch.setenv(name, value)
+    with manager.model("unknown within", load, expect_mb=150):
+        pass
+    assert said == ["['150', 'booked', '0.150']", "['150', 'booked', None]", "['150', 'booked', '']"]
 
 
 def test_a_load_inside_of_another_ones_loader_has_its_own_share(new_manager: NewManager, new_device: NewDevice) -> None:

@@ -81,7 +81,8 @@ ENVIRONMENT: dict[str, Variable] = {
 _FOR_PROGRAMS = (
     "`mpmm run` sets `MPMM_LEASE_MB`, `MPMM_DEVICES` and `MPMM_MEMORY_FRACTION` for its program: the memory that it "
     "leased, the devices, and the share of each device's memory. Model servers that a loader starts find the same for "
-    "the memory that is reserved for the load, if that is `steady=True`; a loader asks `mpmm.current_placement()`."
+    "the memory that is reserved for the load, if that is `steady=True` or happens within `mpmm run`; a loader asks "
+    "`mpmm.current_placement()`. Where the size of a device is not known, its share is missing, or empty."
 )
 
 

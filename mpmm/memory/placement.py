@@ -19,6 +19,7 @@ loader runs stays as it is, because its other threads share that; for a program 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,10 +51,11 @@ class Placement:
 
         MPMM_LEASE_MB: how much it is, in MB. MPMM_DEVICES: its devices, as `CUDA_VISIBLE_DEVICES` takes them.
         MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, as engines want it that size themselves
-        (`gpu_memory_utilization` of vLLM). What is not known is missing: in an environment that has another share's,
-        that one's is to be taken out, see `with_share`.
+        (`gpu_memory_utilization` of vLLM). What is not known is missing; but where the environment of this process says
+        it of another share, as within `mpmm run`, it is empty, lest the program take that one's for its own.
         """
-        known = {_DEVICES: visible_devices(self.uuids) or ",".join(self.uuids)}
+        known = {name: "" for name in SHARE_VARIABLES if name in os.environ}
+        known |= {_DEVICES: visible_devices(self.uuids) or ",".join(self.uuids)}
         if self.mb is not None:
             known[_LEASE_MB] = str(int(self.mb))
         if self.memory_fraction is not None:
@@ -63,7 +65,8 @@ class Placement:
 
 def with_share(environment: Mapping[str, str], share: Mapping[str, str]) -> dict[str, str]:
     """Return an environment with what `Placement.environment` says of a share, and nothing of another one."""
-    return {**{name: value for name, value in environment.items() if name not in SHARE_VARIABLES}, **share}
+    others = {name: value for name, value in environment.items() if name not in SHARE_VARIABLES}
+    return {**others, **{name: value for name, value in share.items() if value}}
 
 
 def fraction_of(mb: float, totals_mb: Sequence[float]) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mpmm.errors import LockTimeoutError, MpmmError, ServerStartError
-from mpmm.memory.placement import SHARE_VARIABLES, Placement, place_for_good
+from mpmm.memory.placement import SHARE_VARIABLES, Placement, place_for_good, with_share
 from mpmm.multi_process_shared.context import ServerContext
 from mpmm.shared_state.layout import Instance, Member
 from mpmm.shared_state.namespace import Namespace
@@ -96,7 +96,7 @@ def server_context(
     if setting:
         placement = replace(placement, indices=tuple(range(len(uuids))))
     # What is not known is taken out, lest that of a share around this one be taken for it.
-    share = {**dict.fromkeys(SHARE_VARIABLES), **placement.environment()} if tells_share else {}
+    share = {**dict.fromkeys(SHARE_VARIABLES), **with_share({}, placement.environment())} if tells_share else {}
     return ServerContext(
         alive_lock=str(namespace.runtime.file("alive.lock")),
         namespace=namespace.name,
