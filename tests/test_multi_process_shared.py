@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -329,7 +328,7 @@ def test_a_transient_connection_error_is_tried_again(path: str) -> None:
     connect = ServerLink.connect
     failures = iter([ConnectionRefusedError("not yet"), EOFError()])
 
-    def fail_twice(link: ServerLink) -> socket.socket:
+    def fail_twice(link: ServerLink) -> sockets.ForkSafeSocket:
         for failure in failures:
             raise failure
         return connect(link)

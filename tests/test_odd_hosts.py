@@ -1,4 +1,6 @@
-"""Hosts and programs that lack something: shared memory, /proc, room, rights, a working directory, a main file.
+"""Hosts and programs that are not as most are.
+
+They lack shared memory, /proc, room, rights, a working directory, a main file, or set what holds for all that they run.
 
 Either all works there, or an MpmmError says at once what is missing, whose it is, and what to change.
 """
@@ -6,6 +8,8 @@ Either all works there, or an MpmmError says at once what is missing, whose it i
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +23,7 @@ from harness import import_path
 
 from mpmm.cli import main
 from mpmm.errors import RuntimeDirectoryError, SegmentAllocationError
+from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.file_errors import file_error
 from mpmm.shared_state.leftovers import prune
@@ -292,3 +297,154 @@ def test_servers_have_what_a_main_module_defines_that_they_cannot_import(
         timeout=60,
     )
     assert (done.stdout, done.stderr) == ("42\n", "")
+
+
+# ---- programs that set something for all that is in them ---------------------------------------------------------
+
+SETTINGS = """
+import os, signal, socket, time
+import psutil
+from mpmm import ModelManager, ModelServerError, MultiProcessShared
+
+{setting}
+
+class Detector:
+    def slow(self, numbers):
+        time.sleep(0.6)
+        return sum(numbers)
+
+    def pid_and_sigpipe(self):
+        return os.getpid(), signal.getsignal(signal.SIGPIPE).name
+
+def serve():
+    MultiProcessShared(Detector, tag="detector-1", spawn_process=True, always_proxy=True).acquire()
+    return "detector-1"
+
+if __name__ == "__main__":
+    with ModelManager(namespace="odd", memory_source="booked") as manager, manager.model("detector", serve) as handle:
+        detector = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
+        {use}
+"""
+
+
+def run_settings(setting: str, use: str, switch: str = "1", *options: str) -> tuple[int, str, str]:
+    """Run a program that sets something and then uses a model server; return how it ends and what it says."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", SETTINGS.format(setting=setting, use=use)],
+        env={**os.environ, "PYTHONPATH": import_path(), "MPMM_ZYGOTE": switch},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def cloudpickle() -> None:
+    pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
+
+
+@pytest.mark.usefixtures("cloudpickle")
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_a_default_time_limit_of_sockets_is_none_for_calls_of_model_servers(seconds: float, switch: str) -> None:
+    """As programs set it that download: a call longer than that said that its server had ended."""
+    use = "print(detector.slow(range(3)), detector.slow([b''] * 0 + [1] * 100_000))"
+    assert run_settings(f"socket.setdefaulttimeout({seconds})", use, switch) == (0, "3 100000\n", "")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_nor_is_it_one_for_the_sockets_of_servers(seconds: float) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        one, other = sockets.pair()
+        for end in (one, other):
+            with sockets.duplicate(end.fileno()) as copy:
+                assert (copy.gettimeout(), end.gettimeout()) == (None, None)
+            assert os.get_blocking(end.fileno())
+            end.close()
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@pytest.mark.usefixtures("cloudpickle")
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+def test_a_server_that_dies_is_an_error_also_where_sigpipe_ends_the_program(switch: str) -> None:
+    use = """pid, found = detector.pid_and_sigpipe()
+        print(found)
+        os.kill(pid, signal.SIGKILL)
+        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        for numbers in ([1], [1] * 100_000):
+            try:
+                detector.slow(numbers)
+            except ModelServerError:
+                print("gone")"""
+    setting = "signal.signal(signal.SIGPIPE, signal.SIG_DFL)"
+    # The server has the program's main module, too, but answers clients that may go.
+    assert run_settings(setting, use, switch) == (0, "SIG_IGN\ngone\ngone\n", "")
+
+
+def test_a_write_to_a_pipe_without_reader_is_an_error_alone() -> None:
+    program = """
+    import os, signal
+    from mpmm.interpreter.sigpipe import without_sigpipe
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    reader, writer = os.pipe()
+    os.close(reader)
+    for _ in range(2):
+        try:
+            with without_sigpipe():
+                os.write(writer, b"text")
+        except BrokenPipeError:
+            print(signal.sigpending(), signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+    os.write(writer, b"text")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": import_path()},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGPIPE, "set() set()\n" * 2)
+
+
+@pytest.mark.usefixtures("cloudpickle")
+@pytest.mark.parametrize(
+    "options", [("-W", "error", "-X", "dev"), ("-X", "warn_default_encoding", "-W", "error"), ("-bb",)]
+)
+def test_nothing_of_ours_is_worth_a_warning(options: tuple[str, ...]) -> None:
+    use = "print(detector.slow(range(3)), manager.tickets())"
+    assert run_settings("", use, "0", *options) == (0, "3 []\n", "")
+
+
+@pytest.mark.usefixtures("cloudpickle")
+def test_an_interpreter_that_is_not_there_is_named() -> None:
+    setting = "import multiprocessing; multiprocessing.set_executable('/no/python')"
+    status, _, said = run_settings(setting, "pass", "0")
+    assert status == 1
+    assert "there is no interpreter at '/no/python'" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "call", ["manager.release_model('a', handle)", "ModelManager(namespace='odd')", "manager.pin('a')"]
+)
+def test_a_finalizer_at_the_very_end_of_the_interpreter_joins_nothing_again(runtime_root: Path, call: str) -> None:
+    program = f"""
+    from mpmm import ClosedError, ModelManager
+
+    class Last:
+        def __del__(self):
+            try:
+                {call}
+            except ClosedError as error:
+                print(error)
+
+    manager = ModelManager(namespace="odd", memory_source="booked")
+    handle = manager.acquire_model("a", lambda: "a handle")
+    last = Last()
+    """
+    assert run_program(program) == "the interpreter is ending, and this process has left namespace 'odd'"
+    assert not (runtime_root / "odd").exists()

@@ -217,7 +217,12 @@ class Attachment:
     # ---- joining -------------------------------------------------------------------------------------------
 
     def _join(self, made: list[Namespace | Session], timeout_s: float) -> Session:
-        """Return a new session. made: what there is to be closed if this is interrupted."""
+        """Return a new session. made: what there is to be closed if this is interrupted.
+
+        Raises ClosedError from finalizers that run as the interpreter ends: nothing would leave the namespace again.
+        """
+        if sys.is_finalizing():
+            raise ClosedError(f"the interpreter is ending, and this process has left namespace {self.name!r}")
         if (self.root, self.name) not in _leaves_at_exit:
             run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
             _leaves_at_exit.add((self.root, self.name))

@@ -7,7 +7,6 @@ interrupted half-way, and would deliver the old answer to the next question, is 
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 import weakref
@@ -42,7 +41,7 @@ class ServerLink:
         self.unwanted: deque[int] = deque()
         _links.add(self)
 
-    def connect(self) -> socket.socket:
+    def connect(self) -> sockets.ForkSafeSocket:
         """Open one more connection, in one attempt. Raises AuthenticationError, OSError or EOFError."""
         self.registry.join()
         return sockets.dial_socket(self.registry.folder, self.record.socket_name, self.registry.key())

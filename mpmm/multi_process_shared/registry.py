@@ -164,7 +164,7 @@ def start_time_of(pid: int) -> float | None:
     """Return when a process started, in a unit that is good for comparing only; None if it is gone."""
     try:
         # Clock ticks since boot; psutil's figure would move when the wall clock is set.
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return float(text.rpartition(")")[2].split()[19])
     except FileNotFoundError:
         pass
@@ -179,8 +179,10 @@ def start_time_of(pid: int) -> float | None:
 def _is_dying(pid: int) -> bool:
     """Tell whether a process has been killed and is not gone yet, which takes it a while for each gigabyte it has."""
     try:
-        flags = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[6])
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+        flags = int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[6]
+        )
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     except (OSError, ValueError, IndexError):
         return False
     pending = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]

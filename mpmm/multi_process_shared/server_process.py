@@ -335,8 +335,11 @@ class _Signals:
         )
 
     def listen(self) -> None:
-        """Take SIGTERM, in place of any handler before; for the main thread."""
+        """Take SIGTERM, in place of any handler before, and outlive clients that go; for the main thread."""
         signal.signal(signal.SIGTERM, self._handle)
+        if signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL:
+            # As Python has it. The main module, which is imported here, too, may want to end when its reader goes.
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from mpmm.interpreter.fork_hooks import fork_guard
 from mpmm.interpreter.main_module import is_main_importable
+from mpmm.interpreter.sigpipe import without_sigpipe
 from mpmm.multi_process_shared.server_process import ServerPlan, run_server
 
 __all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]
@@ -118,7 +119,7 @@ class _SpawnedPopen(popen_fork.Popen):
                 os.close(writer)
                 raise
         # A server that has died at once is seen by the process that waits for its report.
-        with suppress(BrokenPipeError), open(writer, "wb") as file:
+        with suppress(BrokenPipeError), without_sigpipe(), open(writer, "wb") as file:
             file.write(process.order)
 
 
@@ -142,5 +143,5 @@ def main(order_fd: int, report_fd: int) -> None:
 
 def call_this_process(name: str) -> None:
     """Set what `ps` shows."""
-    with suppress(OSError), open("/proc/self/comm", "w") as file:
+    with suppress(OSError), open("/proc/self/comm", "w", encoding="utf-8") as file:
         file.write(name)

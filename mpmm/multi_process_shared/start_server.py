@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from multiprocessing import process as mp_process
+from multiprocessing import spawn
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -79,9 +80,11 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
         # It ends right now; a process that looks for a server after us must not find this one.
         server.join()
     if outcome is None:
-        raise ServerStartError(
-            f"Shared Server Process died unexpectedly with exit code {server.exitcode} while it made {tag!r}", tag=tag
-        )
+        text = f"Shared Server Process died unexpectedly with exit code {server.exitcode} while it made {tag!r}"
+        interpreter = os.fsdecode(spawn.get_executable() or "")
+        if not os.access(interpreter, os.X_OK):
+            text += f": there is no interpreter at {interpreter!r}, which multiprocessing.set_executable can mend"
+        raise ServerStartError(text, tag=tag)
     if outcome == CRASHED:
         raise ServerStartError(text, tag=tag)
     return str(outcome)

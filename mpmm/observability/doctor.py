@@ -173,7 +173,7 @@ def _driver() -> Iterator[Check]:
     found = False
     for name, path in versions.items():
         with contextlib.suppress(OSError):
-            yield Check("ok", f"{name}: {path.read_text().splitlines()[0].strip()}")
+            yield Check("ok", f"{name}: {path.read_text(encoding='utf-8', errors='replace').splitlines()[0].strip()}")
             found = True
     if not found:
         yield Check("note", f"no GPU driver is loaded: {', '.join(map(str, versions.values()))} do not exist")
@@ -289,7 +289,7 @@ def _limit(value: int) -> str:
 def _pid_namespaces() -> int:
     """Return in how many pid namespaces this process has a pid, 1 where the kernel does not tell."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("NSpid:"):
                 return len(line.split()) - 1
     return 1
@@ -319,7 +319,7 @@ def _permissions(root: Path) -> Iterator[Check]:
 
 def _try_folder(folder: Path) -> None:
     """Take a lock in a folder twice, of which the second must fail, and bind a socket. Raises OSError."""
-    with open(folder / "lock", "w") as first, open(folder / "lock", "w") as second:
+    with open(folder / "lock", "wb") as first, open(folder / "lock", "wb") as second:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)

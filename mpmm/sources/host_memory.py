@@ -131,7 +131,7 @@ def cgroup_limits(
     mount, membership: where the kernel shows the groups, and which ones this process is in.
     """
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:  # no control groups, as on macOS
         return []
     limits = []
@@ -177,7 +177,7 @@ def _used_of(group: Path, version: _Version) -> int | None:
     if used is None:
         return None
     try:
-        lines = (group / "memory.stat").read_text().splitlines()
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         lines = []
     cached = [int(line.split()[1]) for line in lines if line.startswith(f"{version.cached} ")]
@@ -186,6 +186,6 @@ def _used_of(group: Path, version: _Version) -> int | None:
 
 def _read_int(path: Path) -> int | None:
     try:
-        return int(path.read_text())
+        return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None

@@ -91,7 +91,11 @@ def _children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task")
     if tasks.is_dir():
         with contextlib.suppress(OSError):
-            return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+            return [
+                int(child)
+                for task in tasks.iterdir()
+                for child in (task / "children").read_text(encoding="ascii").split()
+            ]
     # No /proc, or a kernel without lists of children: psutil looks through all processes.
     try:
         return [child.pid for child in psutil.Process(pid).children()]

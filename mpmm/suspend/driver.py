@@ -50,7 +50,7 @@ LOCK_TIMEOUT_MS = 5000
 def driver_branch(version_file: Path = _VERSION_FILE) -> int | None:
     """Return the branch of NVIDIA's kernel driver, 580 say; None where there is none."""
     try:
-        found = re.search(r"\b(\d{3})\.\d+", version_file.read_text())
+        found = re.search(r"\b(\d{3})\.\d+", version_file.read_text(encoding="ascii", errors="replace"))
     except OSError:
         return None
     return int(found[1]) if found else None

@@ -195,7 +195,7 @@ def _send_streams(connection: Connection, report: Connection) -> None:
     try:
         fds = [report.fileno(), 1 if _is_open(1) else null, 2 if _is_open(2) else null]
         with sockets.duplicate(connection.fileno()) as ours:
-            socket.send_fds(ours, [b"!"], fds)
+            socket.send_fds(ours, [b"!"], fds, sockets.NO_SIGNAL)
     finally:
         os.close(null)
 
@@ -229,7 +229,7 @@ def _reach_zygote(registry: ServerRegistry) -> Connection:
 
 
 def _dial(registry: ServerRegistry, life: Path) -> Connection:
-    place = Path(json.loads(life.read_text())["socket"])
+    place = Path(json.loads(life.read_text(encoding="utf-8"))["socket"])
     return sockets.dial(place.parent, place.name, registry.key(), ANSWER_TIMEOUT_S)
 
 
@@ -238,7 +238,7 @@ def zygote_pid(registry: ServerRegistry) -> int | None:
     life = _life_path(registry)
     with contextlib.suppress(OSError, ValueError):
         if is_locked(life):
-            return int(json.loads(life.read_text())["pid"])
+            return int(json.loads(life.read_text(encoding="utf-8"))["pid"])
     return None
 
 

@@ -268,7 +268,7 @@ def _children() -> set[str]:
     """Return the child processes, as far as the kernel tells."""
     found: set[str] = set()
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/children") as file:
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/children", encoding="ascii") as file:
             found.update(file.read().split())
     return found
 

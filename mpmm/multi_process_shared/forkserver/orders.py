@@ -129,7 +129,7 @@ def hand_over(link: Connection, what: str, order: Order) -> None:
     link.send((what, order.message))
     with sockets.duplicate(link.fileno()) as ours:
         fds = [order.requester.fileno(), *(descriptor.fd for descriptor in order.descriptors)]
-        socket.send_fds(ours, [b"!"], fds)
+        socket.send_fds(ours, [b"!"], fds, sockets.NO_SIGNAL)
     order.close()
 
 

@@ -174,7 +174,7 @@ def _native_threads() -> int:
     for thread in os.listdir("/proc/self/task"):
         # It may end before we can look.
         with contextlib.suppress(OSError):
-            names.append(Path(f"/proc/self/task/{thread}/comm").read_text().strip())
+            names.append(Path(f"/proc/self/task/{thread}/comm").read_text(encoding="utf-8", errors="replace").strip())
     return sum(name not in HARMLESS_THREADS for name in names)
 
 

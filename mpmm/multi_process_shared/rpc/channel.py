@@ -46,6 +46,7 @@ from mpmm.multi_process_shared.rpc.shared_buffer import (
     create_shared_buffer,
     cut_into_slots,
 )
+from mpmm.multi_process_shared.rpc.sockets import NO_SIGNAL, ForkSafeSocket
 
 __all__ = ["LARGE_BYTES", "Channel", "Message"]
 
@@ -74,15 +75,15 @@ class Message(NamedTuple):
 class Channel:
     """One side of a connection. Used by one thread at a time; closed in forked children."""
 
-    def __init__(self, line: socket.socket | Connection) -> None:
+    def __init__(self, line: ForkSafeSocket | Connection) -> None:
         """Take over an authenticated socket, or a connection, which is closed."""
-        if isinstance(line, socket.socket):
+        if isinstance(line, ForkSafeSocket):
             with fork_guard:
                 self._socket = line
                 close_in_children(self)
         else:
             with fork_guard, line:
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(line.fileno()))
+                self._socket = ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(line.fileno()))
                 close_in_children(self)
         self._shared_buffer: SharedBuffer | None = None
         self._refused = False
@@ -111,12 +112,12 @@ class Channel:
         """Send one message. Raises OSError or EOFError when the other side goes away."""
         head, buffers = message
         if not buffers and len(head) < LARGE_BYTES:
-            self._socket.sendall(_FRAME.pack(len(head), 0) + head)
+            self._socket.sendall(_FRAME.pack(len(head), 0) + head, NO_SIGNAL)
             return
         if len(head) >= LARGE_BYTES:
             head, buffers = b"", [memoryview(head), *buffers]
         sizes = struct.pack(f"<{len(buffers)}Q", *(buffer.nbytes for buffer in buffers))
-        self._socket.sendall(b"".join((_FRAME.pack(len(head), len(buffers)), sizes, head)))
+        self._socket.sendall(b"".join((_FRAME.pack(len(head), len(buffers)), sizes, head)), NO_SIGNAL)
         self._send_bulk(buffers)
 
     def receive(self) -> Message:
@@ -157,9 +158,9 @@ class Channel:
         if self._shared_buffer is None or their_state == LACK:
             self._shared_buffer = None
             if self._refused or not self._offer_shared_buffer():
-                self._socket.sendall(PLAIN)
+                self._socket.sendall(PLAIN, NO_SIGNAL)
                 for buffer in buffers:
-                    self._socket.sendall(buffer)
+                    self._socket.sendall(buffer, NO_SIGNAL)
                 return
         assert self._shared_buffer is not None
         slots = self._shared_buffer.slots
@@ -172,12 +173,12 @@ class Channel:
             for piece in pieces:
                 slot[start : start + piece.nbytes] = piece
                 start += piece.nbytes
-            self._socket.sendall(FILLED)
+            self._socket.sendall(FILLED, NO_SIGNAL)
             free -= 1
 
     def _receive_bulk(self, buffers: Sequence[memoryview]) -> None:
         while True:
-            self._socket.sendall(LACK if self._shared_buffer is None else HAVE)
+            self._socket.sendall(LACK if self._shared_buffer is None else HAVE, NO_SIGNAL)
             # Looked at first, because a byte that comes with a descriptor has to be taken in a way of its own.
             way = self._socket.recv(1, socket.MSG_PEEK)
             if way != OFFER:
@@ -203,10 +204,10 @@ class Channel:
                 start += piece.nbytes
             filled -= 1
             if number + SLOTS <= last:
-                self._socket.sendall(EMPTIED)
+                self._socket.sendall(EMPTIED, NO_SIGNAL)
         # All is here, also from a side that has gone since; the next message finds that out.
         with suppress(OSError):
-            self._socket.sendall(READ)
+            self._socket.sendall(READ, NO_SIGNAL)
 
     def _offer_shared_buffer(self) -> bool:
         """Make a shared buffer and hand it over; return whether both sides have it. A refusal is for good."""
@@ -218,7 +219,7 @@ class Channel:
             except OSError:
                 return False
             try:
-                socket.send_fds(self._socket, [OFFER], [fd])
+                socket.send_fds(self._socket, [OFFER], [fd], NO_SIGNAL)
             finally:
                 os.close(fd)
         self._refused = self._byte() != HAVE

@@ -33,10 +33,14 @@ from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 
-__all__ = ["accept", "authenticate_client", "dial", "dial_socket", "listen", "peer_pid", "pid_at", "set_timeouts"]
+__all__ = [
+    *("NO_SIGNAL", "ForkSafeSocket", "accept", "authenticate_client", "dial", "dial_socket", "listen", "peer_pid"),
+    *("pid_at", "set_timeouts"),
+]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
 LONGEST_ADDRESS_BYTES = 100
@@ -48,11 +52,21 @@ _VERSION = struct.Struct(">H")
 PROOF_BYTES = 32
 # A client proves what it knows in a millisecond, unless it is stopped, or the machine has no processor for it.
 HANDSHAKE_TIMEOUT_S = 30.0
+# With it a peer that has gone is an error, and no SIGPIPE, which ends programs that have given it its default action.
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _HAS_PROC = sys.platform == "linux"
 
 
 class ForkSafeSocket(socket.socket):
-    """A socket that no fork meets half closed. Without the guard a child would keep what its object has forgotten."""
+    """A socket that no fork meets half closed. Without the guard a child would keep what its object has forgotten.
+
+    It has no time limit, whatever `socket.setdefaulttimeout` says in this program, which is about its own sockets.
+    """
+
+    def __init__(self, family: int = -1, kind: int = -1, *, fileno: int | None = None) -> None:
+        super().__init__(family, kind, fileno=fileno)
+        if self.gettimeout() is not None:
+            self.settimeout(None)
 
     def close(self) -> None:
         """Close the socket under the guard."""
@@ -62,6 +76,11 @@ class ForkSafeSocket(socket.socket):
 
 class ForkSafeConnection(Connection):
     """A connection that no fork meets half closed. Without the guard a child would close a number that is another's."""
+
+    def _send(self, buf: Any, write: object = None) -> None:
+        """Send all of it, see NO_SIGNAL; `multiprocessing` would write as to a file."""
+        with duplicate(self.fileno()) as ours:
+            ours.sendall(buf, NO_SIGNAL)
 
     def close(self) -> None:
         """Close the connection under the guard."""
@@ -119,7 +138,7 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
     with duplicate(connection.fileno()) as peer:
         client_nonce = _receive(peer, NONCE_BYTES, deadline)
         server_nonce = _nonce()
-        peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce))
+        peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce), NO_SIGNAL)
         # Behind our own nonce, so that the client knows it as well.
         _expect_version("client", client_nonce)
         proof = _receive(peer, PROOF_BYTES, deadline)
@@ -138,7 +157,7 @@ def dial(folder: str | Path, name: str, key: bytes, timeout_seconds: float | Non
         return close_in_children(ForkSafeConnection(ours.detach()))
 
 
-def dial_socket(folder: str | Path, name: str, key: bytes, timeout_seconds: float | None = None) -> socket.socket:
+def dial_socket(folder: str | Path, name: str, key: bytes, timeout_seconds: float | None = None) -> ForkSafeSocket:
     """Do what `dial` does, and return the socket."""
     with fork_guard:
         ours = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -171,13 +190,13 @@ def pid_at(folder: str | Path, name: str, timeout_seconds: float) -> int | None:
 
 def _prove_to_server(server: socket.socket, key: bytes) -> None:
     client_nonce = _nonce()
-    server.sendall(client_nonce)
+    server.sendall(client_nonce, NO_SIGNAL)
     answer = _receive(server, NONCE_BYTES + PROOF_BYTES)
     server_nonce, proof = answer[:NONCE_BYTES], answer[NONCE_BYTES:]
     _expect_version("server", server_nonce)
     if not hmac.compare_digest(proof, _proof(key, b"server", client_nonce, server_nonce)):
         raise AuthenticationError("the server does not know the key")
-    server.sendall(_proof(key, b"client", client_nonce, server_nonce))
+    server.sendall(_proof(key, b"client", client_nonce, server_nonce), NO_SIGNAL)
 
 
 def _nonce() -> bytes:
