@@ -229,6 +229,21 @@ class GPUMonitor(_BeamAttributes):
         """The source in use. Raises SourceUnavailableError, InvalidArgumentError as `choose_source` does."""
         return self._resolve()[0]
 
+    @property
+    def fallback_memory_mb(self) -> float:
+        """The total where there is nothing to measure, in MB."""
+        return self._fallback_memory_mb
+
+    @property
+    def poll_interval(self) -> float:
+        """The time between two samples, in seconds."""
+        return self._poll_interval
+
+    @property
+    def peak_window_seconds(self) -> float:
+        """How long a peak counts, in seconds."""
+        return self._peak_window_seconds
+
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the devices of the source, which is asked for them once. Raises as `source` does.
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
@@ -227,7 +227,7 @@ class Attachment:
             run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
             _leaves_at_exit.add((self.root, self.name))
         told, deadline = self.joins_with, time.monotonic() + min(timeout_s, LIFECYCLE_TIMEOUT_S)
-        source = "custom" if told.monitor or not isinstance(told.memory_source, str) else told.memory_source
+        source = "custom" if told.monitor is not None or not isinstance(told.memory_source, str) else told.memory_source
         namespace = Namespace.join(
             self.name,
             root=self.root,
@@ -285,7 +285,7 @@ class Attachment:
         session.close()
         self.session = None
         monitor = self.joins_with.monitor
-        if isinstance(monitor, GPUMonitor):
+        if _is_ours(monitor):
             monitor.stop()
         elif monitor is not None:
             MonitorSource(monitor).stop()
@@ -330,11 +330,22 @@ def closed_by_shutdown(method: Method) -> Method:
     return cast(Method, call)
 
 
+def _is_ours(monitor: object) -> TypeGuard[GPUMonitor]:
+    """Tell whether a monitor is `GPUMonitor` as it is, whose sources can be asked for more than Beam's methods say.
+
+    One that is derived from it, or made to look like it, with methods of its own is a monitor of the caller's.
+    """
+    kind = type(monitor)
+    return issubclass(kind, GPUMonitor) and all(
+        getattr(kind, name) is getattr(GPUMonitor, name) and name not in vars(monitor) for name in MONITOR_METHODS
+    )
+
+
 def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
     """Return the monitor that reads memory figures for a namespace, or would if this process were its leader."""
     settings = namespace.settings
     source: MemorySource
-    if isinstance(told.monitor, GPUMonitor):
+    if _is_ours(told.monitor):
         return told.monitor
     if told.monitor is not None:
         source = MonitorSource(told.monitor)

@@ -141,7 +141,8 @@ class BeamNames:
 
     @property
     def _monitor(self) -> Any:
-        return self._attachment.joins_with.monitor or self._connected().monitor
+        given = self._attachment.joins_with.monitor
+        return self._connected().monitor if given is None else given
 
     @property
     def _cv(self) -> Condition:
