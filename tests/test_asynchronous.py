@@ -535,6 +535,33 @@ def test_errors_arrive_as_from_acquire_model(namespace: str, new_manager: NewMan
     assert settled(namespace).timeouts == 1
 
 
+@pytest.mark.parametrize(
+    "kind", [StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, asyncio.CancelledError, RecursionError]
+)
+def test_whatever_a_loader_raises_ends_the_wait_for_it(
+    namespace: str, new_manager: NewManager, kind: type[BaseException]
+) -> None:
+    """StopIteration above all, of a loader's `next()`: a future cannot carry it, and the task waited for ever."""
+    manager, error = new_manager(), kind("text")
+
+    def fail() -> Any:
+        raise error
+
+    async def use() -> None:
+        async with manager.model_async("a", fail):
+            pytest.fail("there is nothing to be had")
+
+    if kind is StopIteration:
+        with pytest.raises(RuntimeError, match="the loader of model 'a' raised StopIteration") as caught:
+            run(use())
+        assert caught.value.__cause__ is error
+    else:
+        with pytest.raises(kind, match="text"):
+            run(use())
+    found = settled(namespace)
+    assert (found.instances, found.failed_loads) == ((), 1)
+
+
 async def _coroutine() -> None:
     pytest.fail("nobody awaits a loader")
 

@@ -271,6 +271,10 @@ class AsyncAcquire:
             if self._is_abandoned:
                 raise asyncio.CancelledError
             return function()
+        except StopIteration as error:
+            # Of a loader's `next()`. No future of asyncio carries it, so the task would wait for ever; and a coroutine
+            # that raises it raises a RuntimeError.
+            raise RuntimeError(f"the loader of {self._acquisition.called} raised StopIteration") from error
         finally:
             self._works_in_thread = False
             if self._is_abandoned:
