@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -49,7 +50,7 @@ from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import ServerRecord, registry_for
 from mpmm.multi_process_shared.rpc import channel, sockets
 from mpmm.multi_process_shared.rpc.shared_buffer import cut_into_slots
-from mpmm.multi_process_shared.server_process import ServerPlan
+from mpmm.multi_process_shared.server_process import CRASHED, ServerPlan, run_server
 from mpmm.multi_process_shared.stop_server import _is_gone
 from mpmm.shared_state import transaction
 from mpmm.shared_state.layout import Header
@@ -240,6 +241,44 @@ def test_a_log_handler_that_raises_keeps_no_client_from_its_object(
     finally:
         host.logger.removeHandler(handler)
         unload("here")
+
+
+def test_a_server_that_fails_before_its_object_says_why(runtime_root: Path) -> None:
+    registry = registry_for(None)
+    registry.join()
+    plan = ServerPlan(str(registry.root), "it", (), (os.getpid(), None), (), pickle.dumps(()), pickle.dumps(dict))
+    reader, writer = Pipe(duplex=False)
+    pid = os.fork()
+    if not pid:
+        try:
+
+            def refuse(thread: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            threading.Thread.start = refuse  # type: ignore[assignment, method-assign]  # in the child alone
+            run_server(plan, writer)
+        finally:
+            os._exit(99)
+    writer.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    outcome, text = reader.recv()
+    assert outcome == CRASHED
+    assert "the server of 'it' failed" in text
+    assert "can't start new thread" in text
+
+
+@pytest.mark.parametrize(("number", "option"), [(errno.EMFILE, "-n"), (errno.EAGAIN, "-u"), (errno.EINVAL, "")])
+def test_a_server_that_cannot_be_started_is_an_error_with_the_limit(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch, number: int, option: str
+) -> None:
+    def refuse(*_: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(start_server, "_begin", refuse)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (17, 17))
+    with pytest.raises(ServerStartError, match=re.escape(os.strerror(number))) as caught:
+        MultiProcessShared(Sevens, tag="it", spawn_process=True).acquire()
+    assert str(caught.value).endswith(f" (`ulimit {option}` is 17)" if option else os.strerror(number))
 
 
 def test_a_load_that_fails_ends_no_server_that_others_use(

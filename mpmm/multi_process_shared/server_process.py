@@ -125,57 +125,60 @@ class _Server:
         self.signals = _Signals(self.on_signal)
 
     def run(self, preparation: dict[str, Any] | None) -> NoReturn:
-        self.signals.listen()
-        threading.Thread(target=self.watch, name="mpmm-watch", daemon=True).start()
-        if preparation is not None:
-            self.prepare(preparation)
-        self.signals.listen()
-        _log_as_beam_does()
         try:
-            self.life = self.registry.take_life(self.tag)
-            if self.life is None:
-                self.tell(OCCUPIED)
-                self.exit(0)
-            self.record = record = new_record(self.registry, self.tag, spawned=True, ready=False)
-            write_record(self.life, record)
-            self.contexts = pickle.loads(self.plan.contexts)
-            for context in self.contexts:
-                if context.on_start is not None:
-                    self.kept.append(context.on_start(self.tag))
-            constructor = _Construction(self.tag, self.plan.constructor)
-            with attaching_to(self.tag, self.registry.root):
-                shared = constructor()
-            if self.on_made is not None:
-                self.on_made()
-            if wants_to_attach(shared):
-                self.tell(ATTACH)
-                self.exit(0, keep_life=False)
-            # The constructor may have taken the signals for something of its own.
-            self.signals.listen()
-            namespaces = tuple(context.namespace for context in self.contexts if context.namespace)
-            if namespaces:
-                self.registry.remember_handle(self.tag, namespaces)
-            self.record = replace(
-                record,
-                ready=True,
-                namespaces=namespaces,
-                constructor=name_of_constructor(constructor.unpickled),
-                types=names_of_types(shared),
-            )
-            host_object(self.registry, self.record, constructor, shared, self.life, lambda: self.exit(0))
+            self.host(preparation)
         except BaseException as error:
             # The constructor's own come as the former.
             text = error.message if isinstance(error, ServerStartError) else _crash_text("the server", self.tag)
             self.tell(CRASHED, text)
             # The starter waits for the end of this process by itself.
             self.exit(1, keep_life=False)
-        del shared
         self.serving = True
         self.tell(READY)
         # Interrupted by signals only, whose handlers run in this thread.
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
         self.exit(0)
+
+    def host(self, preparation: dict[str, Any] | None) -> None:
+        """Make the object, and answer for it from now on."""
+        self.signals.listen()
+        threading.Thread(target=self.watch, name="mpmm-watch", daemon=True).start()
+        if preparation is not None:
+            self.prepare(preparation)
+        self.signals.listen()
+        _log_as_beam_does()
+        self.life = self.registry.take_life(self.tag)
+        if self.life is None:
+            self.tell(OCCUPIED)
+            self.exit(0)
+        self.record = record = new_record(self.registry, self.tag, spawned=True, ready=False)
+        write_record(self.life, record)
+        self.contexts = pickle.loads(self.plan.contexts)
+        for context in self.contexts:
+            if context.on_start is not None:
+                self.kept.append(context.on_start(self.tag))
+        constructor = _Construction(self.tag, self.plan.constructor)
+        with attaching_to(self.tag, self.registry.root):
+            shared = constructor()
+        if self.on_made is not None:
+            self.on_made()
+        if wants_to_attach(shared):
+            self.tell(ATTACH)
+            self.exit(0, keep_life=False)
+        # The constructor may have taken the signals for something of its own.
+        self.signals.listen()
+        namespaces = tuple(context.namespace for context in self.contexts if context.namespace)
+        if namespaces:
+            self.registry.remember_handle(self.tag, namespaces)
+        self.record = replace(
+            record,
+            ready=True,
+            namespaces=namespaces,
+            constructor=name_of_constructor(constructor.unpickled),
+            types=names_of_types(shared),
+        )
+        host_object(self.registry, self.record, constructor, shared, self.life, lambda: self.exit(0))
 
     def prepare(self, preparation: dict[str, Any]) -> None:
         """Do what `multiprocessing.spawn` does in a new process; if the main module fails, say so and end."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import multiprocessing
 import os
+import resource
 from collections.abc import Iterator
 from multiprocessing import process as mp_process
 from multiprocessing import spawn
@@ -67,7 +69,12 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
             f"{os.getpid()} was removed: change to one that is there (os.chdir)",
             tag=tag,
         ) from error
-    server, reader = _begin(registry, plan, preparation, name)
+    try:
+        server, reader = _begin(registry, plan, preparation, name)
+    except OSError as error:
+        raise ServerStartError(
+            f"no process could be started for {tag!r}: {error}{_limit_of(error)}", tag=tag
+        ) from error
     with reader:
         while not wait([reader, server.sentinel], LOOK_INTERVAL_S) and server.is_alive():
             pass
@@ -88,6 +95,18 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     if outcome == CRASHED:
         raise ServerStartError(text, tag=tag)
     return str(outcome)
+
+
+def _limit_of(error: OSError) -> str:
+    """Say which limit of this process an error is about, "" where it is about none."""
+    kind, option = {
+        errno.EMFILE: (resource.RLIMIT_NOFILE, "-n"),
+        errno.EAGAIN: (resource.RLIMIT_NPROC, "-u"),
+        errno.ENOMEM: (resource.RLIMIT_AS, "-v"),
+    }.get(error.errno or 0, (None, ""))
+    if kind is None or (limit := resource.getrlimit(kind)[0]) == resource.RLIM_INFINITY:
+        return ""
+    return f" (`ulimit {option}` is {limit})"
 
 
 def _begin(

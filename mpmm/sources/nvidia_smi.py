@@ -255,15 +255,13 @@ class NvidiaSmiSource:
 def _output(command: list[str], timeout_s: float) -> str:
     """Return what a program prints. Raises OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired."""
     if signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN:
-        return subprocess.check_output(command, encoding="utf-8", errors="replace", timeout=timeout_s)
+        return subprocess.check_output(command, text=True, timeout=timeout_s)
     # Then the kernel keeps no exit status of this process's children, and each would pass for 0. A shell does not
     # ignore the signal, whatever it was started with, and can tell.
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
     shell = ["/bin/sh", "-c", f'"$@"; echo "{_STATUS}$?"', "sh", *command]
-    with subprocess.Popen(
-        shell, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", start_new_session=True
-    ) as running:
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
         try:
             told, _ = running.communicate(timeout=timeout_s)
         except BaseException:
