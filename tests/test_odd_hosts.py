@@ -16,13 +16,16 @@ import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from containers import NOBODY, as_nobody, as_root, can_unshare, run_unshared
 from harness import import_path
 
+from mpmm import ModelManager, MultiProcessShared
 from mpmm.cli import main
 from mpmm.errors import RuntimeDirectoryError, SegmentAllocationError
+from mpmm.multi_process_shared.registry import leave_all_registries
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state import segment as segment_module
 from mpmm.shared_state.file_errors import file_error
@@ -448,3 +451,38 @@ def test_a_finalizer_at_the_very_end_of_the_interpreter_joins_nothing_again(runt
     """
     assert run_program(program) == "the interpreter is ending, and this process has left namespace 'odd'"
     assert not (runtime_root / "odd").exists()
+
+
+@as_root
+def test_a_process_that_drops_its_rights_after_a_fork_is_one_of_the_other_user(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As workers of gunicorn with `--user` and `--preload` do."""
+    # The one test that needs the folder that is the default.
+    tag = f"of-{os.getpid()}"
+    monkeypatch.delenv("MPMM_RUNTIME_DIR")
+    own = Path(f"/tmp/mpmm-{NOBODY}")
+
+    def use() -> tuple[object, ...]:
+        with manager.model("a", lambda: "a handle") as handle:
+            folders = sorted(path.name for path in own.iterdir())
+        served: Any = MultiProcessShared(dict, f"{tag}-other", always_proxy=True).acquire()
+        answer = served.get("key", 42)
+        MultiProcessShared(dict, f"{tag}-other").unsafe_hard_delete()
+        manager.shutdown()
+        leave_all_registries()
+        return handle, tag in folders, answer, own.joinpath(tag).exists()
+
+    with ModelManager(namespace=tag, memory_source="booked") as manager:
+        MultiProcessShared(dict, tag, always_proxy=True).acquire()
+        with manager.model("a", lambda: "a handle"):
+            answer = as_nobody(use)
+        MultiProcessShared(dict, tag).unsafe_hard_delete()
+    assert answer == "('a handle', True, 42, False)"
+
+
+@pytest.mark.usefixtures("cloudpickle")
+def test_a_main_module_without_a_spec_is_a_script() -> None:
+    """As the debugger leaves it, and multiprocessing cannot bear it."""
+    setting = "import sys; vars(sys.modules['__main__']).pop('__spec__', None)"
+    assert run_settings(setting, "print(detector.slow([1, 2]))") == (0, "3\n", "")

@@ -37,7 +37,7 @@ from mpmm.multi_process_shared.context import attach_namespace
 from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.shared_state.layout import Capacities, Header, Member
 from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
-from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.runtime_dir import RuntimeDirectory, root_below
 from mpmm.shared_state.settings import CHECKPOINTS, Settings
 from mpmm.sources import MemorySource, choose_source
 from mpmm.sources.selected import SelectedDevices
@@ -132,6 +132,7 @@ class Attachment:
     def __init__(self, root: Path, name: str, settings: Settings, joins_with: JoinsWith) -> None:
         self.root = root
         self.name = name
+        self._made_by_uid = os.getuid()
         self.settings = settings
         self.joins_with = joins_with
         self.bookings = ThreadBookings()
@@ -154,6 +155,7 @@ class Attachment:
         if self.closed:
             raise ClosedError("the model manager was shut down")
         with _guard:
+            self._follow_user()
             key = (self.root, self.name)
             _end_interrupted_join(key)
             session = _sessions.get(key)
@@ -213,6 +215,17 @@ class Attachment:
             values[name] = int(values[name])
         values.update({field.name: getattr(self.joins_with, field.name) for field in fields(JoinsWith)})
         return {**values, "namespace": self.name, "runtime_root": str(self.root)}
+
+    def _follow_user(self) -> None:
+        """Take the new user's default root, where the old one's was meant and this process has changed its user.
+
+        Servers for the web do, in the workers that they fork: gunicorn's `--user` with `--preload`, say.
+        """
+        uid = os.getuid()
+        if uid != self._made_by_uid:
+            if str(self.root) == root_below("/tmp", self._made_by_uid):
+                self.root = Path(root_below("/tmp"))
+            self._made_by_uid = uid
 
     # ---- joining -------------------------------------------------------------------------------------------
 

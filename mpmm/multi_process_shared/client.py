@@ -158,9 +158,17 @@ def remember_link(link: ServerLink) -> None:
     """
     if _known.get((link.registry, link.tag)) is not link:
         for known in list(_known.values()):
-            if not known.registry.look(known.tag)[0]:
+            if not _lives(known):
                 forget_link(known)
     _known[link.registry, link.tag] = link
+
+
+def _lives(link: ServerLink) -> bool:
+    try:
+        return link.registry.look(link.tag)[0]
+    except OSError:
+        # It was that of the user that this process was before a `setuid`, say. Another tag's is no reason to fail.
+        return False
 
 
 def link_to(registry: ServerRegistry, record: ServerRecord) -> ServerLink:

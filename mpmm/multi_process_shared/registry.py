@@ -493,8 +493,9 @@ def digest_of(tag: str) -> str:
 
 _registries: dict[str, ServerRegistry] = {}
 _registries_mutex = new_lock()
-# What `registry_for` found, by its argument and the setting: taking paths apart would cost more than a call.
-_registries_by_argument: dict[tuple[str | None, str | None], ServerRegistry] = {}
+# What `registry_for` found, by its argument, the setting and the user, which `setuid` changes: taking paths apart would
+# cost more than a call.
+_registries_by_argument: dict[tuple[str | None, str | None, int], ServerRegistry] = {}
 
 
 def registry_at(root: str | Path) -> ServerRegistry:
@@ -514,7 +515,7 @@ def registry_for(path: str | None) -> ServerRegistry:
     """
     if path is not None and not isinstance(path, str):
         path = checked_path_text("path", path, "a folder")
-    argument = (path, os.environ.get(RUNTIME_DIR_VARIABLE))
+    argument = (path, os.environ.get(RUNTIME_DIR_VARIABLE), os.getuid())
     registry = _registries_by_argument.get(argument)
     if registry is None:
         if path is not None:

@@ -36,6 +36,10 @@ def preparation_for(name: str, constructor: object) -> dict[str, Any]:
     Raises RuntimeError in a process that still imports its own main module, FileNotFoundError where its working
     directory was removed.
     """
+    main = sys.modules.get("__main__")
+    if main is not None and not hasattr(main, "__spec__"):
+        # pdb takes it away, and multiprocessing counts on it; that of a script is None.
+        main.__spec__ = None
     preparation = spawn.get_preparation_data(name)
     if not is_main_importable():
         # A script from the standard input, say, of which multiprocessing takes "<stdin>" for the file.

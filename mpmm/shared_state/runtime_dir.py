@@ -81,9 +81,9 @@ def absolute(folder: str | Path) -> str:
         ) from error
 
 
-def root_below(folder: str) -> str:
-    """Return the folder of all namespaces of this user below `folder`, which others may write too."""
-    return os.path.join(folder, f"mpmm-{os.getuid()}")
+def root_below(folder: str, uid: int | None = None) -> str:
+    """Return the folder of all namespaces of a user, of this one by default, below `folder`, which others may write."""
+    return os.path.join(folder, f"mpmm-{os.getuid() if uid is None else uid}")
 
 
 def is_namespace_name(name: str) -> bool:
