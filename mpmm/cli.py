@@ -334,7 +334,8 @@ def _trace(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.trace_writer import record
 
     namespace = _namespace(options, root)
-    return record(namespace, root, options.output, follow=options.follow)
+    output = None if options.output == Path("-") else options.output
+    return record(namespace, root, output, follow=options.follow)
 
 
 def _plot(options: argparse.Namespace, root: Path | None) -> int:

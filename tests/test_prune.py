@@ -16,8 +16,11 @@ import pytest
 from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, wait_until
 
 from mpmm.cli import main
-from mpmm.shared_state import leftovers, prune
+from mpmm.shared_state import leftovers, prune, removal
+from mpmm.shared_state import namespace as namespace_module
 from mpmm.shared_state.layout import Header
+from mpmm.shared_state.lifecycle import Lifecycle
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.prune import Orphan, find_orphans
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment, segment_name
@@ -282,3 +285,29 @@ def test_it_says_how_much_memory_a_deserted_namespace_takes(
     [found] = [one for one in leftovers.prune(runtime_root, dry_run=True) if one.what.startswith("namespace ")]
     assert found.size_mb == blocks * 512 / 1024**2
     assert leftovers.prune(runtime_root)[0] == found
+
+
+def test_a_namespace_that_a_process_could_not_finish_is_pruned_and_one_in_the_making_is_not(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Short(Exception):
+        """Of descriptors, say."""
+
+    def refuse(*_: object) -> None:
+        raise Short
+
+    with monkeypatch.context() as patched:
+        patched.setattr(namespace_module, "open_or_replace", refuse)
+        with pytest.raises(Short):
+            Namespace.join("begun", root=runtime_root)
+    (runtime_root / "mine").mkdir()
+    (runtime_root / "mine" / "lifecycle.lock").touch()
+    (runtime_root / "mine" / "work").touch()
+    with Lifecycle(RuntimeDirectory("begun", runtime_root)), monkeypatch.context() as patched:
+        patched.setattr(removal, "REMOVAL_TIMEOUT_S", 0.0)
+        assert leftovers.prune(runtime_root) == []
+    [found] = leftovers.prune(runtime_root)
+    assert found.what == f"namespace {runtime_root / 'begun'}"
+    assert not (runtime_root / "begun").exists()
+    assert (runtime_root / "mine" / "work").exists()
+    shutil.rmtree(runtime_root / "mine")

@@ -391,3 +391,17 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: Capture, monkeypat
     assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
     assert "pip install 'mpmm[plot]'" in capsys.readouterr().err
     assert NAMESPACE_PID < DEVICE_PID
+
+
+def test_a_dash_stands_for_the_standard_output(
+    namespace: str,
+    new_manager: NewManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    new_manager()
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", namespace, "-o", "-"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), (dict, list))
+    assert list(tmp_path.iterdir()) == []

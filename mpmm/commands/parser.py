@@ -90,7 +90,7 @@ def _add_looking(commands: Commands) -> None:
 def _add_exporting(commands: Commands) -> None:
     """Add what writes or serves what others read: traces, pictures, metrics, a page; and `check`, for scripts."""
     trace = commands.add_parser("trace", help="write the last events as a trace for https://ui.perfetto.dev")
-    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the standard output")
+    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default, as -: the standard output")
     trace.add_argument(
         "--follow", action="store_true", help="wait for the namespace, then write until it ends, or Ctrl-C"
     )

@@ -10,7 +10,7 @@ from mpmm.shared_state.layout import Member
 from mpmm.shared_state.lifecycle import REMOVAL_TIMEOUT_S, Lifecycle, close_segment
 from mpmm.shared_state.liveness import has_living_member
 from mpmm.shared_state.lock_file import LockFile, identity_of
-from mpmm.shared_state.runtime_dir import RuntimeDirectory
+from mpmm.shared_state.runtime_dir import REGISTRY_FOLDER, RuntimeDirectory
 from mpmm.shared_state.segment import Segment, SegmentProblem, segment_name, unlink_segment
 from mpmm.shared_state.tables import Tables
 
@@ -80,4 +80,14 @@ def remove_all_deserted(root: Path) -> None:
 
 def namespaces_below(root: Path) -> list[str]:
     """Name the namespaces below `root` that have a folder, living or not."""
-    return sorted(token.parent.name for token in root.glob("[!.]*/token"))
+    found = {token.parent.name for token in root.glob("[!.]*/token")}
+    found.update(lock.parent.name for lock in root.glob("[!.]*/lifecycle.lock") if _is_hardly_begun(lock.parent))
+    return sorted(found)
+
+
+def _is_hardly_begun(folder: Path) -> bool:
+    """Tell whether a process has made the folder of a namespace and come no further, for want of descriptors say."""
+    names: set[str] = set()
+    with contextlib.suppress(OSError):
+        names = {path.name for path in folder.iterdir()}
+    return folder.name != REGISTRY_FOLDER and bool(names) and names <= {"lifecycle.lock", "alive.lock"}
