@@ -17,6 +17,8 @@ from mpmm.policy.view import (
     Grant,
     Load,
     Reason,
+    Resume,
+    SuspendedInstance,
     TicketView,
     View,
     Wait,
@@ -106,17 +108,65 @@ def test_it_begins_during_a_load_if_others_are_idle_that_could_make_room() -> No
     assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.IN_USE), True)
 
 
-def test_it_begins_when_a_small_load_goes_on_beside_it() -> None:
-    state = view(
+def beside_b(*busy: BusyInstance, others: tuple[TicketView, ...] = (), head_for_s: float | None = None) -> View:
+    """The first waiter needs 800 of 900 MB, where B has 300; C takes 50 and is being loaded, or others wait for it."""
+    return view(
         [model(A, 800), model(B, shared=1), model(C, 50)],
-        [ticket(1, A), ticket(2, C)],
-        devices=[device(used=300)],
-        busy=(BusyInstance(5, B, 0, 300, 1.0, loading=True),),
+        [ticket(1, A, head_for=head_for_s), *others],
+        busy=busy,
+        devices=[device(used=300 + 50 * any(one.model == C for one in busy))],
     )
-    wait, load = make_plan(state).decisions
+
+
+LOADING_B = BusyInstance(5, B, 0, 300, 1.0, loading=True)
+LOADING_C = BusyInstance(6, C, 0, 50, 9.0, loading=True)
+
+
+def test_it_does_not_begin_when_a_small_load_goes_on_beside_it() -> None:
+    wait, load = make_plan(beside_b(LOADING_B, others=(ticket(2, C),))).decisions
     assert isinstance(load, Load)
+    # As before, only the end of B's load makes room.
     assert isinstance(wait, Wait)
-    assert wait.first
+    assert not wait.first
+
+
+def test_a_small_load_does_not_hold_it_up() -> None:
+    both_loading = beside_b(LOADING_B, LOADING_C)
+    in_use_again = beside_b(in_use(5, B, 300, 1.0), LOADING_C)
+    # Idle, and taken by another waiter in the same plan.
+    reused = view(
+        [model(A, 800), held_for_long(model(B, shared=1)), model(C, 50)],
+        [ticket(1, A), ticket(2, B)],
+        copies=[idle(5, B, mb=300)],
+        devices=[device(used=350)],
+        busy=(LOADING_C,),
+    )
+    for state, begins in ((both_loading, False), (in_use_again, True), (reused, True)):
+        wait, *granted = make_plan(state).decisions
+        assert granted == ([Grant(2, 5)] if state is reused else [])
+        assert isinstance(wait, Wait)
+        assert wait.first is begins
+
+
+@pytest.mark.parametrize(("head_for_s", "goes_on"), [(None, True), (3.9, True), (4.0, False)])
+@pytest.mark.parametrize("suspended", [True, False], ids=["resume", "load"])
+def test_once_overtaking_is_over_no_small_load_goes_on(
+    head_for_s: float | None, goes_on: bool, suspended: bool
+) -> None:
+    kept = (SuspendedInstance(9, C, 0, 50.0, since_s=1.0, resume_s=0.1),) if suspended else ()
+    state = beside_b(in_use(5, B, 300, 1.0), others=(ticket(2, C),), head_for_s=head_for_s)
+    _, *others = make_plan(replace(state, suspended=kept)).decisions
+    expected = Resume(2, 9) if suspended else Load(2, (0,), 50, alone=False)
+    assert others == ([expected] if goes_on else [])
+
+
+@pytest.mark.parametrize("restricted", [True, False])
+def test_where_the_head_of_the_line_may_not_load_nothing_delays_it(restricted: bool) -> None:
+    state = beside_b(in_use(5, B, 300, 1.0))
+    head = replace(ticket(1, A, head_for=9.0), loadable_on=(0,) if restricted else ())
+    devices = (*state.devices, device(1, used=850))
+    _, *others = make_plan(replace(state, tickets=(head, ticket(2, C)), devices=devices)).decisions
+    assert others == ([Load(2, (1,), 50, alone=False)] if restricted else [])
 
 
 def test_after_it_only_what_is_not_to_make_room() -> None:

@@ -1,4 +1,8 @@
-"""Backfill: loads behind the head of the line that fit beside what is reserved for it, so that they do not delay it."""
+"""Backfill: loads behind the head of the line that fit beside what is reserved for it, so that they do not delay it.
+
+That is an expectation: which instances are to make room for the head may be decided otherwise later. So once overtaking
+is over, see `fairness`, nothing is loaded or resumed where the head may load.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 from dataclasses import replace
 
 from mpmm.policy.admission import free_mb
+from mpmm.policy.fairness import overtaking_over
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan_state import PlanState, resized
 from mpmm.policy.sharing import presumed
@@ -43,7 +48,6 @@ def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision
         state.eviction_plan = replace(eviction_plan, left_mb=left_mb)
     # As they are without the room that is kept for the head of the line.
     devices = tuple(state.devices[device.device] for device in place.devices)
-    state.overtaking_is_free = False
     load = state.load_on(ticket, devices, model.need_mb, Reason.BACKFILL, head.model)
     return load if instance is None else state.resume_instead(load, instance)
 
@@ -59,7 +63,10 @@ def _beside_head(
 ) -> list[DeviceView]:
     """Return where a waiter may load without delaying the head of the line, with the latter's room as reserved."""
     free = []
+    is_over = overtaking_over(state.view, head)
     for device in state.leasable(state.open_to(ticket), model, model.need_mb / ticket.span):
+        if is_over and (not head.loadable_on or device.device in head.loadable_on):
+            continue
         if device.device in left:
             kept_mb = max(0.0, free_mb(device, state.slack) - left[device.device])
             free.append(replace(device, reserved_mb=device.reserved_mb + kept_mb))

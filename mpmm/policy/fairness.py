@@ -12,13 +12,15 @@ The first waiter for which there is no room is the *head of the line*. For `max_
 behind it may overtake it by reusing whatever is idle: so the waiters of one model are served together, before its
 instance is evicted. After that overtaking is limited: the instances that are to make room for the head are kept for it,
 and they drain; the others delay it in nothing and may be reused still. After twice that time overtaking is over,
-whatever was expected. A model that has to run alone is never overtaken.
+whatever was expected: no idle instance is handed out behind the head, and where the head may load nothing else is
+loaded or resumed, however small. A model that has to run alone is never overtaken.
 
 The time begins only when there is a waiter that can delay the head. As long as nothing but the end of a load that has
 begun can make room, none of the waiters that share that load later is in the way; and without that, where a load takes
 longer than the bound, every instance would be evicted as soon as it is loaded, for the sake of the next waiter: four
 clients that go through four models with room for one, one model further each, then need 112 loads of 10 s for 112
-requests instead of 31. No load that begins later, not even a small one, holds the time up.
+requests instead of 31. A small load that begins later, beside the room for the head, neither starts the time nor holds
+it up: what counts is whether the instances that are loaded already could make room.
 
 It does not begin when a waiter comes, because in a long queue all have waited for long, and then every instance would
 be loaded for one waiter alone, which makes the queue longer still: in the simulator, 64 clients and loads of 2 s, that

@@ -95,9 +95,19 @@ def holds_up_others(state: PlanState, ticket: TicketView, model: ModelView) -> b
 
 
 def is_delayed_by_loads(state: PlanState, ticket: TicketView, share_mb: float) -> bool:
-    """Tell whether room can only come from the end of loads that have begun, which no waiter that reuses delays."""
+    """Tell whether room can only come from the end of loads that have begun, which no waiter that reuses delays.
+
+    It can come from instances that are in use, too. Where these are enough, a load beside them holds nothing up.
+    """
     loading = state.loads_begun or any(one.loading for one in state.view.busy)
-    return loading and cheapest_room(state, ticket, share_mb, ()) is None
+    if not loading:
+        return False
+    in_use = [one for one in state.view.busy if not one.loading]
+    in_use += [
+        BusyInstance(one.row, one.model, one.device, one.mb, math.inf, one.pinned, other_shares=one.other_shares)
+        for one in state.taken
+    ]
+    return cheapest_room(state, ticket, share_mb, in_use) is None
 
 
 def wait_for_others(state: PlanState, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:

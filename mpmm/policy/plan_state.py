@@ -59,6 +59,8 @@ class PlanState:
         # What that tells of models that have never been loaded.
         self.seen = seen_so_far(view.models.values())
         self.busy = Counter(device for instance in view.busy for device in instance.devices)
+        # Those that this plan has given to waiters, which are in use from then on.
+        self.taken: list[IdleInstance] = []
         self.leases = list(view.leases)
         self.head: TicketView | None = None
         self.eviction_plan: EvictionPlan | None = None
@@ -112,6 +114,7 @@ class PlanState:
         idle = self.idle[instance.model]
         idle.remove(instance)
         self.busy.update(instance.devices)
+        self.taken.append(instance)
         if instance.place_in is not None:
             # What it is a place in is used from now on, so that its own row is one more place.
             idle[:] = [replace(one, mb=0.0, place_in=one.row) if one.row == instance.place_in else one for one in idle]
