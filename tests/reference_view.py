@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mpmm.policy.backoff import back_off_s
 from mpmm.policy.demand import Demand
 from mpmm.policy.sharing import room_in_s
-from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s
+from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s, saved_share
 from mpmm.policy.view import (
     BusyInstance,
     DeviceView,
@@ -263,7 +263,19 @@ class Reference:
             if found.state == Instance.SUSPENDED
         ]
         room = HostRoom(kept, self.host_free_mb(), self.budget_mb())
-        return self.budget_mb() > 0 and pays(movable) and room.dropped_for(movable.mb, movable.worth) is not None
+        if self.budget_mb() <= 0 or not pays(movable, self.saved_share(movable.way)):
+            return False
+        return room.dropped_for(movable.mb, movable.worth_suspending) is not None
+
+    def saved_share(self, way: Way) -> float:
+        """What suspension would save of the loads of all models."""
+        models = []
+        for row in self._used(self.layout.models):
+            one = self.tables.models[row]
+            if one.state == Model.MODEL and not one.unsuspendable and not one.superseded:
+                mb = one.estimate_mb if one.known else one.expect_mb or self.settings.default_estimate_mb
+                models.append(Movable(mb, way, one.load_s, one.suspend_s, one.resume_s, rate=0.0))
+        return saved_share(models)
 
     def budget_mb(self) -> float:
         """Host memory for suspended copies."""

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from harness import OncePerRun, scaled
 from simulation.bounds import closed_loads
-from simulation.manager import Setting, simulate_clients
+from simulation.manager import Outcome, Setting, simulate, simulate_clients
 from simulation.policies import POLICIES
+from simulation.traces import SIZES_MB, TRACES
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "simulate.py"
 
@@ -80,6 +81,34 @@ def test_the_workers_of_a_pipeline_need_few_more_loads_than_if_all_that_they_ask
 def test_the_bound_on_overtaking_is_never_broken(crowded: Found, cycling: Found) -> None:
     for found in (crowded, cycling):
         assert {trace: one["mpmm"]["broken_bounds"] for trace, one in found.items()} == dict.fromkeys(found, 0)
+
+
+def replayed(trace: str, seed: int, load_s: float, clients: int, budget_mb: float = 0.0) -> Outcome:
+    """Replay 400 requests of a made trace for models of the usual sizes."""
+    setting = Setting(SIZES_MB, load_s=load_s, suspend_budget_mb=budget_mb)
+    return simulate(setting, POLICIES["mpmm"], TRACES[trace](400, len(SIZES_MB), seed), clients=clients)
+
+
+@pytest.mark.parametrize(("trace", "seed"), [("zipf", 2), ("drift", 2)])
+@pytest.mark.parametrize("budget_mb", [0.0, 12288.0])
+def test_the_bound_on_overtaking_holds_where_loads_take_longer_than_it(trace: str, seed: int, budget_mb: float) -> None:
+    assert [replayed(trace, seed, load_s, 8, budget_mb).broken_bounds for load_s in (5.0, 10.0)] == [0, 0]
+
+
+@pytest.mark.parametrize(("trace", "seed"), [("bursts", 1), ("cycles", 0), ("cold", 2)])
+@pytest.mark.parametrize(
+    ("load_s", "budget_mb", "clients", "share"),
+    [
+        pytest.param(2.0, 49152.0, 64, 1.01, id="loads of 2 s: hardly any model gains"),
+        pytest.param(5.0, 12288.0, 8, 1.0, id="loads of 5 s, with room for a third of the models"),
+        pytest.param(5.0, 49152.0, 64, 0.95, id="loads of 5 s"),
+    ],
+)
+def test_suspension_never_takes_longer_and_pays_where_loads_are_slow(
+    trace: str, seed: int, load_s: float, budget_mb: float, clients: int, share: float
+) -> None:
+    with_it, without = (replayed(trace, seed, load_s, clients, mb) for mb in (budget_mb, 0.0))
+    assert with_it.finished_s <= share * without.finished_s
 
 
 @pytest.fixture(scope="module", params=[1.0, 10.0], ids=lambda load_s: f"loads of {load_s:.0f} s")

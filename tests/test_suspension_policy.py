@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from mpmm.policy.plan import make_plan
-from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, limit_s, pays, resume_s, suspend_s
+from mpmm.policy.suspension import (
+    LEAST_SAVED_SHARE,
+    HostRoom,
+    Kept,
+    Movable,
+    Way,
+    limit_s,
+    pays,
+    resume_s,
+    saved_share,
+    suspend_s,
+)
 from mpmm.policy.view import (
     BusyInstance,
     DeviceView,
@@ -30,22 +41,71 @@ from mpmm.policy.view import (
 COPY = Movable(mb=8000.0, way=Way.COOPERATIVE, load_s=10.0, suspend_s=0.0, resume_s=0.0, rate=1.0)
 
 
+ENOUGH = LEAST_SAVED_SHARE
+
+
 @pytest.mark.parametrize(
     ("copy", "expected"),
     [
         (COPY, True),
         (replace(COPY, way=Way.NONE), False),
+        # By the estimate it takes 2.1 s, and need only be quicker than a load.
+        (replace(COPY, load_s=2.2), True),
         (replace(COPY, load_s=2.0), False),
-        (replace(COPY, load_s=2.2, suspend_s=0.5, resume_s=0.5), True),
-        (replace(COPY, load_s=1.8, suspend_s=0.5, resume_s=0.5), False),
-        (replace(COPY, suspend_s=4.0, resume_s=2.0), False),
+        (replace(COPY, load_s=2.2, suspend_s=0.5), True),
+        (replace(COPY, load_s=1.6, suspend_s=0.5, resume_s=0.5), True),
+        (replace(COPY, load_s=1.4, suspend_s=0.5, resume_s=0.5), False),
+        (replace(COPY, suspend_s=5.0, resume_s=2.0), False),
         (replace(COPY, way=Way.CHECKPOINT), True),
         (replace(COPY, way=Way.CHECKPOINT, load_s=5.0), False),
         (replace(COPY, load_s=0.0), False),
     ],
 )
-def test_a_suspension_pays_where_both_directions_take_less_than_half_of_a_load(copy: Movable, expected: bool) -> None:
-    assert pays(copy) is expected
+def test_a_suspension_pays_where_both_directions_take_less_than_two_thirds_of_a_load(
+    copy: Movable, expected: bool
+) -> None:
+    assert pays(copy, ENOUGH) is expected
+
+
+@pytest.mark.parametrize(
+    ("copy", "expected"),
+    [
+        (replace(COPY, load_s=4.2, suspend_s=0.5, resume_s=0.5), True),
+        (replace(COPY, load_s=3.8, suspend_s=0.5, resume_s=0.5), False),
+        (replace(COPY, load_s=8.8), True),
+        (replace(COPY, load_s=8.2), False),
+        (replace(COPY, way=Way.NONE), False),
+    ],
+)
+def test_where_little_is_to_be_saved_in_all_it_pays_only_where_it_is_clear(copy: Movable, expected: bool) -> None:
+    assert pays(copy, ENOUGH - 0.01) is expected
+
+
+def test_what_is_saved_of_all_loads_counts_memory_and_time() -> None:
+    half = replace(COPY, mb=1000.0, suspend_s=3.0, resume_s=2.0)
+    none = replace(COPY, mb=3000.0, suspend_s=6.0, resume_s=2.0)
+    assert saved_share([half]) == pytest.approx(0.5)
+    assert saved_share([none]) == 0.0, "it takes less time, but not by enough"
+    assert saved_share([half, none]) == pytest.approx(0.5 * 1000 / 4000)
+    # 10 MB s of loads against 30: of the second model nothing is saved.
+    assert saved_share([half, replace(none, mb=1000.0, load_s=30.0, suspend_s=30.0)]) == pytest.approx(0.5 / 4)
+
+
+def test_a_model_that_was_never_suspended_may_save_twice_what_is_estimated() -> None:
+    quick, slow = replace(COPY, load_s=2.8), replace(COPY, load_s=20.0)
+    assert saved_share([quick]) == pytest.approx(2 * (2.8 - 2.1) / 2.8)
+    assert saved_share([replace(quick, suspend_s=1.05)]) == saved_share([quick]), "it has not been resumed yet"
+    assert saved_share([slow]) == 1.0, "but not more than all"
+    assert saved_share([replace(COPY, load_s=2.0)]) == 0.0
+
+
+def test_a_model_that_was_never_loaded_is_expected_to_load_as_the_others_do() -> None:
+    known = [replace(COPY, load_s=load_s, suspend_s=3.0, resume_s=2.0) for load_s in (8.0, 12.0)]
+    new = replace(known[0], load_s=0.0)
+    assert saved_share([*known, new]) == pytest.approx(15 / 30)
+    assert saved_share([new]) == 0.0
+    assert saved_share([]) == 0.0
+    assert saved_share([replace(COPY, mb=0.0)]) == 0.0
 
 
 def test_what_has_been_measured_of_a_model_counts_for_more_than_its_size() -> None:
@@ -73,6 +133,18 @@ def test_where_worth_is_not_known_the_copy_that_was_suspended_first_makes_way() 
     early, late = Kept(1, 500.0, 1.0, worth=9.0), Kept(2, 500.0, 2.0, worth=None)
     assert HostRoom([late, early], 0.0, 1000.0).dropped_for(500.0, 1.0) == [1]
     assert HostRoom([replace(early, worth=None), late], 0.0, 1000.0).dropped_for(500.0, None) == [1]
+
+
+def test_a_copy_that_is_in_the_host_already_counts_for_more_than_one_that_is_still_to_be_suspended() -> None:
+    copy = replace(COPY, suspend_s=4.0, resume_s=1.0, rate=0.5)
+    assert copy.worth == pytest.approx(0.5 * 9.0)
+    assert copy.worth_suspending == pytest.approx(0.5 * 5.0)
+    assert replace(copy, suspend_s=12.0).worth_suspending == 0.0
+    assert replace(copy, rate=0.0).worth_suspending is None
+    # Models that are asked for as often do not drop one another in turn.
+    there = HostRoom([Kept(1, 500.0, 1.0, copy.worth)], 0.0, 500.0)
+    assert there.dropped_for(500.0, copy.worth_suspending) is None
+    assert there.dropped_for(500.0, replace(copy, rate=1.0).worth_suspending) == [1]
 
 
 def test_a_copy_is_worth_the_time_of_the_loads_that_it_saves_its_users() -> None:

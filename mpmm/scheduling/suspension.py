@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays
+from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, saved_share
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause
-from mpmm.shared_state.layout import Instance
+from mpmm.shared_state.layout import Instance, Model
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -34,6 +34,8 @@ class SuspensionDecisions:
         self._segment = namespace.segment
         self._tables = namespace.tables
         self._rate = rate
+        # What `saved_share` was made of, and what it was, by way.
+        self._saved_shares: dict[Way, tuple[bytes, float]] = {}
 
     @property
     def budget_mb(self) -> float:
@@ -65,10 +67,10 @@ class SuspensionDecisions:
         copy = self.movable(row)
         model = self._tables.instances[row].model
         # Nobody asks for the old version of an updated model again.
-        if evicted and (self._tables.models[model].superseded or not pays(copy)):
+        if evicted and (self._tables.models[model].superseded or not pays(copy, self.saved_share(copy.way))):
             return False
         room = self._room()
-        dropped = room.dropped_for(copy.mb, copy.worth if evicted else math.inf)
+        dropped = room.dropped_for(copy.mb, copy.worth_suspending if evicted else math.inf)
         if dropped is None:
             return False
         # Dropped first, so that the host's ledger exceeds its budget at no moment.
@@ -98,6 +100,7 @@ class SuspensionDecisions:
         # Copies of a model that take as much, in the same way, differ in nothing that counts here.
         alike: dict[tuple[int, int, float], bool] = {}
         of_model: dict[int, Movable | None] = {}
+        shares: dict[Way, float] = {}
         found = set()
         columns = (chosen, copies.model[chosen], copies.way[chosen], copies.mb[chosen])
         for row, model, way, mb in zip(*(column.tolist() for column in columns), strict=True):
@@ -111,9 +114,11 @@ class SuspensionDecisions:
                     of_model[model] = None if barred else self.movable(row)
                 known = of_model[model]
                 copy = None if known is None else replace(known, mb=mb, way=Way(way))
-                if copy is not None and pays(copy):
+                if copy is not None and copy.way not in shares:
+                    shares[copy.way] = self.saved_share(copy.way)
+                if copy is not None and pays(copy, shares[copy.way]):
                     room = room or self._room()
-                    alike[kind] = room.dropped_for(mb, copy.worth) is not None
+                    alike[kind] = room.dropped_for(mb, copy.worth_suspending) is not None
                 else:
                     alike[kind] = False
             if alike[kind]:
@@ -142,6 +147,26 @@ class SuspensionDecisions:
             model.resume_s,
             self._rate(instance.model),
         )
+
+    def saved_share(self, way: Way) -> float:
+        """Return which part of what loads take would be saved if the copies of all models were suspended that way.
+
+        Of a model without a copy it is not known which ways there are for one.
+        """
+        models = self._tables.model_columns()
+        counted = (models.state == Model.MODEL) & (models.unsuspendable == 0) & (models.superseded == 0)
+        # As a load of it would be reserved for, see `Views.expected_mb`.
+        said = np.where(models.expect_mb > 0, models.expect_mb, self._namespace.settings.default_estimate_mb)
+        estimates = np.where(models.known != 0, models.estimate_mb, said)
+        figures = np.column_stack((estimates, models.load_s, models.suspend_s, models.resume_s))[counted]
+        # Every plan asks this, and it changes no more often than loads and suspensions end.
+        key = figures.tobytes()
+        before = self._saved_shares.get(way)
+        if before is None or before[0] != key:
+            rows = figures.tolist()
+            share = saved_share(Movable(mb, way, load_s, away_s, back_s, 0.0) for mb, load_s, away_s, back_s in rows)
+            before = self._saved_shares[way] = (key, share)
+        return before[1]
 
     def drop_oldest(self, t: Transaction, unloader: int, cause: Cause, among: Collection[int] | None = None) -> bool:
         """Have the copy that was suspended longest ago unloaded by a member (slot); return False if there is none.

@@ -69,6 +69,14 @@ class ModelColumns(Columns):
     failures = _words(Model.FAILURES)
     suspended = _words(Model.SUSPENDED)
     keep_alive = _words(Model.KEEP_ALIVE)
+    known = _words(Model.KNOWN)
+    estimate_mb = _numbers(Model.ESTIMATE_MB)
+    expect_mb = _numbers(Model.EXPECT_MB)
+    load_s = _numbers(Model.LOAD_S)
+    suspend_s = _numbers(Model.SUSPEND_S)
+    resume_s = _numbers(Model.RESUME_S)
+    superseded = _words(Model.SUPERSEDED)
+    unsuspendable = _words(Model.UNSUSPENDABLE)
 
 
 class InstanceColumns(Columns):

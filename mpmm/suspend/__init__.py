@@ -5,9 +5,9 @@
     helper.py       by the CUDA driver: the process that calls it, and how to ask that process
     driver.py       the driver's calls
 
-An evicted copy is suspended if suspending and resuming it is expected to take less time than another load, which mpmm
-learns for each model, and if the host has room for it within `suspend_budget_mb`; copies that are worth less are
-dropped for that. There are two ways:
+An evicted copy is suspended if suspending and resuming it is expected to take so much less time than another load that
+it is worth the change, see `policy.suspension`; mpmm learns these times for each model. And the host must have room for
+it within `suspend_budget_mb`; copies that are worth less are dropped for that. There are two ways:
 
 - *cooperative*: the object that the loader made, here or in a server, has methods `sleep()` and `wake_up()`.
 - *checkpoint*: the driver suspends any model server that was spawned, without asking the object. It cannot do so under

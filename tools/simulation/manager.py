@@ -19,7 +19,7 @@ from mpmm.policy.demand import Demand
 from mpmm.policy.fairness import overtaking_over
 from mpmm.policy.plan import make_plan
 from mpmm.policy.sharing import remaining_s
-from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s
+from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays, resume_s, saved_share
 from mpmm.policy.view import (
     BusyInstance,
     Decision,
@@ -127,6 +127,7 @@ class _Simulation:
         self._known_hold: dict[int, float] = {}
         self._known_suspend: dict[int, float] = {}
         self._known_resume: dict[int, float] = {}
+        self._share = (0, 0.0)
         self._arrived: list[float] = []
         self._models: list[int] = []
         self._frozen_until_s = 0.0
@@ -301,8 +302,8 @@ class _Simulation:
 
     def _evict(self, copy: _Copy) -> None:
         """Suspend a copy if that pays and the host has room for it, or unload it."""
-        moved = self._movable(copy)
-        dropped = self._host_room().dropped_for(moved.mb, moved.worth) if self._can_suspend(moved) else None
+        moved = self._movable(copy.model)
+        dropped = self._host_room().dropped_for(moved.mb, moved.worth_suspending) if self._can_suspend(moved) else None
         if dropped is not None:
             for row in dropped:
                 del self._copies[row]
@@ -314,12 +315,19 @@ class _Simulation:
         self.post(self.now_s + self.setting.unload_s, UNLOADED, copy.row)
 
     def _can_suspend(self, moved: Movable) -> bool:
-        return self.setting.suspend_budget_mb > 0 and pays(moved)
+        return self.setting.suspend_budget_mb > 0 and pays(moved, self._saved_share())
+
+    def _saved_share(self) -> float:
+        # What is known of a model changes no more here, so that it is the same as long as nothing more is known.
+        known = len(self._demand) + len(self._known_load) + len(self._known_suspend) + len(self._known_resume)
+        if self._share[0] != known:
+            self._share = (known, saved_share(self._movable(model) for model in self._demand))
+        return self._share[1]
 
     def _host_room(self) -> HostRoom:
         setting = self.setting
         kept = [
-            Kept(one.row, setting.sizes_mb[one.model], one.since_s, self._movable(one).worth)
+            Kept(one.row, setting.sizes_mb[one.model], one.since_s, self._movable(one.model).worth)
             for one in self._of(self.SUSPENDED)
         ]
         in_host = (one for one in self._copies.values() if one.state in self._IN_HOST)
@@ -327,11 +335,10 @@ class _Simulation:
         return HostRoom(kept, setting.suspend_budget_mb - used_mb, setting.suspend_budget_mb)
 
     def _is_kept(self, copy: _Copy) -> bool:
-        moved = self._movable(copy)
-        return self._can_suspend(moved) and self._host_room().dropped_for(moved.mb, moved.worth) is not None
+        moved = self._movable(copy.model)
+        return self._can_suspend(moved) and self._host_room().dropped_for(moved.mb, moved.worth_suspending) is not None
 
-    def _movable(self, copy: _Copy) -> Movable:
-        model = copy.model
+    def _movable(self, model: int) -> Movable:
         return Movable(
             self.setting.sizes_mb[model],
             Way.CHECKPOINT,
@@ -379,14 +386,14 @@ class _Simulation:
         for copy in self._copies.values():
             mb, state, model = setting.sizes_mb[copy.model], copy.state, copy.model
             if state == self.SUSPENDED:
-                needed_s = resume_s(self._movable(copy))
+                needed_s = resume_s(self._movable(model))
                 suspended.append(SuspendedInstance(copy.row, model, 0, mb, copy.since_s, resume_s=needed_s))
                 continue
             if state in (self.LOADING, self.RESUMING):
                 loading[model] += 1
                 if copy.since_s >= newest_load.get(model, 0.0):
                     newest_load[model] = copy.since_s
-                    coming_s[model] = resume_s(self._movable(copy)) if state == self.RESUMING else 0.0
+                    coming_s[model] = resume_s(self._movable(model)) if state == self.RESUMING else 0.0
                 reserved += mb
                 elapsed_s = now_s - copy.since_s
                 known = self._known_load if state == self.LOADING else self._known_resume
