@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import ClassVar
 
 import mutate
 import pytest
 from harness import wait_until
-from mutating import changes, covering
+from mutating import changes, covering, tree_copy
 from mutating.covering import Covering
-from mutating.tree_copy import TreeCopy
+from mutating.tree_copy import Failure, TreeCopy
 from shared_workers import is_running
 
 FIRST, SECOND = "tests/test_a.py::test_first", "tests/test_a.py::test_second[x]"
+ONE = "mpmm/policy/one.py"
 TWO_TESTS = """
 import os
 import pytest
@@ -30,6 +32,31 @@ class TestIn:
             durations.to_ns(seconds)
             os._exit(0)
         assert os.waitpid(child, 0) == (child, 0)
+"""
+
+WAYS_TO_END = ("passes", "fails[a - b]", "exits", "waits", "waits_deaf")
+WAYS = """
+import os
+import signal
+import threading
+import pytest
+
+def test_passes():
+    pass
+
+@pytest.mark.parametrize("way", ["a - b"])
+def test_fails(way):
+    assert False
+
+def test_exits():
+    os._exit(3)
+
+def test_waits():
+    threading.Event().wait()
+
+def test_waits_deaf():
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    threading.Event().wait()
 """
 
 STARTS = """
@@ -49,15 +76,30 @@ class FakeTree:
     def put(self, file: str, content: bytes) -> None:
         self.files[file] = content
 
-    def fails(self, tests: list[str], timeout_s: float) -> str | None:
+    def fails(self, tests: list[str], seconds: float, longest_s: float) -> Failure | None:
         changed = any(content.count(b"return None") > 1 for content in self.files.values())
-        return "test_it" if changed and SECOND in tests else None
+        return Failure("test_it", (SECOND,)) if changed and SECOND in tests else None
 
     def __enter__(self) -> FakeTree:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+class BusyTree(FakeTree):
+    """A copy of the tree on a busy machine: each run of a test takes the next of `fates`, None if it passes."""
+
+    fates: ClassVar[dict[str, list[str | None]]] = {}
+    asked: ClassVar[list[tuple[bool, list[str]]]] = []
+
+    def fails(self, tests: list[str], seconds: float, longest_s: float) -> Failure | None:
+        (content,) = self.files.values()
+        self.asked.append((content != (changes.ROOT / ONE).read_bytes(), list(tests)))
+        for test in tests:
+            if (reason := self.fates[test].pop(0)) is not None:
+                return Failure(reason, (test,))
+        return None
 
 
 def test_each_change_is_code_that_does_something_else() -> None:
@@ -117,6 +159,27 @@ def test_survivors_are_told_with_their_diffs(
     (tmp_path / file).write_text("def first(x):\n    return x\n")
     with pytest.raises(SystemExit, match=r"was measured with another mpmm/policy/one\.py"):
         mutate.main(arguments)
+
+
+def test_a_failure_names_the_test_that_failed_hung_or_ended_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, fails, exits, waits, deaf = (f"tests/test_ways.py::test_{way}" for way in WAYS_TO_END)
+    broken = "tests/test_broken.py::test_it"
+    with TreeCopy() as tree:
+        (tree.path / "tests" / "test_ways.py").write_text(WAYS)
+        (tree.path / "tests" / "test_broken.py").write_text("import nothing_of_this_name\n")
+        assert tree.fails([passes], 0.0, 0.0) is None
+        assert tree.fails([passes, fails, exits], 0.0, 0.0) == Failure(f"{fails[6:]} - assert False", (fails,))
+        assert tree.fails([passes, exits, fails], 0.0, 0.0) == Failure("status 3", (exits,))
+        failure = tree.fails([passes, broken], 0.0, 0.0)
+        assert failure is not None
+        assert failure.tests == (broken,)
+        monkeypatch.setattr(tree_copy, "LEAST_PATIENCE_S", 1.0)
+        failure = tree.fails([passes, waits, fails], 0.0, 0.0)
+        assert failure is not None
+        assert "Timeout" in failure.reason
+        assert failure.tests == (waits,)
+        monkeypatch.setattr(tree_copy, "ENDING_S", 2.0)
+        assert tree.fails([passes, deaf, fails], 0.0, 0.0) == Failure("too long", (deaf,))
 
 
 def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(

@@ -33,7 +33,7 @@ class Covering:
         """Run test files under coverage, without any change; tests that fail are taken for no witnesses."""
         (tree.path / ".coveragerc").write_text(CONFIGURATION)
         report, data = tree.path / "report.xml", tree.path / ".coverage"
-        arguments = ["--cov=mpmm", "--cov-config=.coveragerc", "--cov-context=test", "--cov-report=", "-n"]
+        arguments = ["--cov=mpmm", "--cov-config=.coveragerc", "--cov-context=test", "--cov-report=", "-q", "-n"]
         files = [f"tests/{test}.py" for test in tests]
         code, output = tree.run([*arguments, str(processes), f"--junitxml={report}", *files], MEASURED_WITHIN_S)
         if not report.exists():
@@ -111,6 +111,10 @@ class Covering:
     def seconds(self, tests: Sequence[str]) -> float:
         """Return how long tests took when nothing was changed."""
         return sum(self._seconds[test] for test in tests)
+
+    def longest(self, tests: Sequence[str]) -> float:
+        """Return how long the longest one of tests took when nothing was changed."""
+        return max((self._seconds[test] for test in tests), default=0.0)
 
 
 def _node_id(root: Path, class_name: str, name: str) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,18 @@ from mutating.changes import ROOT
 
 COPIED = ("mpmm", "tests", "tools", "setup.cfg", "README.md")
 LONGEST_REASON = 160
+# A test that a change makes hang is ended after so many times what it takes without one; all of a run together, later.
+PATIENCE = 4
+LEAST_PATIENCE_S = 30.0
+ENDING_S = 30.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run of tests failed, and which of them did: all that were to run where pytest does not say."""
+
+    reason: str
+    tests: tuple[str, ...]
 
 
 class TreeCopy:
@@ -40,41 +53,53 @@ class TreeCopy:
         """Write a file."""
         (self.path / file).write_bytes(content)
 
-    def fails(self, tests: Sequence[str], timeout_s: float) -> str | None:
-        """Run tests, given as pytest takes them, until one fails; return how it does, or None."""
-        code, output = self.run(["-x", "--tb=no", *tests], timeout_s)
+    def fails(self, tests: Sequence[str], seconds: float, longest_s: float) -> Failure | None:
+        """Run tests, given as pytest takes them, until one fails; return how it does, or None.
+
+        Without any change they take so many seconds, and the longest of them so many.
+        """
+        limit_s = LEAST_PATIENCE_S + PATIENCE * longest_s
+        timeout_s = LEAST_PATIENCE_S + PATIENCE * seconds + ENDING_S
+        code, output = self.run(["-x", "-v", "--tb=no", f"--timeout={limit_s:.0f}", *tests], timeout_s)
         if code == 0:
             return None
-        failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        # With the reason: a failure that has nothing to do with the change is one of the machine, or of the test.
-        reason = failed[0].removeprefix("FAILED ").removeprefix("ERROR ").removeprefix("tests/") if failed else ""
-        return reason[:LONGEST_REASON] or ("too long" if code is None else f"status {code}")
+        lines = output.splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        if failed:
+            # With the reason: a failure that has nothing to do with the change is one of the machine, or of the test.
+            reason = failed[0].partition(" ")[2].removeprefix("tests/")[:LONGEST_REASON]
+            return Failure(reason, _named(failed[0].partition(" ")[2], tests))
+        reason = "too long" if code is None else f"status {code}"
+        begun = [named for named in (_named(line, tests) for line in lines) if len(named) < len(tests)]
+        # The run has ended in the middle of the test that it named last.
+        return Failure(reason, begun[-1] if begun else tuple(tests))
 
     def run(self, arguments: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
         """Run pytest in the copy; return its exit code, None after the time-out, and what it printed."""
         environment = {**os.environ, "PYTHONPATH": str(self.path), "TMPDIR": str(self._temporary)}
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *arguments],
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *arguments],
             cwd=self.path,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
+        code = None
         try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return None, ""
+            printed, _ = process.communicate(timeout=timeout_s)
+            code = process.returncode
+        except subprocess.TimeoutExpired as expired:
+            printed = expired.output or b""
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             self._end_servers()
             self._sweep()
-        return process.returncode, output
+        return code, printed.decode(errors="replace")
 
     def _end_servers(self) -> None:
         """End what tests have started in sessions of its own: with the code changed, it may not end by itself."""
@@ -103,6 +128,15 @@ class TreeCopy:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _named(line: str, tests: Sequence[str]) -> tuple[str, ...]:
+    """Return the test that a line of pytest's begins with, or the first one of the file; all where it is none."""
+    found = [test for test in tests if line.startswith(test)]
+    if found:
+        return (max(found, key=len),)
+    of_file = [test for test in tests if line.partition(" ")[0] == test.partition("::")[0]]
+    return tuple(of_file[:1] or tests)
 
 
 def _prefix_of(root: str) -> str:
