@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,6 +14,7 @@ import pytest
 from harness import wait_until
 from mutating import changes, covering, tree_copy
 from mutating.covering import Covering
+from mutating.forked import ForkedTests, NewCode, UnfitError
 from mutating.tree_copy import Failure, TreeCopy
 from shared_workers import is_running
 
@@ -57,6 +61,72 @@ def test_waits():
 def test_waits_deaf():
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     threading.Event().wait()
+"""
+
+FORKED = """
+import contextlib
+import functools
+import os
+import signal
+import threading
+
+LIMIT = 0
+
+def plain(
+    number=0,
+):
+    return 1
+
+class Kinds:
+    def method(self):
+        return 2
+
+    @staticmethod
+    def static():
+        return 3
+
+    @classmethod
+    def of_class(cls):
+        return 4
+
+    @property
+    def read(self):
+        return 5
+
+    @functools.cached_property
+    def cached(self):
+        return 6
+
+@functools.lru_cache
+def wrapped():
+    return 7
+
+@contextlib.contextmanager
+def context():
+    def last():
+        return 8
+
+    yield last()
+"""
+FORKED_TESTS = """
+import pytest
+from mpmm.forked import Kinds, context, plain, wrapped
+
+KINDS = Kinds()
+WAYS = {
+    "plain": plain,
+    "method": KINDS.method,
+    "static": Kinds.static,
+    "of_class": KINDS.of_class,
+    "read": lambda: KINDS.read,
+    "cached": lambda: KINDS.cached,
+    "wrapped": wrapped,
+    "context": lambda: context().__enter__(),
+}
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it(way):
+    assert WAYS[way]() > 0
 """
 
 STARTS = """
@@ -148,7 +218,7 @@ def test_survivors_are_told_with_their_diffs(
     monkeypatch.setattr(mutate, "TreeCopy", FakeTree)
     kept = tmp_path / "map.json"
     Covering({FIRST: 0.1, SECOND: 0.2}, {file: {2: [FIRST], 4: [SECOND]}}).save(kept)
-    arguments = ["policy", "--map", str(kept)]
+    arguments = ["policy", "--map", str(kept), "--way", "copies"]
     assert mutate.main(arguments) == 0
     said = capsys.readouterr().out
     assert f"{file}:4, nothing returned: test_it" in said
@@ -180,6 +250,87 @@ def test_a_failure_names_the_test_that_failed_hung_or_ended_the_run(monkeypatch:
         assert failure.tests == (waits,)
         monkeypatch.setattr(tree_copy, "ENDING_S", 2.0)
         assert tree.fails([passes, deaf, fails], 0.0, 0.0) == Failure("too long", (deaf,))
+
+
+def test_forks_run_a_changed_function_wherever_it_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ("plain", "method", "static", "of_class", "read", "cached", "wrapped", "context")
+    tests = {kind: f"tests/test_forked.py::test_it[{kind}]" for kind in kinds}
+    asked = list(tests.values())
+
+    def changed(old: str, new: str) -> NewCode:
+        return NewCode.of(_change_of("mpmm/forked.py", FORKED, old, new), FORKED.encode())
+
+    with TreeCopy() as tree:
+        (tree.path / "tests" / "test_forked.py").write_text(FORKED_TESTS)
+        (tree.path / "mpmm" / "forked.py").write_text(FORKED)
+        with ForkedTests(tree, asked) as forks:
+            for number, test in enumerate(asked, 1):
+                failure = forks.fails(changed(f"return {number}", "return 0"), asked, 0.0, 0.0)
+                assert failure == Failure(f"{test} - assert 0 > 0", (test,))
+                assert forks.fails(None, asked, 0.0, 0.0) is None
+            failure = forks.fails(changed("return 3", "os._exit(4)"), asked, 0.0, 0.0)
+            assert failure == Failure("status 4", (tests["static"],))
+            moved = replace(changed("return 1", "return 0"), source="\n\n" + FORKED)
+            with pytest.raises(UnfitError, match="is made by something else"):
+                forks.fails(moved, asked, 0.0, 0.0)
+            monkeypatch.setattr(tree_copy, "LEAST_PATIENCE_S", 1.0)
+            failure = forks.fails(changed("return 2", "return threading.Event().wait()"), asked, 0.0, 0.0)
+            assert failure is not None
+            assert "Timeout" in failure.reason
+            assert failure.tests == (tests["method"],)
+            monkeypatch.setattr(tree_copy, "ENDING_S", 1.0)
+            deaf = changed("return 2", "signal.signal(signal.SIGALRM, signal.SIG_IGN); threading.Event().wait()")
+            assert forks.fails(deaf, asked, 0.0, 0.0) == Failure("too long", (tests["method"],))
+    for outside in ("LIMIT = 0", "number=0"):
+        with pytest.raises(UnfitError):
+            changed(outside, outside.replace("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("way", "noticed", "in_copies"),
+    [("forks", {3: "fork"}, {1}), ("both", {3: "fork", 4: "copy"}, {1, 4}), ("copies", {4: "copy"}, {1, 3, 4})],
+)
+def test_what_forks_do_not_notice_is_tried_in_a_copy(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    way: str,
+    noticed: dict[int, str],
+    in_copies: set[int],
+) -> None:
+    """As what runs only in programs that tests start, or is in no function."""
+    code = "LIMIT = 1\ndef first(x):\n    x += x\n    return x\n"
+    (tmp_path / ONE).parent.mkdir(parents=True)
+    (tmp_path / ONE).write_text(code)
+    copied: set[int] = set()
+
+    class Tree(FakeTree):
+        def fails(self, tests: list[str], seconds: float, longest_s: float) -> Failure | None:
+            now = self.files[ONE].decode().splitlines()
+            changed = {line for line, was in enumerate(code.splitlines(), 1) if now[line - 1] != was}
+            copied.update(changed)
+            return Failure("copy", (SECOND,)) if 4 in changed else None
+
+    class Forks(FakeTree):
+        def __init__(self, tree: FakeTree, tests: Sequence[str]) -> None:
+            assert isinstance(tree, FakeTree)
+            assert set(tests) == {FIRST, SECOND}
+
+        def fails(self, new: NewCode | None, tests: list[str], *limits: float) -> Failure | None:  # type: ignore[override]
+            return Failure("fork", (FIRST,)) if new is not None and "x += x" not in new.source else None
+
+    for module in (mutate, changes, covering):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(mutate, "TreeCopy", Tree)
+    monkeypatch.setattr(mutate, "ForkedTests", Forks)
+    monkeypatch.setitem(mutate.PARTS, "policy", (("mpmm/policy/*.py",), ("test_a",)))
+    kept = tmp_path / "map.json"
+    Covering({FIRST: 0.1, SECOND: 0.2}, {ONE: {line: [FIRST, SECOND] for line in (1, 3, 4)}}).save(kept)
+    mutate.main(["policy", "--map", str(kept), "--changes", "all", "--way", way])
+    said = capsys.readouterr().out
+    told = re.findall(rf"^\d+: {ONE}:(\d+), [^:]+: (.+)$", said, re.MULTILINE)
+    assert sorted(told) == [(str(line), noticed.get(line, "SURVIVES")) for line in (1, 3, 4)]
+    assert copied == in_copies
 
 
 def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(
@@ -222,6 +373,11 @@ def test_what_tests_have_started_does_not_outlive_their_run() -> None:
         assert code == 0
         pid = int((tree.path / "pid").read_text())
         wait_until(lambda: not is_running(pid), "what the test has started is ended")
+
+
+def _change_of(file: str, source: str, old: str, new: str) -> changes.Change:
+    start, line = source.index(old), source[: source.index(old)].count("\n") + 1
+    return changes.Change(file, start, start + len(old), new, line, line, "another text")
 
 
 def _function_of(file: str, line: int) -> str:

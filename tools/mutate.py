@@ -1,17 +1,20 @@
 """Change the code at random, one place at a time, and see whether a test notices: `python tools/mutate.py [PART ...]`.
 
 PART is one of the parts below, or a file of `mpmm/`; all parts by default. The tests of the parts run once under
-coverage, without any change; `--map FILE` keeps what that finds for the next run. Then each change is made in a copy of
-the tree, against which those tests run that run the changed lines, the quick ones first, until one fails; where none is
-known to run them, all tests of the part. A test has noticed a change if it fails with it, fails with it again, and
-passes without it; if it does not, as on a busy machine, it is named as unconfirmed, and the tests after it are asked.
-What none notices is printed as a diff: either a test is missing, or the change makes no difference, which is for the
-reader to say. The same seed makes the same changes of the same code; `--only N` makes the Nth of them again, and
-`--changes all` makes all there are.
+coverage, without any change; `--map FILE` keeps what that finds for the next run. Then each change is tried: those
+tests run that run the changed lines, the quick ones first, until one fails; where none is known to run them, all tests
+of the part. They run in forks of a process that has collected them, which takes a tenth of the time. Programs that
+tests start run the code as it was there, so what no fork notices is tried once more in a copy of the tree, in a process
+of its own: `--way forks` leaves that out for all but what forks cannot change, `--way copies` leaves the forks out.
+
+A test has noticed a change if it fails with it, fails with it again, and passes without it; if it does not, as on a
+busy machine, it is named as unconfirmed, and the tests after it are asked. What none notices is printed as a diff:
+either a test is missing, or the change makes no difference, which is for the reader to say. The same seed makes the
+same changes of the same code; `--only N` makes the Nth of them again, and `--changes all` makes all there are.
 
     python tools/mutate.py policy scheduler --changes 30 --seed 1
     python tools/mutate.py mpmm/policy/eviction.py --seed 1 --only 7
-    python tools/mutate.py mpmm/policy/eviction.py --changes all --tests test_policy
+    python tools/mutate.py mpmm/policy/eviction.py --changes all --way forks
 
 Tests of fork and interrupt points are not asked. A hundred changes take a quarter of an hour on two processors.
 Ends with status 1 if fewer than `--at-least` percent were noticed.
@@ -25,15 +28,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeAlias
 
 from mutating.changes import ROOT, Change, Changes
 from mutating.covering import Covering
+from mutating.forked import ForkedTests, NewCode, UnfitError
 from mutating.tree_copy import Failure, TreeCopy
 
 # Part: its files, and the tests that should notice a change in them, the quickest ones first.
@@ -96,6 +102,9 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "arguments": (("mpmm/text/arguments.py",), ("test_bad_input",)),
 }
+WAYS = ("both", "forks", "copies")
+# Runs tests, which take so many seconds, and the longest of them so many, and says how they fail.
+Runner: TypeAlias = Callable[[Sequence[str], float, float], Failure | None]
 # Of tests that fail for other reasons than the change, so many are passed over: then the machine is at fault.
 MOST_UNCONFIRMED = 8
 
@@ -123,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--map", type=Path, metavar="FILE", help="which tests run which lines; written if not there")
     parser.add_argument("--test-seconds", type=float, default=30.0, metavar="S", help="of tests a change (default: 30)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="changes tried at a time (default: 2)")
+    parser.add_argument("--way", choices=WAYS, default="both", help="of running tests (default: both, forks first)")
     parser.add_argument("--at-least", type=float, default=0.0, metavar="PERCENT", help="that are to be noticed")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no change later than that")
     parser.add_argument("--list", action="store_true", help="print the changes, and run nothing")
@@ -141,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     until = time.monotonic() + options.seconds
     tests = list(dict.fromkeys(test for of_file in tests_of.values() for test in of_file))
     covering = _covering(options.map, tests, options.jobs)
-    survivors, tried, unconfirmed = _try_all(numbered, tests_of, covering, options.test_seconds, options.jobs, until)
+    survivors, tried, unconfirmed = _try_all(
+        numbered, tests_of, covering, options.test_seconds, options.jobs, until, options.way
+    )
     for number, change in survivors:
         print(f"\n{number}: {change.what}\n{change.diff()}")
     share = 100.0 * (tried - len(survivors)) / tried if tried else 100.0
@@ -191,23 +203,24 @@ def _try_all(
     most_s: float,
     jobs: int,
     until: float,
+    way: str,
 ) -> tuple[list[tuple[int, Change]], int, int]:
     """Try changes, several at a time; return what survives, how many were tried, and unconfirmed failures."""
     survivors: list[tuple[int, Change]] = []
     tried = unconfirmed = 0
-    trees: SimpleQueue[TreeCopy] = SimpleQueue()
+    testers: SimpleQueue[Tester] = SimpleQueue()
 
     def attempt(number: int, change: Change) -> None:
         nonlocal tried, unconfirmed
         if time.monotonic() > until:
             return
-        tree = trees.get()
+        tester = testers.get()
         try:
             # Processes that are killed in the end leave no trace of what they have run.
             witnesses = covering.witnesses(change, most_s) or covering.all_of(tests_of[change.file])
-            outcome = _who_notices(tree, change, witnesses, covering)
+            outcome = tester.who_notices(change, witnesses)
         finally:
-            trees.put(tree)
+            testers.put(tester)
         with saying:
             tried += 1
             unconfirmed += len(outcome.unconfirmed)
@@ -218,9 +231,10 @@ def _try_all(
                 survivors.append((number, change))
 
     saying = threading.Lock()
+    collected = covering.all_of(dict.fromkeys(test for tests in tests_of.values() for test in tests))
     with ExitStack() as stack:
         for _ in range(jobs):
-            trees.put(stack.enter_context(TreeCopy()))
+            testers.put(Tester(covering, way, collected, stack))
         pool = stack.enter_context(ThreadPoolExecutor(jobs))
         try:
             for done in [pool.submit(attempt, number, change) for number, change in numbered]:
@@ -231,33 +245,64 @@ def _try_all(
     return sorted(survivors, key=lambda survivor: survivor[0]), tried, unconfirmed
 
 
-def _who_notices(tree: TreeCopy, change: Change, witnesses: Sequence[str], covering: Covering) -> Outcome:
-    original = (ROOT / change.file).read_bytes()
-    changed = change.applied_to(original)
-    try:
-        compile(changed, change.file, "exec")
-    except SyntaxError as error:
-        return Outcome(f"no code ({error.msg})")
-    outcome, left = Outcome(), list(witnesses)
+class Tester:
+    """Tries a change at a time in trees of its own: in forks, where the tests are collected, and in a copy."""
 
-    def fails(tests: Sequence[str], content: bytes) -> Failure | None:
-        tree.put(change.file, content)
+    def __init__(self, covering: Covering, way: str, collected: Sequence[str], stack: ExitStack) -> None:
+        self._covering = covering
+        self._way = way
+        self._tree = stack.enter_context(TreeCopy())
+        self._forks = None
+        if way != "copies":
+            self._forks = stack.enter_context(ForkedTests(stack.enter_context(TreeCopy()), collected))
+
+    def who_notices(self, change: Change, witnesses: Sequence[str]) -> Outcome:
+        """Have tests run with a change, those first that are named first."""
+        original = (ROOT / change.file).read_bytes()
+        changed = change.applied_to(original)
         try:
-            return tree.fails(tests, covering.seconds(tests), covering.longest(tests))
-        finally:
-            tree.put(change.file, original)
+            compile(changed, change.file, "exec")
+        except SyntaxError as error:
+            return Outcome(f"no code ({error.msg})")
+        outcome = Outcome()
+        if self._forks is not None:
+            with suppress(UnfitError):
+                new = NewCode.of(change, original)
+                outcome = self._confirmed(witnesses, partial(self._forks.fails, new), partial(self._forks.fails, None))
+                if outcome.noticed is not None or self._way == "forks":
+                    return outcome
 
-    while left and len(outcome.unconfirmed) < MOST_UNCONFIRMED:
-        failure = fails(left, changed)
-        if failure is None:
-            break
-        if fails(failure.tests, changed) and not fails(failure.tests, original):
-            outcome.noticed = failure.reason
-            break
-        outcome.unconfirmed.append(failure.reason)
-        # Those before it have passed.
-        left = left[max(map(left.index, failure.tests)) + 1 :]
-    return outcome
+        def fails_with(content: bytes, tests: Sequence[str], seconds: float, longest_s: float) -> Failure | None:
+            self._tree.put(change.file, content)
+            try:
+                return self._tree.fails(tests, seconds, longest_s)
+            finally:
+                self._tree.put(change.file, original)
+
+        return self._confirmed(witnesses, partial(fails_with, changed), partial(fails_with, original), outcome)
+
+    def _confirmed(
+        self, witnesses: Sequence[str], changed: Runner, unchanged: Runner, before: Outcome | None = None
+    ) -> Outcome:
+        """Ask tests until one fails with the change, fails with it again, and passes without it."""
+        outcome, left = Outcome(unconfirmed=before.unconfirmed if before else []), list(witnesses)
+        passed_over = 0
+
+        def fails(run: Runner, tests: Sequence[str]) -> Failure | None:
+            return run(tests, self._covering.seconds(tests), self._covering.longest(tests))
+
+        while left and passed_over < MOST_UNCONFIRMED:
+            failure = fails(changed, left)
+            if failure is None:
+                break
+            if fails(changed, failure.tests) and not fails(unchanged, failure.tests):
+                outcome.noticed = failure.reason
+                break
+            outcome.unconfirmed.append(failure.reason)
+            passed_over += 1
+            # Those before it have passed.
+            left = left[max(map(left.index, failure.tests)) + 1 :]
+        return outcome
 
 
 def _number_or_all(text: str) -> int:

@@ -58,8 +58,7 @@ class TreeCopy:
 
         Without any change they take so many seconds, and the longest of them so many.
         """
-        limit_s = LEAST_PATIENCE_S + PATIENCE * longest_s
-        timeout_s = LEAST_PATIENCE_S + PATIENCE * seconds + ENDING_S
+        limit_s, timeout_s = limits_s(seconds, longest_s)
         code, output = self.run(["-x", "-v", "--tb=no", f"--timeout={limit_s:.0f}", *tests], timeout_s)
         if code == 0:
             return None
@@ -76,12 +75,10 @@ class TreeCopy:
 
     def run(self, arguments: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
         """Run pytest in the copy; return its exit code, None after the time-out, and what it printed."""
-        environment = {**os.environ, "PYTHONPATH": str(self.path), "TMPDIR": str(self._temporary)}
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *arguments],
             cwd=self.path,
-            env=environment,
+            env=self.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -97,16 +94,23 @@ class TreeCopy:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            self._end_servers()
-            self._sweep()
+            self.tidy()
         return code, printed.decode(errors="replace")
 
-    def _end_servers(self) -> None:
-        """End what tests have started in sessions of its own: with the code changed, it may not end by itself."""
+    def environment(self) -> dict[str, str]:
+        """Return the environment of tests in the copy."""
+        own = {"PYTHONPATH": str(self.path), "TMPDIR": str(self._temporary), "PYTHONDONTWRITEBYTECODE": "1"}
+        return {**os.environ, **own}
+
+    def tidy(self, spared: int | None = None) -> None:
+        """End what tests have started in sessions of its own, but for one process, and remove what they have left."""
+        # With the code changed, it may not end by itself.
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("PYTHONPATH") == str(self.path):
+                place = process.environ().get("PYTHONPATH", "")
+                if place.partition(os.pathsep)[0] == str(self.path) and process.pid != spared:
                     process.kill()
+        self._sweep()
 
     def _sweep(self) -> None:
         """Remove what tests have left: runtime directories of those that were killed, and what runs tell each other."""
@@ -128,6 +132,11 @@ class TreeCopy:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def limits_s(seconds: float, longest_s: float) -> tuple[float, float]:
+    """Return the time limits of a test and of all tests of a run, which without any change take so many seconds."""
+    return LEAST_PATIENCE_S + PATIENCE * longest_s, LEAST_PATIENCE_S + PATIENCE * seconds + ENDING_S
 
 
 def _named(line: str, tests: Sequence[str]) -> tuple[str, ...]:
