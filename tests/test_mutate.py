@@ -194,6 +194,13 @@ def test_words_for_people_are_not_changed() -> None:
     )
 
 
+def test_the_first_word_of_a_row_is_where_the_row_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So to look as far before that is no change."""
+    (tmp_path / "one.py").write_text("a = at + Ticket.STATE\nb = at - Ticket.STATE\nc = at + Ticket.MODEL\n")
+    monkeypatch.setattr(changes, "ROOT", tmp_path)
+    assert [change.line for change in changes.Changes("one.py").all()] == [2, 3]
+
+
 def test_the_same_seed_draws_the_same_changes(capsys: pytest.CaptureFixture[str]) -> None:
     listed = []
     for arguments in (["policy"], ["policy"], ["policy", "--seed", "2"], ["mpmm/policy/plan.py"]):

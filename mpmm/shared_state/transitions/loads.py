@@ -130,10 +130,8 @@ class Loads(Part):
 
     def fail(self, t: Transaction, row: int) -> None:
         """A load came to nothing that has taken no memory, or whose memory is expected back: free the row."""
-        at = self._tables.instance(row)
         # Before the row is free, which sets SINCE anew.
-        taken = (t.now - self._segment.words[at + Instance.SINCE]) / 1e9
-        t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1, value=taken)
+        t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.add(Header.FAILED_LOADS, 1)
         self._instances.free_row(t, row)
 
@@ -160,7 +158,7 @@ class Loads(Part):
             self.fail(t, row)
             return
         t.add(Header.FAILED_LOADS, 1)
-        t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1)
+        t.event(EventKind.LOAD_FAILED, self._model_reference(row), row + 1, value=self._for_s(t, row))
         # UNLOADING it may not run alone any more (D3), and others may wait for its devices.
         self._isolation.end(t, row)
         # The loader would have written the handle at the end. Without it nobody could reach the server to end it.

@@ -92,6 +92,10 @@ class Part:
         """Return how an event refers to the model of an instance row."""
         return int(self._segment.words[self._tables.instance(row) + Instance.MODEL]) + 1
 
+    def _for_s(self, t: Transaction, row: int) -> float:
+        """Return for how long an instance has been in its state."""
+        return float(t.now - self._segment.words[self._tables.instance(row) + Instance.SINCE]) / 1e9
+
     def _update_float(self, t: Transaction, word: int, value: float) -> None:
         # Mostly nothing has changed, and each sample has a figure for every process.
         if self._segment.floats[word] != value:

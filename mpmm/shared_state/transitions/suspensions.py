@@ -246,7 +246,3 @@ class Suspensions(Part):
     def _model(self, row: int) -> int:
         """Return the first word of an instance's model row."""
         return self._tables.model(self._segment.words[self._tables.instance(row) + Instance.MODEL])
-
-    def _for_s(self, t: Transaction, row: int) -> float:
-        """Return for how long an instance has been in its state."""
-        return float(t.now - self._segment.words[self._tables.instance(row) + Instance.SINCE]) / 1e9

@@ -1,0 +1,304 @@
+"""A namespace whose rows are made up, and which of its words an operation changes: see `test_row_changes`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+from harness import NOBODYS_PID
+
+from mpmm.policy.view import Reason
+from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.futex import wake_all
+from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import (
+    WORD,
+    Capacities,
+    Device,
+    Event,
+    Header,
+    Instance,
+    Member,
+    Model,
+    Observation,
+    Pin,
+    Ticket,
+    device_bits,
+)
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.transaction import Transaction, float_bits
+
+SMALL = Capacities(members=6, models=8, instances=8, tickets=6, pins=4, devices=4, observations=3, events=128)
+START_NS = 10**15
+SECOND_NS = 10**9
+ROWS = {
+    "members": Member,
+    "models": Model,
+    "instances": Instance,
+    "tickets": Ticket,
+    "pins": Pin,
+    "devices": Device,
+    "observations": Observation,
+}
+# Words of whole transactions, whichever it is.
+OF_ALL = ("CHANGE", "UNDO_COUNT", "LOCK_HOLDER", "LOCK_TAKEN", "EVENTS", "NEXT_GENERATION", "CONTENDED", "SPIN_LOCK")
+# Times that are no `…_AT`; what is told of them is how many seconds they are from now.
+TIMES = {
+    *("SINCE", "ENQUEUED", "DEADLINE", "ATTACHED", "SAMPLED", "PEAK_RESET", "TRIED", "UPDATED", "RANK"),
+    *("LEADER_SINCE", "POLLED", "SETTINGS_CHANGED", "CALLED_UP", "STARTED_WALL"),
+}
+FLOATS = {"MB", "SECONDS", "SHARES", "READINGS", "SETTINGS", "WRITTEN_OFF"}
+STATES = {
+    "member": (Member, ("FREE", "WORKER", "SERVER", "GUEST")),
+    "model": (Model, ("FREE", "MODEL", "LEASE")),
+    "instance": (
+        Instance,
+        ("FREE", "LOADING", "ACTIVE", "IDLE", "UNLOADING", "LEASED", "SUSPENDING", "SUSPENDED", "RESUMING"),
+    ),
+    "ticket": (Ticket, ("FREE", "WAITING", "GRANTED", "LOAD", "REFUSED", "RESET", "ENOUGH")),
+}
+TEXTS = {"NAME", "TAG", "HANDLE", "UUID", "SOURCE_NAME"}
+_names = itertools.count()
+
+
+def _fields(row: type) -> dict[int, str]:
+    """Return the fields of a row by their offsets; the names behind WORDS are of values."""
+    names = [name for name in vars(row) if name.isupper()]
+    names = names[: names.index("WORDS")]
+    kinds = ("_BYTES", "_LENGTH", "_KEPT", "_WORDS", "IS_CLOSED")
+    return {getattr(row, name): name for name in names if not name.endswith(kinds)}
+
+
+class RowChanges:
+    """A namespace with four members beside this one, three devices and three models, and a clock that stands still.
+
+    Members 1 and 2 are workers, 3 and 4 servers. Model 0 is nobody's, but for its copy in row 0 on device 2, its ticket
+    and its pin, in the first rows of their tables.
+    """
+
+    def __init__(self) -> None:
+        self.now = START_NS
+        self._clock = mock.patch("time.monotonic_ns", side_effect=lambda: self.now)
+        self._clock.start()
+        settings = Settings(memory_return_seconds=20.0, peak_window_seconds=30.0)
+        self.namespace = Namespace.join(f"changes{next(_names)}", capacities=SMALL, settings=settings)
+        self.tables, self.layout = self.namespace.tables, self.namespace.segment.layout
+        self.words, self.floats = self.namespace.segment.words, self.namespace.segment.floats
+        self.to = self.namespace.transitions
+        with self.namespace.transaction() as t:
+            self.to.devices.describe(t, [(f"uuid-{row}".encode(), b"gpu", 9000.0 - row) for row in range(3)])
+            for slot in (1, 2):
+                self.to.members.join(t, slot, Member.WORKER, NOBODYS_PID + slot, slot, b"worker")
+            for slot in (3, 4):
+                self.to.members.join(t, slot, Member.SERVER, NOBODYS_PID + slot, slot, b"tag of a server")
+            for tag in ("nobody's", "a", "b"):
+                self.to.models.claim(t, tag, tag.encode())
+            self.to.members.lead(t, 2, b"made up", (True, False, False))
+            # Whatever is counted begins with a number that nothing else has.
+            for number, word in enumerate(("HITS", "LOADS", "EVICTIONS", "FAILED_LOADS", "SUSPENDS", "RESUMES"), 1):
+                t.set(getattr(Header, word), 10 * number)
+            for row in (1, 2):
+                at = self.tables.model(row)
+                for number, word in enumerate(("HITS", "LOADS", "EVICTIONS", "SUSPENDS", "RESUMES"), 1):
+                    t.set(at + getattr(Model, word), 100 * row + number)
+                for number, word in enumerate(("LOAD_S", "HOLD_S", "SUSPEND_S", "RESUME_S"), 1):
+                    t.set_float(at + getattr(Model, word), 10.0 * row + number)
+        self.wait(10)
+        # Of each table a row is another's, so that the rows that a test is about are not the first ones.
+        self.active(handle=b"nobody's", model=0, member=2, devices=(2,), mb=150.0)
+        self.ticket(model=0, member=0)
+        self.do(lambda t: self.to.pins.pin(t, 0, 2))
+
+    def close(self) -> None:
+        """Leave the namespace, and let time go on."""
+        self.namespace.leave()
+        self._clock.stop()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += int(seconds * SECOND_NS)
+
+    def do(self, operation: Callable[[Transaction], Any], after_s: float = 1) -> Any:
+        """Make an operation; let time pass then. Return what it returns."""
+        with self.namespace.transaction() as t:
+            result = operation(t)
+        self.wait(after_s)
+        return result
+
+    # ---- what there is ---------------------------------------------------------------------------------------
+
+    def loading(self, model: int = 1, member: int = 1, devices: tuple[int, ...] = (1,), mb: float = 600.0) -> int:
+        """Have a member load a copy; return its row."""
+        bits = device_bits(devices)
+        return int(self.do(lambda t: self.to.loads.begin(t, model, member, bits, mb, False), 2))
+
+    def active(self, handle: bytes = b"handle", server: int = 0, **loading: Any) -> int:
+        """Have a member hold a copy that it has loaded."""
+        row = self.loading(**loading)
+        mb = loading.get("mb", 600.0) - 100.0
+        if server:
+            self.do(lambda t: self.to.loads.link_server(t, row, server))
+        self.do(lambda t: self.to.loads.end(t, row, handle, mb, server + 1 if server else 0, bool(server)), 3)
+        return row
+
+    def idle(self, **active: Any) -> int:
+        """Return a copy that nobody holds any more."""
+        row = self.active(**active)
+        self.do(lambda t: self.to.holds.release(t, row), 4)
+        return row
+
+    def suspended(self, **idle: Any) -> int:
+        """Return a copy that is suspended."""
+        row = self.suspending(**idle)
+        self.do(lambda t: self.to.suspensions.end(t, row), 6)
+        return row
+
+    def suspending(self, **idle: Any) -> int:
+        """Return a copy that member 2 is suspending."""
+        row = self.idle(**idle)
+        self.do(lambda t: self.to.suspensions.note_way(t, row, 1))
+        self.do(lambda t: self.to.suspensions.begin(t, row, 2, False), 5)
+        return row
+
+    def resuming(self, **idle: Any) -> int:
+        """Return a copy that member 1 is resuming."""
+        row = self.suspended(**idle)
+        self.do(lambda t: self.to.suspensions.begin_resume(t, row, 1), 7)
+        return row
+
+    def unloading(self, **idle: Any) -> int:
+        """Return a copy that member 2 is unloading."""
+        row = self.idle(**idle)
+        self.do(lambda t: self.to.unloads.begin(t, row, 2, False), 5)
+        return row
+
+    def leased(self, member: int = 1, devices: tuple[int, ...] = (1,), mb: float = 300.0) -> int:
+        """Return a lease that a member has."""
+        model = self.do(lambda t: self.to.leases.claim(t, b"lease", mb))
+        return int(self.do(lambda t: self.to.leases.begin(t, model, member, device_bits(devices), mb), 3))
+
+    def ticket(self, model: int = 1, member: int = 2, **more: Any) -> int:
+        """Return a ticket of a member that waits."""
+        values = {"priority": 1, "need_mb": 700.0, "deadline_ns": self.now + 60 * SECOND_NS, **more}
+        return int(self.do(lambda t: self.to.tickets.enqueue(t, model, member, **values), 2))
+
+    def users(self, users: int, model: int = 1) -> None:
+        """Let so many use a copy of a model that is loaded from now on."""
+        self.do(lambda t: self.to.models.set_users(t, model, users))
+
+    def claim(self, tag: str) -> None:
+        """Give a model a row."""
+        self.do(lambda t: self.to.models.claim(t, tag, tag.encode()))
+
+    def end_lease(self, row: int) -> None:
+        """End a lease."""
+        self.do(lambda t: self.to.leases.end(t, row))
+
+    def unload(self, row: int) -> None:
+        """Have member 2 unload an idle copy."""
+        self.do(lambda t: self.to.unloads.begin(t, row, 2, False))
+        self.do(lambda t: self.to.unloads.end(t, row))
+
+    def sample(self, device: int, mb: float) -> None:
+        """Take a figure of a device."""
+        self.do(lambda t: self.to.devices.sample(t, device, mb, self.now))
+
+    def observe(self, copies: list[tuple[int, int]], mb: float, device: int) -> None:
+        """Keep a reading of a configuration."""
+        self.do(lambda t: self.to.estimates.observe(t, copies, mb, device))
+
+    def poke(self, word: int, value: float) -> None:
+        """Write a word: a float if that is what the value is."""
+        self.do(lambda t: t.set(word, float_bits(value) if isinstance(value, float) else value), 0)
+
+    # ---- what changes ----------------------------------------------------------------------------------------
+
+    def changes(self, operation: Callable[[Transaction], Any]) -> str:
+        """Make an operation; return what it changes, a line for each row, event and wake-up, and what it returns."""
+        before, events = self.words.tolist(), self.words[Header.EVENTS]
+        after: list[Any] = []
+        with self.namespace.transaction() as t:
+            result = operation(t)
+            after += t.after
+        lines = [*self._rows_since(before), *self._events_since(events), *map(self._call, after)]
+        if result is not None:
+            lines.append(f"returns {result}")
+        broken = check_invariants(read_snapshot(self.namespace.name))
+        return "\n".join([*lines, *broken])
+
+    def _rows_since(self, before: list[int]) -> list[str]:
+        rows: dict[str, list[str]] = {}
+        words = self.words.tolist()
+        for index in range(self.layout.observations.end):
+            if words[index] != before[index]:
+                row, field, offset = self._place(index)
+                if row != "header" or field not in OF_ALL:
+                    name = f"{field}[{offset}]" if offset else field
+                    shown = self._shown(row.partition(" ")[0], field, offset, index)
+                    rows.setdefault(row, []).append(f"{name}={shown}")
+        return [f"{row}: {' '.join(changed)}" for row, changed in rows.items()]
+
+    def _place(self, index: int) -> tuple[str, str, int]:
+        """Return the row and the field of a word, and which word of the field it is."""
+        row, offset, fields = "header", index, _fields(Header)
+        for table in self.layout.tables:
+            if table.base <= index < table.end and table.name in ROWS:
+                number, offset = divmod(index - table.base, table.words)
+                row, fields = f"{table.name[:-1]} {number}", _fields(ROWS[table.name])
+        start = max(start for start in fields if start <= offset)
+        return row, fields[start], offset - start
+
+    def _shown(self, table: str, field: str, offset: int, index: int) -> str:
+        value = self.words[index]
+        if field == "STATE" and table in STATES:
+            row, names = STATES[table]
+            return next(name for name in names if getattr(row, name) == value)
+        # Rows of these are a time and then floats.
+        in_row = {"RETURNS": offset % Device.RETURN_WORDS, "RING": offset % 2}.get(field)
+        # A model's SHARES is a flag.
+        if in_row or (field in FLOATS and table != "model") or field.endswith(("_MB", "_S")):
+            return f"{self.floats[index]:g}"
+        if in_row == 0 or field in TIMES or field.endswith("_AT"):
+            return self._time(value)
+        if offset and field in TEXTS:
+            return repr(value.to_bytes(WORD, "little").rstrip(b"\0").decode())
+        return f"{value}"
+
+    def _time(self, value: int) -> str:
+        seconds = (value - self.now) / SECOND_NS
+        return f"now{seconds:+g}" if seconds and abs(seconds) < 1e6 else f"{value}" if seconds else "now"
+
+    def _events_since(self, count: int) -> list[str]:
+        table, found = self.layout.events, []
+        for number in range(count, self.words[Header.EVENTS]):
+            at = table.base + number % table.capacity * Event.WORDS
+            assert self.words[at + Event.SEQUENCE] == number + 1
+            assert self.words[at + Event.TIME] == self.now
+            assert self.words[at + Event.PID] == self.words[Header.LOCK_HOLDER]
+            kind = self.words[at + Event.KIND]
+            said = [f"{EventKind(kind & 0xFF).name}:"]
+            said += [f"on={kind >> 32:b}"] if kind >> 32 else []
+            for name, word in (("model", Event.MODEL), ("row", Event.INSTANCE), ("ticket", Event.TICKET)):
+                said += [f"{name}={self.words[at + word] - 1}"] if self.words[at + word] else []
+            said.append(f"value={self.floats[at + Event.VALUE]:g}")
+            if reason := kind >> 8 & 0xFF:
+                figures = (Event.NEED_MB, Event.FREE_MB, Event.COMING_MB, Event.SECONDS)
+                said.append(Reason(reason - 1).name)
+                said.append("/".join(f"{self.floats[at + word]:g}" for word in figures))
+                said.append(f"{self.words[at + Event.OTHER]}/{self.words[at + Event.ON]}")
+            found.append(" ".join(said))
+        return found
+
+    def _call(self, call: Any) -> str:
+        """Return what is to be done after the transaction."""
+        if not isinstance(call, partial):
+            return str(call.__name__)
+        if call.func is wake_all:
+            row, field, _ = self._place((call.args[0] - self.namespace.segment.address) // WORD)
+            return f"wake {row} {field}"
+        return f"log {call.args[0] % call.args[1:]}".replace(self.namespace.name, "NAMESPACE")
