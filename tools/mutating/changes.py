@@ -34,6 +34,8 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
 }
+# To add 1 to a factor like 1e9 makes no difference that a test could see.
+LARGE = 1e6
 FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -103,7 +105,8 @@ class Changes:
         elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
             yield self._expression(node, ast.Constant(not node.value), "the opposite")
         elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            yield self._expression(node, ast.Constant(node.value + 1), "another number")
+            more = node.value + 1 if abs(node.value) < LARGE else node.value * 2
+            yield self._expression(node, ast.Constant(more), "another number")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS:
             yield self._expression(node.func, ast.Name(FUNCTIONS[node.func.id]), "another function")
         elif isinstance(node, ast.IfExp):
