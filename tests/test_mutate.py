@@ -355,6 +355,7 @@ def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(
     asked = Covering(seconds, lines)
     # One of each file, however long it takes.
     assert asked.witnesses(found[3, "another comparison"], 1.0) == [FIRST, other]
+    assert asked.witnesses(found[3, "another comparison"], 1.0, one_of_each=False) == [FIRST]
     assert asked.witnesses(found[3, "another comparison"], 20.0) == [FIRST, other, slow]
     # What runs at the import may be noticed by whoever runs anything of the file.
     assert asked.witnesses(found[1, "another number"], 20.0) == [SECOND, FIRST, other, slow]

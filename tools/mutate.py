@@ -5,7 +5,8 @@ coverage, without any change; `--map FILE` keeps what that finds for the next ru
 tests run that run the changed lines, the quick ones first, until one fails; where none is known to run them, all tests
 of the part. They run in forks of a process that has collected them, which takes a tenth of the time. Programs that
 tests start run the code as it was there, so what no fork notices is tried once more in a copy of the tree, in a process
-of its own: `--way forks` leaves that out for all but what forks cannot change, `--way copies` leaves the forks out.
+of its own. `--way forks` leaves that out for all but what forks cannot change, and asks no more tests than those of
+`--test-seconds`; `--way copies` leaves the forks out.
 
 A test has noticed a change if it fails with it, fails with it again, and passes without it; if it does not, as on a
 busy machine, it is named as unconfirmed, and the tests after it are asked. What none notices is printed as a diff:
@@ -217,7 +218,7 @@ def _try_all(
         tester = testers.get()
         try:
             # Processes that are killed in the end leave no trace of what they have run.
-            witnesses = covering.witnesses(change, most_s) or covering.all_of(tests_of[change.file])
+            witnesses = covering.witnesses(change, most_s, way != "forks") or covering.all_of(tests_of[change.file])
             outcome = tester.who_notices(change, witnesses)
         finally:
             testers.put(tester)

@@ -82,11 +82,11 @@ class Covering:
         code = {file: _stamp(file) for file in self._lines}
         path.write_text(json.dumps({"code": code, "tests": self._seconds, "lines": lines}))
 
-    def witnesses(self, change: Change, most_s: float) -> list[str]:
+    def witnesses(self, change: Change, most_s: float, one_of_each: bool = True) -> list[str]:
         """Return the tests that run what was changed, the quick ones first, as many as take so long together.
 
-        The quickest one of each test file is among them in any case. What runs at the import of the file, before any
-        test, may be noticed by each test that runs anything of the file.
+        one_of_each: the quickest one of each test file is among them in any case. What runs at the import of the file,
+        before any test, may be noticed by each test that runs anything of the file.
         """
         of_file = self._lines.get(change.file, {})
         found = {test for line in range(change.line, change.last_line + 1) for test in of_file.get(line, [])}
@@ -97,7 +97,7 @@ class Covering:
         for test in by_time:
             file = test.partition("::")[0]
             took = max(LEAST_S, self._seconds[test])
-            if spent + took <= most_s or file not in seen:
+            if spent + took <= most_s or (one_of_each and file not in seen):
                 chosen.append(test)
                 spent += took
             seen.add(file)
