@@ -1,17 +1,24 @@
-"""A namespace whose rows are made up, and which of its words an operation changes: see `test_row_changes`."""
+"""What each transition changes, word by word: rows, events and wake-ups, and nothing else.
+
+Each case makes rows, and an operation on them; its table says all that this changes: `now` is the time of the
+operation, and other times are some seconds from that.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import pytest
 from harness import NOBODYS_PID
 
 from mpmm.policy.view import Reason
-from mpmm.shared_state.events import EventKind
+from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import (
@@ -32,6 +39,7 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.transaction import Transaction, float_bits
+from mpmm.shared_state.transitions import Transitions
 
 SMALL = Capacities(members=6, models=8, instances=8, tickets=6, pins=4, devices=4, observations=3, events=128)
 START_NS = 10**15
@@ -74,6 +82,10 @@ def _fields(row: type) -> dict[int, str]:
     return {getattr(row, name): name for name in names if not name.endswith(kinds)}
 
 
+Operation = Callable[[Transaction], Any]
+CAUSE = Cause(Reason.CHEAPEST_RELOAD, 1.0, 2.0, 3.0, 4.0, 2, 6)
+
+
 class RowChanges:
     """A namespace with four members beside this one, three devices and three models, and a clock that stands still.
 
@@ -109,10 +121,21 @@ class RowChanges:
                 for number, word in enumerate(("LOAD_S", "HOLD_S", "SUSPEND_S", "RESUME_S"), 1):
                     t.set_float(at + getattr(Model, word), 10.0 * row + number)
         self.wait(10)
-        # Of each table a row is another's, so that the rows that a test is about are not the first ones.
-        self.active(handle=b"nobody's", model=0, member=2, devices=(2,), mb=150.0)
-        self.ticket(model=0, member=0)
+        # Of each table a row is another's, so that the rows that a test is about are not the first ones; and it is
+        # full, so that whoever looks a few words before the next row finds something there.
+        self.active(handle=b"h" * Instance.HANDLE_BYTES, model=0, member=2, devices=(2,), mb=150.0)
+        why = Cause(Reason.EXTERNAL, 1.0, 2.0, 3.0, 4.0, 1, 4)
+        self.ticket(
+            model=0, member=0, preload=9, loadable_on=4, usable_on=4, span=3, nested=True, cause=why, steady=True
+        )
+        self.poke(self.tables.member(0) + Member.PID, NOBODYS_PID)
+        for field in (Ticket.OVERTAKEN, Ticket.WARNED):
+            self.poke(self.tables.ticket(0) + field, 1)
         self.do(lambda t: self.to.pins.pin(t, 0, 2))
+        with self.namespace.transaction() as t:
+            t.set_text(self.tables.model(0) + Model.NAME, b"n" * Model.NAME_BYTES)
+            t.set_text(self.tables.member(0) + Member.NAME, b"m" * Member.NAME_BYTES)
+            t.set_all([(self.tables.device(1) - number, number) for number in range(1, 80)])
 
     def close(self) -> None:
         """Leave the namespace, and let time go on."""
@@ -201,8 +224,14 @@ class RowChanges:
 
     def unload(self, row: int) -> None:
         """Have member 2 unload an idle copy."""
-        self.do(lambda t: self.to.unloads.begin(t, row, 2, False))
+        self.begin_unload(row)
         self.do(lambda t: self.to.unloads.end(t, row))
+
+    def unload_two(self) -> None:
+        """Unload two copies of device 1, each after a figure that was taken while it was there."""
+        for row in self.idle(handle=b"1", mb=600.0), self.idle(handle=b"2", mb=400.0):
+            self.sample(1, 1100.0)
+            self.unload(row)
 
     def sample(self, device: int, mb: float) -> None:
         """Take a figure of a device."""
@@ -212,9 +241,23 @@ class RowChanges:
         """Keep a reading of a configuration."""
         self.do(lambda t: self.to.estimates.observe(t, copies, mb, device))
 
+    def take(self, row: int) -> None:
+        """Have member 1 take an idle copy, or a seat."""
+        self.do(lambda t: self.to.holds.take_idle(t, row, 2))
+
+    def begin_unload(self, row: int) -> None:
+        """Have member 2 begin to unload an idle copy."""
+        self.do(lambda t: self.to.unloads.begin(t, row, 2, False))
+
     def poke(self, word: int, value: float) -> None:
         """Write a word: a float if that is what the value is."""
         self.do(lambda t: t.set(word, float_bits(value) if isinstance(value, float) else value), 0)
+
+    def act_as(self, slot: int) -> None:
+        """Have another member make the transitions from now on; -1 for one that has no row yet."""
+        actor = mock.Mock(slot=slot, settings=self.namespace.settings)
+        actor.name = self.namespace.name
+        self.to = Transitions(self.tables, actor)
 
     # ---- what changes ----------------------------------------------------------------------------------------
 
@@ -262,7 +305,7 @@ class RowChanges:
         in_row = {"RETURNS": offset % Device.RETURN_WORDS, "RING": offset % 2}.get(field)
         # A model's SHARES is a flag.
         if in_row or (field in FLOATS and table != "model") or field.endswith(("_MB", "_S")):
-            return f"{self.floats[index]:g}"
+            return f"{self.floats[index]:.10g}"
         if in_row == 0 or field in TIMES or field.endswith("_AT"):
             return self._time(value)
         if offset and field in TEXTS:
@@ -285,11 +328,11 @@ class RowChanges:
             said += [f"on={kind >> 32:b}"] if kind >> 32 else []
             for name, word in (("model", Event.MODEL), ("row", Event.INSTANCE), ("ticket", Event.TICKET)):
                 said += [f"{name}={self.words[at + word] - 1}"] if self.words[at + word] else []
-            said.append(f"value={self.floats[at + Event.VALUE]:g}")
+            said.append(f"value={self.floats[at + Event.VALUE]:.10g}")
             if reason := kind >> 8 & 0xFF:
                 figures = (Event.NEED_MB, Event.FREE_MB, Event.COMING_MB, Event.SECONDS)
                 said.append(Reason(reason - 1).name)
-                said.append("/".join(f"{self.floats[at + word]:g}" for word in figures))
+                said.append("/".join(f"{self.floats[at + word]:.10g}" for word in figures))
                 said.append(f"{self.words[at + Event.OTHER]}/{self.words[at + Event.ON]}")
             found.append(" ".join(said))
         return found
@@ -302,3 +345,56 @@ class RowChanges:
             row, field, _ = self._place((call.args[0] - self.namespace.segment.address) // WORD)
             return f"wake {row} {field}"
         return f"log {call.args[0] % call.args[1:]}".replace(self.namespace.name, "NAMESPACE")
+
+
+Make = Callable[[RowChanges], Operation]
+
+
+class Cases:
+    """Cases of one test file, by the names of the functions that make them."""
+
+    def __init__(self) -> None:
+        self._cases: dict[str, tuple[Make, str]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The cases."""
+        return list(self._cases)
+
+    def case(self, expected: str) -> Callable[[Make], Make]:
+        """Have a case tested: what its operation changes is this."""
+
+        def keep(make: Make) -> Make:
+            assert make.__name__ not in self._cases
+            self._cases[make.__name__] = (make, expected)
+            return make
+
+        return keep
+
+    def check(self, it: RowChanges, name: str) -> None:
+        """Fail unless the operation of a case changes what it is to."""
+        make, expected = self._cases[name]
+        # Long lines go on in the next one, further in.
+        told = textwrap.dedent(expected.strip("\n")).replace("\n  ", " ").splitlines()
+        assert it.changes(make(it)).splitlines() == told
+
+
+@pytest.fixture
+def it() -> Iterator[RowChanges]:
+    """Made-up rows."""
+    with closing(RowChanges()) as made:
+        yield made
+
+
+def raised(call: Callable[[], object]) -> str:
+    """Return the name of the error that a call raises."""
+    with pytest.raises(Exception) as caught:
+        call()
+    return type(caught.value).__name__
+
+
+def when_long(t: Transaction, call: Callable[[], object], after: int) -> object:
+    """Return what a call returns in a transaction that is long after it has been asked so often whether it is."""
+    asked = itertools.count()
+    with mock.patch.object(Transaction, "is_long", property(lambda _: next(asked) >= after)):
+        return call()

@@ -65,7 +65,15 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shared_state": (
         ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
-            *("test_invariants", "test_snapshot", "test_row_changes", "test_table_rows", "test_views"),
+            *("test_layout", "test_invariants", "test_snapshot", "test_table_rows", "test_views"),
+            *(
+                "test_changes_of_holds",
+                "test_changes_of_loads",
+                "test_changes_of_unloads",
+                "test_changes_of_suspensions",
+            ),
+            *("test_changes_of_models", "test_changes_of_devices", "test_changes_of_hand_overs"),
+            *("test_changes_of_members", "test_transition_starts"),
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
