@@ -361,6 +361,7 @@ def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(
     assert asked.witnesses(found[1, "another number"], 20.0) == [SECOND, FIRST, other, slow]
     assert Covering(seconds, {file: {3: [slow]}}).witnesses(found[5, "nothing returned"], 20.0) == []
     assert asked.all_of(["test_a"]) == [SECOND, FIRST, slow]
+    assert asked.all_of(["test_a"], 1.0) == [SECOND, FIRST]
 
 
 def test_coverage_knows_which_tests_run_which_lines(tmp_path: Path) -> None:

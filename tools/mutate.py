@@ -24,6 +24,7 @@ Ends with status 1 if fewer than `--at-least` percent were noticed.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import signal
 import sys
@@ -66,14 +67,9 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
             *("test_layout", "test_invariants", "test_snapshot", "test_table_rows", "test_views"),
-            *(
-                "test_changes_of_holds",
-                "test_changes_of_loads",
-                "test_changes_of_unloads",
-                "test_changes_of_suspensions",
-            ),
-            *("test_changes_of_models", "test_changes_of_devices", "test_changes_of_hand_overs"),
-            *("test_changes_of_members", "test_transition_starts"),
+            *("test_changes_of_holds", "test_changes_of_loads", "test_changes_of_unloads"),
+            *("test_changes_of_suspensions", "test_changes_of_models", "test_changes_of_devices"),
+            *("test_changes_of_hand_overs", "test_changes_of_members", "test_transition_starts"),
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
@@ -226,7 +222,9 @@ def _try_all(
         tester = testers.get()
         try:
             # Processes that are killed in the end leave no trace of what they have run.
-            witnesses = covering.witnesses(change, most_s, way != "forks") or covering.all_of(tests_of[change.file])
+            witnesses = covering.witnesses(change, most_s, way != "forks")
+            if not witnesses:
+                witnesses = covering.all_of(tests_of[change.file], most_s if way == "forks" else math.inf)
             outcome = tester.who_notices(change, witnesses)
         finally:
             testers.put(tester)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
+import math
 import xml.etree.ElementTree as ET
 import zlib
 from collections.abc import Iterable, Sequence
@@ -103,10 +105,12 @@ class Covering:
             seen.add(file)
         return chosen
 
-    def all_of(self, files: Iterable[str]) -> list[str]:
-        """Return all tests of test files, the quick ones first."""
+    def all_of(self, files: Iterable[str], most_s: float = math.inf) -> list[str]:
+        """Return all tests of test files, the quick ones first, or as many as take so long together."""
         prefixes = tuple(f"tests/{file}.py::" for file in files)
-        return sorted((test for test in self._seconds if test.startswith(prefixes)), key=self._seconds.__getitem__)
+        by_time = sorted((test for test in self._seconds if test.startswith(prefixes)), key=self._seconds.__getitem__)
+        spent = itertools.accumulate(max(LEAST_S, self._seconds[test]) for test in by_time)
+        return [test for test, seconds in zip(by_time, spent, strict=True) if seconds <= most_s]
 
     def seconds(self, tests: Sequence[str]) -> float:
         """Return how long tests took when nothing was changed."""
