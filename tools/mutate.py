@@ -50,7 +50,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/policy/*.py",),
         (
             *("test_policy", "test_policy_costs", "test_policy_queue", "test_policy_sharing", "test_policy_properties"),
-            *("test_backoff", "test_suspension_policy", "test_policy_parts"),
+            *("test_backoff", "test_suspension_policy", "test_policy_parts", "test_recorded_plans"),
+            *("test_what_waiters_are_told", "test_reasons"),
             *("test_suspension", "test_ledger", "test_out_of_memory", "test_fairness", "test_steady"),
         ),
     ),
@@ -60,7 +61,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_scheduler", "test_table_rows", "test_views", "test_shortcut_rules"),
             *("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
             *("test_manager_errors", "test_left_asleep", "test_load_ahead", "test_users", "test_priority"),
-            *("test_out_of_memory", "test_tenure"),
+            *("test_out_of_memory", "test_tenure", "test_what_waiters_are_told"),
         ),
     ),
     "shared_state": (
