@@ -58,7 +58,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scheduler": (
         ("mpmm/scheduling/*.py",),
         (
-            *("test_scheduler", "test_table_rows", "test_views", "test_shortcut_rules"),
+            *("test_scheduler", "test_table_rows", "test_views", "test_shortcut_rules", "test_recorded_reads"),
             *("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
             *("test_manager_errors", "test_left_asleep", "test_load_ahead", "test_users", "test_priority"),
             *("test_out_of_memory", "test_tenure", "test_what_waiters_are_told"),
@@ -71,6 +71,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_changes_of_holds", "test_changes_of_loads", "test_changes_of_unloads"),
             *("test_changes_of_suspensions", "test_changes_of_models", "test_changes_of_devices"),
             *("test_changes_of_hand_overs", "test_changes_of_members", "test_transition_starts"),
+            *("test_recorded_reads", "test_what_waiters_are_told"),
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
