@@ -8,17 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from policy_views import ME, OTHER, RULES, A, B, device, idle, model, ticket, view
+from policy_views import ME, NOW, OTHER, RULES, A, B, device, idle, model, ticket, view
 
 from mpmm.policy.admission import largest_limit_mb, limit_mb, widened
-from mpmm.policy.fairness import HEAD_START_S, HIGHEST_URGENCY, rank_ns
-from mpmm.policy.isolation import isolate
+from mpmm.policy.demand import Demand
+from mpmm.policy.eviction import RESIDENCE_IN_LOADS, Candidate, EvictionPlan, cheapest_set, waiting_pays
+from mpmm.policy.fairness import HEAD_START_S, HIGHEST_URGENCY, may_be_leased_before, rank_ns, urgency_of
+from mpmm.policy.isolation import devices_to_drain, isolate
 from mpmm.policy.ledger import TRUST_ACCOUNTS_NS, Entry, Figure, Ledger, Return, settle
 from mpmm.policy.making_room import holds_up_others, wait_for_others, wait_without_room
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan import make_plan
 from mpmm.policy.plan_state import PlanState
 from mpmm.policy.sharing import Seen, expected_wait_s
+from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays
 from mpmm.policy.view import BusyInstance, Evict, Grant, PlacedInstance, Reason, Refuse, Wait
 
 # ---- devices -----------------------------------------------------------------------------------------------
@@ -217,3 +220,209 @@ def test_what_may_be_hidden_by_a_load_is_not_written_off() -> None:
         entries = [Entry(0.0, most)] if most else []
         after = settle(before, figure, entries, late_ns, TRUST_ACCOUNTS_NS)
         assert (after.returns, after.written_off_mb) == ((), written_off)
+
+
+# ---- functions of one decision, on both sides of where they turn ---------------------------------------------
+
+
+@pytest.mark.parametrize("urgency", [-HIGHEST_URGENCY, -1, 0, 1, HIGHEST_URGENCY])
+def test_urgency_is_told_from_the_rank(urgency: int) -> None:
+    for enqueued_ns in (0, 3 * 10**15 + 7):
+        assert urgency_of(enqueued_ns, rank_ns(enqueued_ns, urgency)) == urgency
+
+
+@pytest.mark.parametrize(
+    ("before", "requests", "now_s", "after"),
+    [
+        # The first ones say nothing of the time between two.
+        (Demand(), 3, 50.0, Demand(0.0, 3, 50.0)),
+        (Demand(0.0, 1, 50.0), 3, 56.0, Demand(3.0, 3, 56.0)),
+        # Each request counts a quarter, and what was before it three.
+        (Demand(4.0, 3, 50.0), 4, 58.0, Demand(5.0, 4, 58.0)),
+        (Demand(4.0, 3, 50.0), 5, 66.0, Demand(4.0 * 0.5625 + 8.0 * 0.4375, 5, 66.0)),
+        # None, and a load that has failed.
+        (Demand(4.0, 3, 50.0), 3, 58.0, Demand(4.0, 3, 50.0)),
+        (Demand(4.0, 3, 50.0), 2, 58.0, Demand(4.0, 2, 50.0)),
+    ],
+)
+def test_demand_is_a_mean_that_forgets(before: Demand, requests: int, now_s: float, after: Demand) -> None:
+    assert before.counted(requests, now_s) == after
+
+
+@pytest.mark.parametrize(
+    ("demand", "now_s", "rate"),
+    [
+        (Demand(), 50.0, 0.0),
+        (Demand(0.0, 1, 50.0), 50.0, 1000.0),
+        (Demand(0.0, 1, 50.0), 54.0, 0.25),
+        (Demand(3.0, 2, 50.0), 50.0, 1 / 3),
+        (Demand(3.0, 9, 50.0), 54.0, 0.2),
+    ],
+)
+def test_demand_falls_with_silence(demand: Demand, now_s: float, rate: float) -> None:
+    assert demand.per_second(now_s) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("suspends_s", "resumes_s", "load_s", "pays_off"),
+    [
+        # Nothing measured: as the rates say, 0.05 + 0.1 s each way, and any gain will do.
+        *((0.0, 0.0, 0.301, True), (0.0, 0.0, 0.299, False)),
+        # One of them alone is not enough to ask for more.
+        *((1.0, 0.0, 1.16, True), (0.0, 1.0, 1.16, True), (1.0, 0.0, 1.14, False)),
+        *((1.0, 1.0, 4.01, True), (1.0, 1.0, 4.0, False)),
+    ],
+)
+def test_a_suspension_pays_off_that_is_so_much_quicker_than_a_load(
+    suspends_s: float, resumes_s: float, load_s: float, pays_off: bool
+) -> None:
+    assert pays(Movable(800.0, Way.COOPERATIVE, load_s, suspends_s, resumes_s, 1.0)) is pays_off
+    assert not pays(Movable(0.0, Way.NONE, load_s, 1e-9, 1e-9, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("need_mb", "worth", "dropped"),
+    [
+        *((100.0, 1.0, []), (101.0, 1.0, None), (101.0, 3.1, [2]), (400.0, 3.0, None), (400.0, 3.1, [2])),
+        *((401.0, 8.0, None), (401.0, 8.1, [2, 1]), (1000.0, 100.0, None), (1001.0, 100.0, None)),
+        # Without its worth the oldest ones go.
+        *((101.0, None, [1]), (401.0, None, [1, 2])),
+    ],
+)
+def test_what_is_dropped_from_the_host_for_another(
+    need_mb: float, worth: float | None, dropped: list[int] | None
+) -> None:
+    old, cheap = Kept(1, 300.0, 5.0, worth=5.0), Kept(2, 300.0, 6.0, worth=3.0)
+    room = HostRoom([old, cheap, Kept(3, 300.0, 4.0, worth=0.1, pinned=True)], 100.0, 1000.0)
+    assert room.dropped_for(need_mb, worth) == dropped
+
+
+@pytest.mark.parametrize(
+    ("share_mb", "external_mb", "total_mb", "extra_mb"),
+    [
+        # The limit is 900 MB.
+        *((900.0, 0.0, 1000.0, 0.0), (900.0, 1.0, 1000.0, 1.0), (901.0, 50.0, 1000.0, 0.0)),
+        *((800.0, 100.0, 1000.0, 0.0), (800.0, 101.0, 1000.0, 1.0), (800.0, 200.0, 1000.0, 100.0)),
+        *((800.0, 201.0, 1000.0, 0.0), (899.5, 0.0, 1000.0, 0.0), (900.0, -50.0, 1000.0, 0.0)),
+    ],
+)
+def test_the_slack_is_for_what_fits_beside_external_memory_alone(
+    share_mb: float, external_mb: float, total_mb: float, extra_mb: float
+) -> None:
+    assert widened(device(total=total_mb, external_mb=external_mb), share_mb, 0.1).extra_mb == pytest.approx(extra_mb)
+
+
+def test_a_lease_goes_before_one_that_waits_if_no_end_of_leases_would_serve_that_sooner() -> None:
+    """Of many leases only their sum is formed."""
+    late = ticket(1, A, waited=RULES.max_overtake_seconds)
+    for held, mb, goes in (
+        # 300 MB wait; 600 MB are the most that leases may take when it is their turn.
+        *(([], 600.0, True), ([], 601.0, False), ([400.0], 200.0, True), ([400.0], 201.0, False)),
+        *(([700.0], 600.0, True), ([700.0, 100.0], 501.0, False), ([700.0, 100.0], 500.0, True)),
+        *(
+            ([50.0] * 11, 50.0, True),
+            ([50.0] * 11, 51.0, False),
+            ([50.0] * 10, 100.0, True),
+            ([50.0] * 10, 101.0, False),
+        ),
+    ):
+        asked = view([model(A, 300.0)], [late], devices=[device()])
+        assert may_be_leased_before(asked, late, 300.0, device(), mb, held) is goes, (held, mb)
+    asked = view([model(A, 300.0)], [late], devices=[device()])
+    assert may_be_leased_before(asked, replace(late, loadable_on=(1,)), 300.0, device(), 900.0, [])
+    assert may_be_leased_before(asked, replace(late, enqueued_s=NOW - 1.0), 300.0, device(), 900.0, [])
+
+
+@pytest.mark.parametrize(
+    ("need_mb", "bound_mb", "span", "places"),
+    [
+        # Limits of 900, 720 and 540 MB; all are empty, so the first one that will do is as good as the others.
+        *((100.0, 0.0, 1, (0,)), (100.0, 719.0, 1, (0,)), (100.0, 720.0, 1, (0,)), (100.0, 900.0, 1, (0,))),
+        *((200.0, 0.0, 2, (0, 1)), (200.0, 1439.0, 2, (0, 1)), (1440.0, 0.0, 2, (0, 1)), (1441.0, 0.0, 2, (0, 1))),
+    ],
+)
+def test_a_device_that_is_too_small_is_drained_for_nobody_if_there_is_another(
+    need_mb: float, bound_mb: float, span: int, places: tuple[int, ...]
+) -> None:
+    devices = [device(0), device(1, 800.0), device(2, 600.0)]
+    state = PlanState(
+        view([replace(model(A, need_mb, known=False), bound_mb=bound_mb)], [ticket(1, A)], devices=devices)
+    )
+    assert tuple(one.device for one in devices_to_drain(state, replace(ticket(1, A), span=span))) == places
+
+
+@pytest.mark.parametrize(
+    ("leased", "drained"), [((0.0, 0.0), 0), ((801.0, 0.0), 1), ((800.0, 0.0), 0), ((801.0, 801.0), 0)]
+)
+def test_a_device_without_room_beside_leases_is_drained_only_where_all_are(
+    leased: tuple[float, float], drained: int
+) -> None:
+    devices = [device(row, leased_mb=mb) for row, mb in enumerate(leased)]
+    state = PlanState(view([model(A, 100.0, known=False)], [ticket(1, A)], devices=devices))
+    [place] = devices_to_drain(state, ticket(1, A))
+    assert place.device == drained
+
+
+@pytest.mark.parametrize(
+    ("there", "unloading", "holds_up"),
+    [({}, 0, False), ({}, 1, True), ({"returning_mb": 1.0}, 0, True), ({"external_mb": 300.0}, 0, False)],
+)
+def test_one_that_memory_is_on_its_way_for_holds_up_others(
+    there: dict[str, Any], unloading: int, holds_up: bool
+) -> None:
+    """Nothing can be evicted for it: what leaves no room is in use elsewhere by its own model."""
+    wanted = model(A, 600.0)
+    seen = view([wanted], [ticket(1, A)], devices=[device(used=500.0, **there)], unloading=unloading)
+    assert holds_up_others(PlanState(seen), ticket(1, A), wanted) is holds_up
+
+
+@pytest.mark.parametrize(("copies", "refused"), [(2, False), (1000, False)])
+def test_any_number_of_copies_fit_together_that_take_nothing(copies: int, refused: bool) -> None:
+    asked = view([model(A, 0.0)], [ticket(1, A, priority=2, preload=copies)])
+    [decision] = make_plan(asked).decisions
+    assert isinstance(decision, Refuse) is refused
+
+
+@pytest.mark.parametrize(
+    ("costs", "missing_mb", "chosen"),
+    [
+        # Cost and MB of each; the cheapest together go, the dearest first to stay.
+        ([], 1.0, []),
+        ([(1.0, 100.0), (1.0, 100.0)], 200.0, [0, 1]),
+        ([(1.0, 100.0), (1.0, 100.0)], 201.0, []),
+        ([(1.0, 100.0), (2.0, 100.0)], 100.0, [0]),
+        ([(1.0, 50.0), (1.5, 100.0)], 100.0, [1]),
+        ([(1.0, 50.0), (9.0, 100.0), (1.0, 50.0)], 100.0, [0, 2]),
+        ([(1.0, 0.5), (1.0, 1.5), (1.0, 1.0)], 1.0, [1]),
+        ([(3.1, 300.0), (1.0, 50.0), (2.0, 150.0)], 200.0, [1, 2]),
+    ],
+)
+def test_the_cheapest_ones_are_evicted_that_free_enough(
+    costs: list[tuple[float, float]], missing_mb: float, chosen: list[int]
+) -> None:
+    candidates = [Candidate(cost, mb, idle(row, A, mb=mb)) for row, (cost, mb) in enumerate(costs)]
+    assert sorted(one.copy.row for one in cheapest_set(candidates, missing_mb)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("drain_s", "cost", "sooner_cost", "waiting", "pays_off"),
+    [
+        (0.9, 1.0, 1.5, 1, True),
+        (RESIDENCE_IN_LOADS, 1.0, 1.5, 1, False),
+        (RESIDENCE_IN_LOADS - 0.01, 1.0, 1.5, 1, True),
+        (RESIDENCE_IN_LOADS / 2, 1.0, 1.5, 2, False),
+        (RESIDENCE_IN_LOADS / 2 - 0.01, 1.0, 1.5, 2, True),
+        (0.9, 1.5, 1.0, 1, False),
+        (0.0, 1.0, 1.0, 0, False),
+        (0.0, None, 1.5, 1, False),
+        (0.0, 1.0, None, 1, False),
+    ],
+)
+def test_to_wait_for_a_cheaper_plan_pays_off_while_that_is_shorter_than_what_it_saves(
+    drain_s: float, cost: float | None, sooner_cost: float | None, waiting: int, pays_off: bool
+) -> None:
+    plan, sooner = (
+        EvictionPlan((device(),), (), (), reload_cost, wait_s, 100.0, (0.0,))
+        for wait_s, reload_cost in ((drain_s, cost), (0.0, sooner_cost))
+    )
+    assert waiting_pays(plan, sooner, replace(model(A, waiting=waiting), load_s=2.0)) is pays_off
