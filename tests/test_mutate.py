@@ -201,6 +201,12 @@ def test_the_first_word_of_a_row_is_where_the_row_begins(monkeypatch: pytest.Mon
     assert [change.line for change in changes.Changes("one.py").all()] == [2, 3]
 
 
+def test_what_must_be_true_anyway_is_not_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("assert a == 1\nb = zip(a, a, strict=True)\nc = f(a, lenient=True)\nd = 2e9\n")
+    monkeypatch.setattr(changes, "ROOT", tmp_path)
+    assert [(one.line, one.new) for one in changes.Changes("one.py").all()] == [(3, "False"), (4, "4000000000.0")]
+
+
 def test_the_same_seed_draws_the_same_changes(capsys: pytest.CaptureFixture[str]) -> None:
     listed = []
     for arguments in (["policy"], ["policy"], ["policy", "--seed", "2"], ["mpmm/policy/plan.py"]):

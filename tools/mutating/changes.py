@@ -148,6 +148,9 @@ def _is_words(node: ast.AST) -> bool:
     """Tell whether a node is there for people, or for type checkers, or says what must be true anyway."""
     if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert | ast.Import | ast.ImportFrom):
         return True
+    if isinstance(node, ast.keyword):
+        # Of `zip`.
+        return node.arg == "strict"
     if isinstance(node, ast.Expr):
         call = node.value
         if isinstance(call, ast.Constant):
