@@ -15,6 +15,7 @@ from mpmm.shared_state import layout
 from mpmm.shared_state.events import EventKind, placed
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout, device_bits, device_rows, text_words
 from mpmm.shared_state.settings import Settings
+from mpmm.sources.base import Measures
 
 ROWS = ("Header", "Member", "Model", "Instance", "Ticket", "Pin", "Device", "Observation", "Event", "Undo")
 # By version, a checksum of all that the words of a segment mean. Whoever changes that raises the version, and notes
@@ -34,6 +35,7 @@ NUMBERS: dict[type[IntEnum], str] = {
         LOWEST_SCORE=32 CHEAPEST_RELOAD=33 FLUSHED=34 NO_ROW=35 EXCHANGED=36 ASKED=37 EXPIRED=38 RESET=39
         TOO_LARGE=40 QUIET=41 RESTLESS=42 ONLY_COPY=43 BY_HAND=44 HOST_FULL=45 HOST_SHORT=46 OUT_OF_MEMORY=47
         NOT_FREE=48""",
+    Measures: "UNKNOWN=0 NOTHING=1 DEVICES=2 PROCESSES=3",
     Unsuspendable: "SUSPEND_FAILED=1 RESUME_FAILED=2 TIMED_OUT=3",
     Way: "NONE=0 COOPERATIVE=1 CHECKPOINT=2",
 }

@@ -1,0 +1,135 @@
+"""How rows are found, in tables so short that it is done without NumPy and in longer ones."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from harness import NOBODYS_PID
+
+from mpmm.errors import TableFullError
+from mpmm.shared_state.layout import Capacities, Header, Member, Model, Pin
+from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.table_rows import FEW_ROWS
+from mpmm.text.display_names import set_display_name
+
+ROWS = 3 * FEW_ROWS
+_names = itertools.count()
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    joined = Namespace.join(f"tables{next(_names)}", capacities=Capacities(pins=ROWS, members=ROWS, instances=4))
+    yield joined
+    joined.leave()
+
+
+def pin_rows(namespace: Namespace, count: int) -> None:
+    """Use so many rows, each for a model of its own, and free every third one again."""
+    tables, pins = namespace.tables, namespace.segment.layout.pins
+    with namespace.transaction() as t:
+        for row in range(count):
+            t.set_all(
+                [
+                    (tables.pin(row) + Pin.STATE, int(row % 3 != 2)),
+                    (tables.pin(row) + Pin.MODEL, row // 2),
+                    (tables.pin(row) + Pin.MEMBER, row),
+                ]
+            )
+        t.set(pins.end_word, count)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, FEW_ROWS - 1, FEW_ROWS, FEW_ROWS + 1, ROWS - 1, ROWS])
+def test_rows_are_found_in_tables_of_any_length(namespace: Namespace, count: int) -> None:
+    tables, pins = namespace.tables, namespace.segment.layout.pins
+    pin_rows(namespace, count)
+    used = [row for row in range(count) if row % 3 != 2]
+    assert tables.used_rows(pins) == used
+    assert len(tables.view(pins)) == count
+    for model in (0, 1, count // 2, count):
+        assert tables.rows_where(pins, Pin.MODEL, model) == [row for row in used if row // 2 == model]
+    # In free rows there are fields left.
+    assert tables.rows_where(pins, Pin.MEMBER, 2) == []
+    for row in (0, 1, 2, 3, count - 1):
+        if row in used:
+            assert tables.pin_row(row // 2, row) == row
+            assert tables.pin_row(row // 2 + 1, row) is None
+    free = 2 if count > 2 else count
+    assert tables.free_row(pins) == free
+    with namespace.transaction() as t:
+        t.set_all([(tables.pin(row) + Pin.STATE, 1) for row in range(count)])
+    if count < ROWS:
+        assert tables.free_row(pins) == count
+    else:
+        with pytest.raises(TableFullError, match=f"all {ROWS} rows are in use") as caught:
+            tables.free_row(pins)
+        assert (caught.value.table, caught.value.capacity, caught.value.setting) == ("pins", ROWS, "Capacities.pins")
+    with namespace.transaction() as t:
+        t.set_all([(tables.pin(row) + Pin.STATE, 0) for row in range(count)])
+
+
+@pytest.mark.parametrize("count", [2, FEW_ROWS, FEW_ROWS + 1, ROWS])
+def test_members_are_found_by_their_slots(namespace: Namespace, count: int) -> None:
+    tables, members = namespace.tables, namespace.segment.layout.members
+    with namespace.transaction() as t:
+        for slot in range(1, count):
+            kind = Member.SERVER if slot % 2 else Member.FREE
+            at = tables.member(slot)
+            t.set_all([(at + Member.STATE, kind), (at + Member.PID, NOBODYS_PID + slot)])
+        t.set(members.end_word, count)
+    used = [0, *range(1, count, 2)]
+    assert tables.used_members() == used
+    assert [slot for slot in range(ROWS) if tables.member_in_use(slot)] == used
+    assert list(tables.free_members()) == [slot for slot in range(ROWS) if slot not in used]
+    with namespace.transaction() as t:
+        t.set_all([(tables.member(slot) + Member.STATE, Member.FREE) for slot in used[1:]])
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 16, 31])
+def test_a_text_is_read_as_long_as_it_is_whatever_was_there_before(namespace: Namespace, length: int) -> None:
+    tables, text = namespace.tables, bytes(range(1, 32))[:length]
+    before = tables.text(Header.SOURCE_NAME)
+    with namespace.transaction() as t:
+        t.set_text(Header.SOURCE_NAME, b"x" * Header.SOURCE_NAME_BYTES)
+        t.set_text(Header.SOURCE_NAME, text)
+    assert tables.text(Header.SOURCE_NAME) == text
+    assert tables.string(Header.SOURCE_NAME) == text.decode()
+    with namespace.transaction() as t:
+        t.set_text(Header.SOURCE_NAME, b"\xff")
+    assert tables.string(Header.SOURCE_NAME) == "\udcff"
+    with namespace.transaction() as t:
+        t.set_text(Header.SOURCE_NAME, before)
+
+
+def test_errors_name_a_tag_in_quotes_or_by_its_name(namespace: Namespace) -> None:
+    tables, tag, named = namespace.tables, "a tag of test_tables", "another tag of test_tables"
+    set_display_name(named, "what people call it")
+    with namespace.transaction() as t:
+        for one in (tag, named):
+            namespace.transitions.models.claim(t, one, one.encode())
+    assert tables.called(tag) == repr(tag)
+    assert tables.called(named) == tables.shown_for(named) != repr(named)
+    assert tables.called(5) == "5", "a caller may have passed no tag at all"  # type: ignore[arg-type]
+
+
+def test_a_tag_is_found_as_long_as_its_row_is_its_own(namespace: Namespace) -> None:
+    tables, models = namespace.tables, namespace.transitions.models
+    with namespace.transaction() as t:
+        rows = [models.claim(t, tag, tag.encode()) for tag in ("one", "two", "three")]
+        lease = namespace.transitions.leases.claim(t, b"four", 1.0)
+        ticket = namespace.transitions.tickets.enqueue(t, lease, 0, 1, 1.0, 2**62)
+    assert [tables.model_row(tag) for tag in ("one", "two", "three")] == rows
+    assert [tables.model_row(tag) for tag in ("four", "On", "onE", "", "\ud800")] == [None] * 5
+    assert tables.model_rows() == rows
+    assert [tables.tag_of(row) for row in rows] == ["one", "two", "three"]
+    generation = namespace.segment.words[tables.model(rows[0]) + Model.GENERATION]
+    with namespace.transaction() as t:
+        # The row is another tag's now.
+        t.set(tables.model(rows[0]) + Model.GENERATION, generation + 100)
+        t.set_text(tables.model(rows[0]) + Model.TAG, b"new")
+    assert (tables.model_row("one"), tables.model_row("new")) == (None, rows[0])
+    with namespace.transaction() as t:
+        t.set(tables.model(rows[1]), 0)
+        namespace.transitions.hand_over.leave_queue(t, ticket)
+    assert tables.model_row("two") is None
