@@ -71,7 +71,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_changes_of_holds", "test_changes_of_loads", "test_changes_of_unloads"),
             *("test_changes_of_suspensions", "test_changes_of_models", "test_changes_of_devices"),
             *("test_changes_of_hand_overs", "test_changes_of_members", "test_transition_starts"),
-            *("test_recorded_reads", "test_what_waiters_are_told"),
+            *("test_recorded_reads", "test_recorded_checks", "test_tables", "test_what_waiters_are_told"),
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
