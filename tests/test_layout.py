@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import fields, replace
 from enum import IntEnum
@@ -14,7 +15,7 @@ from mpmm.policy.view import Reason
 from mpmm.shared_state import layout
 from mpmm.shared_state.events import EventKind, placed
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout, device_bits, device_rows, text_words
-from mpmm.shared_state.settings import Settings
+from mpmm.shared_state.settings import SETTINGS, Settings
 from mpmm.sources.base import Measures
 
 ROWS = ("Header", "Member", "Model", "Instance", "Ticket", "Pin", "Device", "Observation", "Event", "Undo")
@@ -38,6 +39,30 @@ NUMBERS: dict[type[IntEnum], str] = {
     Measures: "UNKNOWN=0 NOTHING=1 DEVICES=2 PROCESSES=3",
     Unsuspendable: "SUSPEND_FAILED=1 RESUME_FAILED=2 TIMED_OUT=3",
     Way: "NONE=0 COOPERATIVE=1 CHECKPOINT=2",
+}
+
+# Default, lowest and highest value of each setting.
+PROMISED: dict[str, tuple[float, float, float]] = {
+    "slack_percentage": (0.1, 0.0, 0.99),
+    "poll_interval": (0.5, 0.01, 3600.0),
+    "peak_window_seconds": (30.0, 0.01, 86400.0),
+    "min_data_points": (5.0, 1, 1e6),
+    "smoothing_factor": (0.2, 0.0, 1.0),
+    "eviction_cooldown_seconds": (10.0, 0.0, math.inf),
+    "min_model_copies": (1.0, 0, 1e6),
+    "wait_timeout_seconds": (300.0, 0.0, math.inf),
+    "lock_timeout_seconds": (60.0, 0.001, 86400.0),
+    "fallback_memory_mb": (16000.0, 1.0, 1e9),
+    "memory_budget_mb": (math.inf, 1.0, math.inf),
+    "default_estimate_mb": (4000.0, 1.0, 1e9),
+    "max_overtake_seconds": (2.0, 0.0, math.inf),
+    "memory_return_seconds": (5.0, 0.0, math.inf),
+    "load_timeout_seconds": (math.inf, 0.001, math.inf),
+    "max_model_copies": (math.inf, 1, math.inf),
+    "idle_ttl_seconds": (math.inf, 0.0, math.inf),
+    "max_waiting": (math.inf, 0, math.inf),
+    "suspend_budget_mb": (math.inf, 0.0, math.inf),
+    "suspend_checkpoints": (1.0, 0, 2),
 }
 
 
@@ -103,6 +128,14 @@ def test_a_table_has_as_many_rows_as_it_may_have(table: str, low: int, high: int
     for size in (low - 1, high + 1):
         with pytest.raises(InvalidArgumentError, match=f"capacity {table}={size}: "):
             replace(Capacities(undo=1), **{table: size})
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+
+
+def test_the_settings_have_the_defaults_and_bounds_that_are_promised() -> None:
+    """A default of another value is another behaviour for all who have not chosen one."""
+    assert {name: (getattr(Settings(), name), one.low, one.high) for name, one in SETTINGS.items()} == PROMISED
 
 
 # ---- words that name several things ------------------------------------------------------------------------

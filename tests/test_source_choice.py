@@ -341,3 +341,30 @@ class TestWhatSourcesTellOfThemselves:
         ended_ns = time.monotonic_ns()
         assert samples
         assert all(began_ns <= sample.taken_ns <= sample.done_ns <= ended_ns for sample in samples)
+
+
+def test_a_monitor_of_the_callers_own_is_asked_anew_for_each_sample() -> None:
+    source = BookedSource(1000.0)
+    monitor = GPUMonitor(source=source)
+    refreshed: list[float] = []
+
+    class Mine:
+        """A monitor whose figures are those of its last refresh."""
+
+        used_mb = 0.0
+
+        def refresh(self) -> None:
+            self.used_mb += 100.0
+            refreshed.append(self.used_mb)
+
+        def get_stats(self) -> tuple[float, float, float]:
+            return self.used_mb, self.used_mb, 1000.0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(monitor, name)
+
+    mine = MonitorSource(Mine())
+    samples = [sample for _ in range(2) for sample in mine.sample([])]
+    assert [(sample.index, sample.used_mb) for sample in samples] == [(0, 100.0), (0, 200.0)]
+    assert refreshed == [100.0, 200.0]
+    assert all(sample.taken_ns <= sample.done_ns for sample in samples)
