@@ -178,13 +178,13 @@ def take_a_figure_into_the_last_place_of_the_ring(it: RowChanges) -> Operation:
 
 
 @CASES.case("""
-    device 1: USED_MB=700 SAMPLED=now EXTERNAL_MB=700 EXTERNAL_LEAST_MB=700 RING_NEXT=3 RING[4]=now RING[5]=700
+    device 1: USED_MB=700 SAMPLED=now PEAK_MB=700 EXTERNAL_MB=700 EXTERNAL_LEAST_MB=700 RING_NEXT=2 RING[2]=now
+      RING[3]=700
     returns True
 """)
 def take_a_figure_after_the_peak_was_reset(it: RowChanges) -> Operation:
     it.sample(1, 900.0)
     it.do(lambda t: it.to.devices.reset_peaks(t, 0b10))
-    it.sample(1, 800.0)
     return lambda t: it.to.devices.sample(t, 1, 700.0, it.now)
 
 
