@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -352,3 +353,30 @@ def test_a_constructor_that_cannot_be_pickled_goes_through_cloudpickle_or_is_ref
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cloudpickle" else find_spec(name))
     with pytest.raises(InvalidArgumentError, match="cloudpickle"):
         shared(path, "it", lambda: Counter(start), spawn_process=True).acquire()
+
+
+def test_only_the_object_that_is_meant_is_unloaded(path: str) -> None:
+    """One that this process has itself is told apart from others as a server is."""
+    MultiProcessShared(Counter, tag="mine", path=path).acquire()
+    assert server_pid("mine", path=path) == os.getpid()
+    assert not unload("mine", path=path, pid=os.getppid())
+    assert server_pid("mine", path=path) == os.getpid()
+    assert unload("mine", path=path, pid=os.getpid())
+    assert server_pid("mine", path=path) is None
+
+
+def test_a_proxy_answers_for_itself_what_protocols_probe_for(proxy: Any) -> None:
+    """Its object has no say in that, nor is it asked by a proxy that has no connection yet."""
+    for name in ("__array__", "__len__", "__anything__"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(proxy, name)
+    empty = object.__new__(type(proxy))
+    with pytest.raises(AttributeError, match="_mpmm_use"):
+        _ = empty._mpmm_use
+    assert {"_mpmm_use", "__getattr__"} <= {*dir(type(proxy)), *vars(proxy)}
+
+
+@pytest.mark.parametrize("name", ["mpmm", "mpmm.model_manager", "mpmm.multi_process_shared"])
+def test_a_package_lists_what_it_has_to_offer(name: str) -> None:
+    package = importlib.import_module(name)
+    assert {*package.__all__, "__name__", "__doc__"} <= {*dir(package)}

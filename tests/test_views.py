@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any
 from unittest import mock
@@ -13,6 +13,7 @@ from harness import scaled
 from random_operations import step
 from random_tables import RandomTables
 from reference_view import QUEUE_PART, Reference
+from row_changes import RowChanges
 
 from mpmm.policy.view import TicketView, View
 from mpmm.scheduling import Scheduler
@@ -104,3 +105,21 @@ def test_a_view_says_what_the_rows_say(seed: int) -> None:
                 check_view(scheduler.read_view(), expected)
                 check_expected_waits(scheduler, expected)
             assert check_invariants(read_snapshot(made.namespace.name)) == []
+
+
+@pytest.fixture
+def it() -> Iterator[RowChanges]:
+    with closing(RowChanges()) as made:
+        yield made
+
+
+@pytest.mark.parametrize("owner", [None, 1])
+def test_a_copy_of_several_users_that_is_to_go_is_nobodys_any_more(it: RowChanges, owner: int | None) -> None:
+    it.users(3)
+    row = it.active(handle=b"" if owner else b"handle")
+    it.take(row + 1)
+    for asked in (False, True):
+        model = Scheduler(it.namespace).read_view().models[1]
+        assert (model.shared, model.owned.get(2, 0)) == (int(not asked and not owner), int(not asked and bool(owner)))
+        assert model.leaving == int(asked)
+        it.do(lambda t: it.to.unloads.ask(t, row, 2))
