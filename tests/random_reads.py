@@ -13,6 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,11 +22,15 @@ from harness import NOBODYS_PID
 from random_operations import step
 from random_tables import SERVERS, RandomTables
 
+from mpmm.errors import TableFullError
+from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.layout import Header, Instance, Member, Ticket
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.snapshot import as_json, read_snapshot
+from mpmm.shared_state.transaction import Transaction
 
 RECORDED = Path(__file__).parent / "recorded_reads.txt"
 SEEDS = range(10)
@@ -66,6 +71,8 @@ class RandomRows:
             yield from self._of_models()
             yield from self._of_the_queue()
             yield from self._of_members_and_devices()
+            yield from self._of_the_scheduler()
+        yield from self._of_changes()
 
     def _of_snapshots(self) -> Iterator[tuple[str, Any]]:
         snapshot = read_snapshot(self.namespace.name)
@@ -164,6 +171,80 @@ class RandomRows:
         yield "ledgers", [self.namespace.transitions.ledgers.read(row) for row in rows]
         yield "view", self.scheduler.read_view()
         yield "room", self.scheduler.views.room()
+
+    def _of_the_scheduler(self) -> Iterator[tuple[str, Any]]:
+        tables, scheduler, shortcuts = self.tables, self.scheduler, self.scheduler.shortcuts
+        instances, tickets = tables.used_rows(self.layout.instances), tables.used_rows(self.layout.tickets)
+        models, suspension = tables.used_rows(self.layout.models), scheduler.suspension
+        of_models: list[Callable[[int], Any]] = [
+            *(shortcuts.known_wait, scheduler.demand.of, scheduler.demand.rate),
+            *(scheduler.need_mb, scheduler.expected_mb, scheduler.is_known),
+        ]
+        for of_model in of_models:
+            yield of_model.__qualname__, [of_model(row) for row in models]
+        yield "may_know_the_wait", [shortcuts.may_know_the_wait(tables.tag_of(row)) for row in models]
+        yield "first_user", [[shortcuts.first_user(row, bits) for bits in (1, 2, 4, 3)] for row in models]
+        held = [row for row in instances if tables.instances[row].state == Instance.ACTIVE]
+        yield "moves_nobody", [shortcuts.moves_nobody(self.namespace.reads.instances.held(row)) for row in held]
+        idle = [row for row in instances if tables.instances[row].state == Instance.IDLE]
+        yield "may_take", [shortcuts.may_take(row) for row in idle]
+        of_tickets: list[Callable[[int], Any]] = [
+            *(scheduler.why, scheduler.expected_wait_s, scheduler.backs_off_for_s, scheduler.called_up_at),
+            *(scheduler.is_model_idle, shortcuts.holds_up_nobody),
+        ]
+        waiting = [row for row in tickets if tables.tickets[row].state == Ticket.WAITING]
+        for of_ticket in of_tickets:
+            yield of_ticket.__qualname__, [of_ticket(row) for row in waiting]
+        yield "expected_waits_s", sorted(scheduler.expected_waits_s(waiting).items())
+        yield "isolation_matters", shortcuts.isolation_matters(shortcuts.waiting())
+        yield "host", (suspension.budget_mb, suspension.free_mb, suspension.used_mb())
+        devices, copies = tables.used_rows(self.layout.devices), scheduler.read_copies()
+        yield "device_views", scheduler.device_views(copies)
+        yield "used_mb", [(scheduler.used_mb(row, copies), scheduler.limit_mb(row)) for row in devices]
+        room = scheduler.room()
+        yield "shows_more_room", [scheduler.shows_more_room([mb - less for mb in room]) for less in (0.0, 0.5, 1.5)]
+        yield "has_row_for_instance", scheduler.table_rows.has_row_for_instance()
+
+    def _of_changes(self) -> Iterator[tuple[str, Any]]:
+        """Say what the scheduler would change; all of it is undone."""
+        scheduler, tables, reset = self.scheduler, self.tables, self.made.transitions.reset
+        held = tables.rows_where(self.layout.instances, Instance.STATE, Instance.ACTIVE)
+        waiting = tables.rows_where(self.layout.tickets, Ticket.STATE, Ticket.WAITING)
+        changes: dict[str, Callable[[Transaction], Any]] = {
+            "advance": lambda t: scheduler.advance(t),
+            "count_requests": lambda t: scheduler.count_requests(t),
+            "make_room_for_instance": lambda t: scheduler.table_rows.make_room_for_instance(t, waiting[0]),
+            "make_room_for_model": lambda t: scheduler.make_room_for_model(t, 1),
+            "free_seat": lambda t: scheduler.table_rows.free_seat(t),
+            "drop_oldest": lambda t: scheduler.suspension.drop_oldest(t, 1, Cause(Reason.HOST_SHORT)),
+            "reset": lambda t: reset(t),
+        }
+        for name, change in changes.items():
+            if waiting or name != "make_room_for_instance":
+                yield f"changes of {name}", self._changed_by(change)
+        for place, row in enumerate(held[:3]):
+            yield f"changes of release {place}", self._changed_by(partial(scheduler.release, instance=row))
+            for call_up in (False, True):
+                keep = partial(scheduler.keep, instance=row, used=True, call_up=call_up)
+                yield f"changes of keep {place} {call_up}", self._changed_by(keep)
+        for place, row in enumerate(waiting[:2]):
+            yield f"why_not_at_once {place}", self._changed_by(lambda t, row=row: scheduler.why_not_at_once(row))  # type: ignore[misc]  # a default of its own
+
+    def _changed_by(self, change: Callable[[Transaction], Any]) -> tuple[Any, list[tuple[int, int]]]:
+        """Return what a change returns, and the words that it changes."""
+        end = self.layout.observations.end
+        # What is never undone: generations, and words that others wait for.
+        before = self.words[:end].tolist()
+        with self.made.attempt() as t:
+            try:
+                found = change(t)
+            except TableFullError as error:
+                found = error.table
+            after = self.words[:end].tolist()
+            count = self.words[Header.NEXT_GENERATION] - before[Header.NEXT_GENERATION]
+        own = {Header.NEXT_GENERATION, Header.LOCK_HOLDER, Header.CHANGE, Header.UNDO_COUNT, Header.CONTENDED}
+        changed = [(word, now) for word, (now, was) in enumerate(zip(after, before, strict=True)) if now != was]
+        return found, [(count, 0), *((word, now) for word, now in changed if word not in own)]
 
 
 def answers_of(seed: int) -> dict[str, list[str]]:
