@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from containers import NOBODY, as_root
 from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, wait_until
 
 from mpmm.cli import main
@@ -212,6 +213,38 @@ def test_processes_of_which_nothing_can_be_told_are_alive(elsewhere: Path, new_p
         assert find_orphans() == []
     change_header(segment, Header.PID_NAMESPACE, pids_of)
     assert len(found(prune.sweep_orphans)) == 1
+
+
+@pytest.mark.parametrize("pids", [[], ["1"]], ids=["nothing mounted", "that of another pid namespace"])
+@pytest.mark.parametrize("version", [7, None], ids=["of another version", "of this one"])
+def test_where_this_process_is_not_shown_nothing_is_known_of_others_and_nothing_pruned(
+    elsewhere: Path, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, pids: list[str], version: int | None
+) -> None:
+    """It took the segments of all living processes for leftovers, and removed them."""
+    segment = leave_segment(new_process, elsewhere)
+    if version is not None:
+        change_header(segment, Header.VERSION, version)
+    shutil.rmtree(elsewhere)
+    found(lambda: find_orphans(of_other_versions=True))
+    with monkeypatch.context() as patched:
+        listed = {"/proc": pids}
+        patched.setattr(
+            "mpmm.shared_state.prune.os.listdir", lambda path: listed[path] if path in listed else os.listdir(path)
+        )
+        assert find_orphans(of_other_versions=True) == []
+    segment.unlink()
+
+
+@as_root
+def test_the_segment_of_another_user_with_our_number_in_its_name_is_not_ours(
+    elsewhere: Path, new_process: NewProcess
+) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    shutil.rmtree(elsewhere)
+    found(find_orphans)
+    os.chown(segment, NOBODY, -1)
+    assert find_orphans(of_other_versions=True) == []
+    segment.unlink()
 
 
 def test_the_segment_of_another_version_is_pruned_if_no_process_has_it_and_no_root_is_its(

@@ -129,7 +129,10 @@ def _names() -> Iterator[str]:
     for name in names:
         match = _NAME.fullmatch(name)
         if match and int(match["uid"]) == os.getuid():
-            yield name
+            with contextlib.suppress(FileNotFoundError):
+                # In a user namespace somebody else's may have our number in its name, and its processes do not.
+                if os.stat(f"{SHARED_MEMORY}/{name}", follow_symlinks=False).st_uid == os.getuid():
+                    yield name
 
 
 def _why_abandoned(name: str) -> str | None:
@@ -182,6 +185,9 @@ def _mapped_inodes() -> set[int] | None:
     try:
         pids = [entry for entry in os.listdir("/proc") if entry.isdigit()]
     except OSError:
+        return None
+    if str(os.getpid()) not in pids:
+        # None that is of this pid namespace is mounted, so nothing is known of any process.
         return None
     for pid in pids:
         try:
