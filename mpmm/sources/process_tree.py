@@ -60,8 +60,11 @@ def is_ending(pid: int) -> bool:
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether a signal, or a debugger, has stopped a process; False if nobody can tell."""
-    return _stat_of(pid)[:1] in ([b"T"], [b"t"])
+    """Tell whether a signal has stopped a process; False if nobody can tell.
+
+    One that is traced stops for a moment at each call to the kernel, which is another state.
+    """
+    return _stat_of(pid)[:1] == [b"T"]
 
 
 def _stat_of(pid: int) -> list[bytes]:
