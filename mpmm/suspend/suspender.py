@@ -138,7 +138,7 @@ class Suspender:
         if task is None:
             return
         done, why = False, None
-        room_mb = self._host_room_mb()
+        room_mb = self._host_room_mb(_spare_mb())
         if task.mb > room_mb:
             error = SuspendError(f"the host has only {max(0.0, room_mb):.0f} MB left for it", tag=task.tag)
             self._say(logging.WARNING, task, protocol.SLEEP, error)
@@ -161,8 +161,9 @@ class Suspender:
         """
         namespace = self._namespace
         suspend, cause = self._scheduler.suspension.suspend, Cause(Reason.BY_HAND)
-        chosen, room_mb = [], self._host_room_mb()
+        chosen, spare_mb = [], _spare_mb()
         with namespace.transaction() as t:
+            room_mb = self._host_room_mb(spare_mb)
             for row, instance in self._instances_of(tag):
                 fits = instance.state == Instance.IDLE and instance.mb <= room_mb
                 if fits and suspend(t, row, namespace.slot, cause, evicted=False):
@@ -172,15 +173,15 @@ class Suspender:
         self._unload_in_thread()
         return chosen
 
-    def _host_room_mb(self) -> float:
-        """Return how much of the host's memory a suspension may take now.
+    def _host_room_mb(self, spare_mb: float) -> float:
+        """Return how much of the host's memory a suspension may take now, by the settings of the last transaction.
 
-        By default the budget is a share of what the host had left when the namespace began, which others may have taken
-        since. One that was chosen is taken at its word.
+        spare_mb: what the host has. By default the budget is a share of what it had when the namespace began, which
+        others may have taken since. One that was chosen is taken at its word.
         """
         if math.isfinite(self._namespace.settings.suspend_budget_mb):
             return math.inf
-        return host_memory_left_mb() - HOST_RESERVE * host_memory_mb()
+        return spare_mb
 
     def moving_among(self, copies: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return those of some copies (row, generation) that are still to be suspended; without the lock.
@@ -505,3 +506,8 @@ class Suspender:
         deadline = time.monotonic() + timeout_s
         while not ended() and time.monotonic() < deadline:
             time.sleep(LOOK_S)
+
+
+def _spare_mb() -> float:
+    """Return how much memory the host has left, but for what it always has to have; takes 2 ms."""
+    return host_memory_left_mb() - HOST_RESERVE * host_memory_mb()
