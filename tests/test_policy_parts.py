@@ -264,20 +264,23 @@ def test_demand_falls_with_silence(demand: Demand, now_s: float, rate: float) ->
 
 
 @pytest.mark.parametrize(
-    ("suspends_s", "resumes_s", "load_s", "pays_off"),
+    ("suspends_s", "resumes_s", "load_s", "share", "pays_off"),
     [
         # Nothing measured: as the rates say, 0.05 + 0.1 s each way, and any gain will do.
-        *((0.0, 0.0, 0.301, True), (0.0, 0.0, 0.299, False)),
+        *((0.0, 0.0, 0.301, 0.15, True), (0.0, 0.0, 0.299, 0.15, False)),
         # One of them alone is not enough to ask for more.
-        *((1.0, 0.0, 1.16, True), (0.0, 1.0, 1.16, True), (1.0, 0.0, 1.14, False)),
-        *((1.0, 1.0, 4.01, True), (1.0, 1.0, 4.0, False)),
+        *((1.0, 0.0, 1.16, 0.15, True), (0.0, 1.0, 1.16, 0.15, True), (1.0, 0.0, 1.14, 0.15, False)),
+        *((1.0, 1.0, 3.01, 0.15, True), (1.0, 1.0, 3.0, 0.15, False)),
+        # Where little is saved in all, the gain has to be clear.
+        *((1.0, 1.0, 8.01, 0.149, True), (1.0, 1.0, 8.0, 0.149, False)),
+        *((0.0, 0.0, 1.201, 0.149, True), (0.0, 0.0, 1.199, 0.149, False)),
     ],
 )
 def test_a_suspension_pays_off_that_is_so_much_quicker_than_a_load(
-    suspends_s: float, resumes_s: float, load_s: float, pays_off: bool
+    suspends_s: float, resumes_s: float, load_s: float, share: float, pays_off: bool
 ) -> None:
-    assert pays(Movable(800.0, Way.COOPERATIVE, load_s, suspends_s, resumes_s, 1.0)) is pays_off
-    assert not pays(Movable(0.0, Way.NONE, load_s, 1e-9, 1e-9, 1.0))
+    assert pays(Movable(800.0, Way.COOPERATIVE, load_s, suspends_s, resumes_s, 1.0), share) is pays_off
+    assert not pays(Movable(0.0, Way.NONE, load_s, 1e-9, 1e-9, 1.0), 1.0)
 
 
 @pytest.mark.parametrize(
