@@ -40,7 +40,7 @@ from mpmm.errors import AcquireTimeoutError, ClosedError, InvalidArgumentError, 
 from mpmm.observability.findings import findings
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.policy.view import Reason
-from mpmm.shared_state.layout import Instance
+from mpmm.shared_state.layout import Instance, Model
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.host_memory import host_memory_mb
@@ -131,6 +131,38 @@ def test_the_policy_is_told_which_copies_would_be_suspended(new_manager: NewMana
     assert told() == ["slow"], "the other one is worth nothing"
     manager.update_settings(suspend_budget_mb=500.0)
     assert told() == []
+
+
+def test_where_little_is_saved_in_all_only_what_is_clearly_quicker_to_bring_back_is_suspended(
+    new_manager: NewManager, tmp_path: Path
+) -> None:
+    manager = new_manager(suspend_budget_mb=9000.0, fallback_memory_mb=9000, default_estimate_mb=600.0)
+    # By the estimate a suspension and a resume take 0.25 s.
+    use(manager, "small", MakesSleeper(tmp_path), load_s=0.5)
+    use(manager, "clear", MakesSleeper(tmp_path), load_s=1.1)
+    session = manager._connected()
+    tables, transitions = session.namespace.tables, session.namespace.transitions
+
+    def told() -> set[str]:
+        with session.namespace.transaction():
+            view = session.scheduler.read_view()
+            return {tables.tag_of(one.model) for one in view.idle if one.suspendable}
+
+    assert told() == {"small", "clear"}
+    # Most of what loads take is that of a model of which nothing is saved, as it takes as long to suspend it.
+    use(manager, "large", MakesSleeper(tmp_path), load_s=40.0)
+    with session.namespace.transaction() as t:
+        large = tables.model_row("large")
+        assert large is not None
+        transitions.suspensions.expect(t, large, 30.0, 10.0)
+    assert told() == {"clear"}
+    # What is not to be suspended for another reason says nothing of what there is to save.
+    with session.namespace.transaction() as t:
+        t.set(tables.model(large) + Model.UNSUSPENDABLE, Unsuspendable.TIMED_OUT)
+    assert told() == {"small", "clear"}
+    with session.namespace.transaction() as t:
+        t.set(tables.model(large) + Model.UNSUSPENDABLE, 0)
+    assert manager.suspend("small") == 1, "by hand it need not pay"
 
 
 def test_the_policy_is_told_of_many_copies_without_a_search_for_twins_of_each(
