@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -255,6 +256,58 @@ def test_a_client_with_another_key_is_refused(path: str) -> None:
     with pytest.raises(AuthenticationError):
         sockets.dial(registry.path, record.socket_name, os.urandom(32))
     assert proxy.increment() == 1
+
+
+def test_a_server_refuses_a_client_of_another_version_before_it_has_proved_anything() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, Connection(ours.detach()) as connection:
+        theirs.sendall((sockets.PROTOCOL_VERSION + 1).to_bytes(2, "big") + bytes(sockets.NONCE_BYTES - 2))
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(AuthenticationError, match="the client speaks version"):
+            sockets.authenticate_client(connection, b"key")
+
+
+def test_a_client_whose_time_is_over_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    def wait(peers: list[Any], timeout: float) -> list[Any]:
+        waited.append(timeout)
+        return []
+
+    monkeypatch.setattr(sockets, "HANDSHAKE_TIMEOUT_S", -1.0)
+    monkeypatch.setattr(sockets, "wait", wait)
+    ours, theirs = socket.socketpair()
+    with theirs, Connection(ours.detach()) as connection, pytest.raises(TimeoutError):
+        sockets.authenticate_client(connection, b"key")
+    assert waited == [0.0]
+
+
+def threads_of_hosts() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
+
+
+def test_clients_are_served_that_come_while_others_stay_silent(path: str) -> None:
+    """A thread that waits for a silent client has seen to it that another one hears the next."""
+    began, go_on = threading.Barrier(2), threading.Event()
+    shared(path, always_proxy=True).acquire()
+    counts: list[int] = []
+
+    def call() -> None:
+        count = MultiProcessShared(Counter, tag="it", path=path, always_proxy=True).acquire()
+        counts.append(count.increment())
+        began.wait(DEADLINE_S)
+        assert go_on.wait(DEADLINE_S)
+
+    clients = [threading.Thread(target=call) for _ in range(6)]
+    for client in clients:
+        client.start()
+        began.wait(DEADLINE_S)
+        # The one that serves it makes a follower once the client says nothing for a moment.
+        wait_until(lambda: len(threads_of_hosts()) > len(counts) + 1, DEADLINE_S, lambda: "nobody follows")
+    go_on.set()
+    for client in clients:
+        client.join()
+    assert counts == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("client", [0, sockets.PROTOCOL_VERSION + 1, 65535])
