@@ -302,8 +302,9 @@ def test_clients_are_served_that_come_while_others_stay_silent(path: str) -> Non
     for client in clients:
         client.start()
         began.wait(DEADLINE_S)
-        # The one that serves it makes a follower once the client says nothing for a moment.
-        wait_until(lambda: len(threads_of_hosts()) > len(counts) + 1, DEADLINE_S, lambda: "nobody follows")
+        # Each client has a thread, this one, too, and one hears the next. Once a client says nothing for a moment, its
+        # thread makes one that hears the next but one.
+        wait_until(lambda: len(threads_of_hosts()) == len(counts) + 3, DEADLINE_S, lambda: "nobody follows")
     go_on.set()
     for client in clients:
         client.join()
