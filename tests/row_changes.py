@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -263,11 +263,20 @@ class RowChanges:
 
     def changes(self, operation: Callable[[Transaction], Any]) -> str:
         """Make an operation; return what it changes, a line for each row, event and wake-up, and what it returns."""
-        before, events = self.words.tolist(), self.words[Header.EVENTS]
         after: list[Any] = []
-        with self.namespace.transaction() as t:
-            result = operation(t)
-            after += t.after
+
+        def call() -> Any:
+            with self.namespace.transaction() as t:
+                result = operation(t)
+                after.extend(t.after)
+            return result
+
+        return self.changes_of(call, after)
+
+    def changes_of(self, call: Callable[[], Any], after: Sequence[Any] = ()) -> str:
+        """Make a call with transactions of its own; return what it changes. after: what follows these."""
+        before, events = self.words.tolist(), self.words[Header.EVENTS]
+        result = call()
         lines = [*self._rows_since(before), *self._events_since(events), *map(self._call, after)]
         if result is not None:
             lines.append(f"returns {result}")

@@ -1,0 +1,124 @@
+"""What a published sample changes of members and of what their servers keep, word by word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from harness import NOBODYS_PID
+from row_changes import SECOND_NS, RowChanges
+from row_changes import it as it  # the fixture
+
+from mpmm.memory.samples import SharedSamples
+from mpmm.scheduling import Scheduler
+from mpmm.shared_state.layout import Header
+from mpmm.sources import DeviceInfo, DeviceSample
+
+WORKER, SERVER, OTHER = (NOBODYS_PID + slot for slot in (1, 3, 4))
+STRANGER = NOBODYS_PID + 77
+
+
+def sees(it: RowChanges, devices: tuple[int, ...] = (0, 1, 2)) -> SharedSamples:
+    """Return the samples of a process that sees some of the devices, by indices of its own: one more than the rows."""
+    samples = SharedSamples(it.namespace, Scheduler(it.namespace))
+    source: Any = SimpleNamespace(
+        name="made up", measures_processes=True, frees_late=False, cheap=True, sample=None, devices=None, close=None
+    )
+    infos = [DeviceInfo(row + 1, f"uuid-{row}", "gpu", 9000.0 - row) for row in devices]
+    samples.describe(source, infos)
+    it.wait(1)
+    return samples
+
+
+def sample(
+    it: RowChanges,
+    row: int,
+    processes: dict[int, float],
+    *,
+    used_mb: float | None = 1500.0,
+    ago_s: float = 0.0,
+    known: bool = True,
+) -> DeviceSample:
+    """Return a sample of a device (row)."""
+    taken = it.now - int(ago_s * SECOND_NS)
+    return DeviceSample(row + 1, used_mb, taken, processes, done_ns=taken, processes_known=known)
+
+
+def of_members(changes: str) -> list[str]:
+    """Return what has changed of members and instances alone."""
+    return [line for line in changes.splitlines() if line.startswith(("member", "instance"))]
+
+
+Case = tuple[str, Callable[[RowChanges], list[DeviceSample]], list[str]]
+MEASURED = ["member 3: MEASURED_MB=520 PEAK_MB=520", "instance 1: MB=520"]
+NOTHING = ["member 3: MEASURED_MB=0", "instance 1: MB=0"]
+CASES: list[Case] = [
+    (
+        "a server and a worker on one device",
+        lambda it: [sample(it, 1, {SERVER: 520.0, WORKER: 30.0, STRANGER: 200.0})],
+        ["member 1: MEASURED_MB=30 PEAK_MB=30", *MEASURED],
+    ),
+    (
+        "both devices of a copy that spans them",
+        lambda it: [sample(it, 0, {OTHER: 210.0}), sample(it, 2, {OTHER: 320.0})],
+        [
+            "member 4: MEASURED_MB=530 PEAK_MB=530 SHARES=210 SHARES[1]=320",
+            "instance 2: MB=530 SHARES=210 SHARES[1]=320",
+        ],
+    ),
+    ("one device of a copy that spans two", lambda it: [sample(it, 0, {OTHER: 210.0})], []),
+    ("another device than that of the copy", lambda it: [sample(it, 2, {SERVER: 60.0})], []),
+    ("a list without the server", lambda it: [sample(it, 1, {})], NOTHING),
+    ("a list that may lack it", lambda it: [sample(it, 1, {}, known=False)], ["member 3: MEASURED_MB=nan"]),
+    ("a list of another device", lambda it: [sample(it, 0, {})], []),
+    ("a figure that could not be read", lambda it: [sample(it, 1, {SERVER: 520.0}, used_mb=None)], MEASURED),
+    ("a figure that is older than the last one", lambda it: [sample(it, 1, {SERVER: 520.0}, ago_s=60)], []),
+    ("a device that nobody has described", lambda it: [sample(it, 7, {SERVER: 520.0})], []),
+]
+
+
+@pytest.mark.parametrize(("make", "changed"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_a_sample_counts_for_the_devices_that_it_is_of(
+    it: RowChanges, make: Callable[[RowChanges], list[DeviceSample]], changed: list[str]
+) -> None:
+    it.active(server=3)
+    it.active(handle=b"wide", server=4, devices=(0, 2))
+    samples = sees(it)
+    first = {0: {OTHER: 200.0}, 1: {SERVER: 510.0}, 2: {OTHER: 300.0}}
+    samples.publish([sample(it, row, processes, used_mb=900.0) for row, processes in first.items()])
+    it.wait(5)
+    published = make(it)
+    assert of_members(it.changes_of(lambda: samples.publish(published))) == changed
+
+
+def test_processes_are_known_once_a_sample_shows_one_of_ours(it: RowChanges) -> None:
+    it.poke(Header.SOURCE_MEASURES_PROCESSES, 0)
+    samples = sees(it)
+    shown: list[tuple[dict[int, float], int]] = [({}, 0), ({STRANGER: 100.0}, 0), ({WORKER: 30.0}, 1)]
+    for processes, known in shown:
+        samples.publish([sample(it, 1, processes)])
+        it.wait(1)
+        assert it.words[Header.SOURCE_MEASURES_PROCESSES] == known
+
+
+def test_each_process_knows_devices_by_its_own_indices(it: RowChanges) -> None:
+    some, every = sees(it, (1, 2)), sees(it)
+    assert (some.rows(), every.rows()) == ([1, 2], [0, 1, 2])
+    assert (some.visible_bits(), every.visible_bits()) == (0b110, 0)
+    chosen: list[tuple[list[int | str], int]] = [
+        ([2], 0b10),
+        (["uuid-2"], 0b100),
+        ([2, "uuid-2"], 0b110),
+        ([3, 2], 0b110),
+        ([], 0),
+    ]
+    for names, bits in chosen:
+        assert some.bits_of(names) == bits
+    strangers: list[int | str] = [1, 4, "uuid-0", "no such", True]
+    for nothing in strangers:
+        with pytest.raises(ValueError, match=r"is not among the devices of this process: 2 \(uuid-1\), 3 \(uuid-2\)"):
+            some.bits_of([nothing])
+    placement = some.placement_of(0b111, 600.0)
+    assert (placement.indices, placement.uuids, placement.mb) == ((2, 3), ("uuid-0", "uuid-1", "uuid-2"), 600.0)
