@@ -233,6 +233,29 @@ def claim_the_row_of_the_oldest_unused_model(it: RowChanges) -> Operation:
 
 
 @CASES.case("""
+    model 6: GENERATION=22 USED_AT=now EVENTS_BEFORE=31 TAG=3 TAG[1]='new'
+    returns 6
+""")
+def claim_no_row_of_a_model_that_has_as_much_of_one_thing_as_of_another(it: RowChanges) -> Operation:
+    for number in range(3, 8):
+        it.claim(f"m{number}")
+    it.active(model=1)
+    it.ticket(model=1)
+    it.active(model=2, handle=b"2")
+    it.loading(model=2)
+    it.unloading(model=3, handle=b"3")
+    it.loading(model=3)
+    it.suspended(model=4, handle=b"4")
+    it.active(model=4, handle=b"5")
+    it.ticket(model=5)
+    it.do(lambda t: it.to.pins.pin(t, 5, 2))
+    it.poke(it.tables.model(7) + Model.USED_AT, it.now)
+    for model in range(1, 6):
+        it.poke(it.tables.model(model) + Model.USED_AT, 1)
+    return lambda t: it.to.models.claim(t, "new", b"new")
+
+
+@CASES.case("""
     header: ENDS[1]=5
     model 4: STATE=MODEL GENERATION=12 ESTIMATE_MB=nan USED_AT=now EVENTS_BEFORE=13 TAG=3 TAG[1]='new'
     returns 4

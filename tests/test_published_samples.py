@@ -116,8 +116,8 @@ def test_each_process_knows_devices_by_its_own_indices(it: RowChanges) -> None:
     ]
     for names, bits in chosen:
         assert some.bits_of(names) == bits
-    strangers: list[int | str] = [1, 4, "uuid-0", "no such", True]
-    for nothing in strangers:
+    others: list[int | str] = [1, 4, "uuid-0", "no such", True]
+    for nothing in others:
         with pytest.raises(ValueError, match=r"is not among the devices of this process: 2 \(uuid-1\), 3 \(uuid-2\)"):
             some.bits_of([nothing])
     placement = some.placement_of(0b111, 600.0)
