@@ -368,3 +368,21 @@ def test_a_monitor_of_the_callers_own_is_asked_anew_for_each_sample() -> None:
     assert [(sample.index, sample.used_mb) for sample in samples] == [(0, 100.0), (0, 200.0)]
     assert refreshed == [100.0, 200.0]
     assert all(sample.taken_ns <= sample.done_ns for sample in samples)
+
+
+def test_a_source_that_is_being_started_may_be_started_by_another_thread_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one that hangs is not tried again; here each waits for the other."""
+    both = threading.Barrier(2)
+
+    def start() -> BookedSource:
+        both.wait(DEADLINE_S)
+        return BookedSource(1000.0)
+
+    monkeypatch.setattr("mpmm.sources.nvml.NvmlSource", start)
+    found: list[MemorySource] = []
+    threads = [threading.Thread(target=lambda: found.append(choose_source("nvml"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2

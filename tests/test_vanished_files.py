@@ -89,6 +89,15 @@ def test_a_pid_that_went_to_a_younger_process_is_not_the_member() -> None:
     assert not lives_by_pid(max(psutil.pids()) + 4711, 1 << 62)
 
 
+def test_a_process_that_has_ended_and_waits_to_be_reaped_is_dead() -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert not lives_by_pid(child, 1 << 62)
+    os.waitpid(child, 0)
+
+
 def test_a_leaver_whose_alive_file_was_removed_does_not_remove_the_namespace_of_others(
     namespace: str, runtime_root: Path, new_process: NewProcess
 ) -> None:
