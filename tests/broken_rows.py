@@ -70,6 +70,15 @@ def checks() -> Iterator[str]:
         for to in changed(getattr(snapshot, field.name), field.name, "header"):
             header: dict[str, Any] = {field.name: to}
             yield f"{field.name}={to}: {_said(replace(snapshot, **header))}"
+    for most in range(1, 6):
+        settings = replace(snapshot.settings, max_model_copies=float(most))
+        limited = replace(snapshot, settings=settings)
+        yield f"at most {most}: {_said(limited)}"
+        yield f"at most {most} from now on: {_said(replace(limited, settings_changed_ago_s=1.0))}"
+        for place, row in enumerate(snapshot.instances):
+            going = replace(row, unload_on_release=not row.unload_on_release)
+            instances = (*snapshot.instances[:place], going, *snapshot.instances[place + 1 :])
+            yield f"at most {most} and instance {place} to go: {_said(replace(limited, instances=instances))}"
     for table in TABLES:
         rows: tuple[Any, ...] = getattr(snapshot, table)
         for place, row in enumerate(rows):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -108,3 +111,26 @@ def test_a_lock_that_was_taken_and_replaced_is_not_there_to_be_given_up(tmp_path
     path.unlink()
     assert lock.is_free()
     lock.give_up()
+
+
+@pytest.mark.parametrize("way", ["descriptor", "none to be had", "not of this Python", "too high for select"])
+def test_the_end_of_a_server_is_told_in_any_way_there_is(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise ValueError("too high") if way == "too high for select" else OSError(errno.EMFILE, "too many open files")
+
+    if way == "none to be had":
+        monkeypatch.setattr(os, "pidfd_open", fail)
+    elif way == "not of this Python":
+        monkeypatch.delattr(os, "pidfd_open")
+    elif way == "too high for select":
+        monkeypatch.setattr(select, "select", fail)
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    started = start_time_of(process.pid)
+    assert started is not None
+    lives = ServerRecord("it", process.pid, started, "1", "socket", spawned=True, ready=True)
+    another = replace(lives, start_time=started - 1.0)
+    assert (lives.has_ended(), another.has_ended()) == (False, True)
+    process.kill()
+    process.communicate()
+    assert lives.has_ended()
+    assert another.has_ended()
