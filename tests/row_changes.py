@@ -218,6 +218,10 @@ class RowChanges:
         """Give a model a row."""
         self.do(lambda t: self.to.models.claim(t, tag, tag.encode()))
 
+    def pin(self, model: int) -> None:
+        """Have member 2 pin a model."""
+        self.do(lambda t: self.to.pins.pin(t, model, 2))
+
     def end_lease(self, row: int) -> None:
         """End a lease."""
         self.do(lambda t: self.to.leases.end(t, row))

@@ -210,6 +210,18 @@ def take_a_figure_before_one_loads(it: RowChanges) -> Operation:
 
 
 @CASES.case("""
+    device 1: USED_MB=800 SAMPLED=now-6 PEAK_MB=800 HIGHEST_MB=800 EXTERNAL_MB=350 EXTERNAL_LEAST_MB=350
+      RING_NEXT=2 RING[2]=now-6 RING[3]=800
+    returns True
+""")
+def take_a_figure_of_which_more_is_unrelated_than_was_known(it: RowChanges) -> Operation:
+    it.sample(1, 100.0)
+    it.active()
+    it.do(lambda t: it.to.devices.note_unrelated(t, 1, 350.0))
+    return lambda t: it.to.devices.sample(t, 1, 800.0, it.now - 6 * SECOND_NS)
+
+
+@CASES.case("""
     device 1: PEAK_MB=700 PEAK_RESET=now
 """)
 def reset_the_peak_of_a_device(it: RowChanges) -> Operation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from row_changes import CAUSE, SECOND_NS, Cases, Operation, RowChanges
+from row_changes import CAUSE, SECOND_NS, Cases, Operation, RowChanges, raised
 from row_changes import it as it  # the fixture
 
 from mpmm.shared_state.layout import Model, Ticket
@@ -252,6 +252,29 @@ def claim_no_row_of_a_model_that_has_as_much_of_one_thing_as_of_another(it: RowC
     it.poke(it.tables.model(7) + Model.USED_AT, it.now)
     for model in range(1, 6):
         it.poke(it.tables.model(model) + Model.USED_AT, 1)
+    return lambda t: it.to.models.claim(t, "new", b"new")
+
+
+@CASES.case("""
+    returns TableFullError
+""")
+def claim_a_model_where_every_row_is_in_use(it: RowChanges) -> Operation:
+    for number in range(3, 8):
+        it.claim(f"m{number}")
+    for model in range(1, 8):
+        it.ticket(model=model) if model < 6 else it.pin(model)
+    return lambda t: raised(lambda: it.to.models.claim(t, "new", b"new"))
+
+
+@CASES.case("""
+    model 4: GENERATION=15 USED_AT=now TAG=3 TAG[1]='new' NAME=0
+    returns 4
+""")
+def claim_the_row_of_a_model_that_had_a_name(it: RowChanges) -> Operation:
+    for number in range(3, 8):
+        it.claim(f"m{number}")
+    it.poke(it.tables.model(4) + Model.USED_AT, 1)
+    it.poke(it.tables.model(4) + Model.NAME, 8)
     return lambda t: it.to.models.claim(t, "new", b"new")
 
 
