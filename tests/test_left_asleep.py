@@ -32,12 +32,9 @@ from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, NamespaceResetError
 from mpmm.model_manager import attachment
-from mpmm.model_manager import leader as leader_module
-from mpmm.model_manager.leader import Leader
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state import transaction
-from mpmm.shared_state.core import CORE_VARIABLE
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Instance, Member, Ticket
@@ -455,31 +452,4 @@ def test_tasks_wait_no_longer_than_their_time_out_after_a_thread_was_not_to_be_h
     wait_until(lambda: not waiting(namespace, "a"), "the task that failed waits no more")
     manager.release_model("a", held)
     kept.clear()
-    assert problems(namespace) == []
-
-
-@pytest.mark.parametrize("core", ["python", ""])
-def test_a_transaction_that_is_left_while_nobody_watches_keeps_the_others_out_for_no_longer_than_any_other(
-    core: str,
-    namespace: str,
-    new_manager: NewManager,
-    new_process: NewProcess,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    leader = new_process()
-    monkeypatch.setenv(CORE_VARIABLE, core)
-    monkeypatch.setattr(Leader, "lead_if_free", lambda self, wait_s=0.0: None)
-    for name in ("RESERVE_TICK_S", "RESERVE_REST_S", "DEPUTY_TICK_S", "DEPUTY_REST_S"):
-        monkeypatch.setattr(leader_module, name, 1000.0)
-    session = new_manager()._connected()
-    lock = session.namespace.lock
-    wait_until(lambda: session.background.dozing, "its background thread has nothing to watch")
-    # An exception that a signal handler raises leaves it like that, in the middle of a call that has nothing in hand.
-    thread = threading.Thread(target=lambda: lock().__enter__())
-    thread.start()
-    thread.join()
-    watch = Stopwatch()
-    leader.call(acquire, "a")
-    assert watch.calm_s() < 2.0
-    leader.call(release)
     assert problems(namespace) == []
