@@ -101,7 +101,7 @@ class RandomState:
         return kind(next(self.rows), model, first, mb, other_shares=tuple((one, mb) for one in others), **more)
 
     def _owner(self) -> int | None:
-        return self.pick(None, None, None, 1, 2)  # type: ignore[no-any-return]
+        return self.pick(None, None, None, 1, 2)  # type: ignore[no-any-return]  # `pick` returns one of any values.
 
     def _count(self, model: int, owner: int | None) -> None:
         if owner is None:

@@ -110,7 +110,7 @@ def test_errors_name_a_tag_in_quotes_or_by_its_name(namespace: Namespace) -> Non
             namespace.transitions.models.claim(t, one, one.encode())
     assert tables.called(tag) == repr(tag)
     assert tables.called(named) == tables.shown_for(named) != repr(named)
-    assert tables.called(5) == "5", "a caller may have passed no tag at all"  # type: ignore[arg-type]
+    assert tables.called(5) == "5", "a caller may have passed no tag at all"  # type: ignore[arg-type]  # On purpose.
 
 
 def test_a_tag_is_found_as_long_as_its_row_is_its_own(namespace: Namespace) -> None:
