@@ -32,12 +32,15 @@ from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, NamespaceResetError
 from mpmm.model_manager import attachment
+from mpmm.model_manager import leader as leader_module
+from mpmm.model_manager.leader import Leader
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state import transaction
+from mpmm.shared_state.core import CORE_VARIABLE
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_all
-from mpmm.shared_state.layout import Instance, Member, Ticket
+from mpmm.shared_state.layout import Header, Instance, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.transitions import Transitions, part
@@ -453,3 +456,63 @@ def test_tasks_wait_no_longer_than_their_time_out_after_a_thread_was_not_to_be_h
     manager.release_model("a", held)
     kept.clear()
     assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("core", ["python", ""])
+def test_a_transaction_that_is_left_while_nobody_watches_keeps_the_others_out_for_no_longer_than_any_other(
+    core: str,
+    namespace: str,
+    new_manager: NewManager,
+    new_process: NewProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leader = new_process()
+    monkeypatch.setenv(CORE_VARIABLE, core)
+    monkeypatch.setattr(Leader, "lead_if_free", lambda self, wait_s=0.0: None)
+    for name in ("RESERVE_TICK_S", "RESERVE_REST_S", "DEPUTY_TICK_S", "DEPUTY_REST_S"):
+        monkeypatch.setattr(leader_module, name, 1000.0)
+    session = new_manager()._connected()
+    wait_until(lambda: session.background.dozing, "its background thread has nothing to watch")
+    leave_a_transaction(session.namespace)
+    watch = Stopwatch()
+    leader.call(acquire, "a")
+    assert watch.calm_s() < 2.0
+    leader.call(release)
+    assert problems(namespace) == []
+
+
+def leave_a_transaction(namespace: Namespace) -> None:
+    """Leave one open, as an exception does that a signal handler raises in a call that has nothing in hand."""
+    thread = threading.Thread(target=lambda: namespace.lock().__enter__())
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("by_its_own_thread", [True, False])
+def test_who_takes_over_a_left_transaction_does_not_wait_for_those_that_wait_for_it(
+    by_its_own_thread: bool, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, words = lab.namespace.lock, lab.namespace.segment.words
+    lock.set_timeout(1000.0)
+    monkeypatch.setattr(transaction, "CLAIM_NS", 10**15)
+    taken = threading.Event()
+
+    def take_over() -> None:
+        if by_its_own_thread:
+            (lambda: lock().__enter__())()
+        # Another process has waited for longer than anybody in this one.
+        words[Header.STARVING_SINCE] = 1
+        words[Header.STARVING] = time.monotonic_ns() + transaction.CLAIM_NS // 2
+        with lock():
+            pass
+        taken.set()
+
+    if not by_its_own_thread:
+        leave_a_transaction(lab.namespace)
+    thread = threading.Thread(target=take_over, daemon=True)
+    thread.start()
+    try:
+        assert taken.wait(DEADLINE_S)
+    finally:
+        words[Header.STARVING] = 0
+        thread.join()

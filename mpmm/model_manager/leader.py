@@ -65,6 +65,9 @@ DEPUTY_TICK_S = 0.25
 DEPUTY_REST_S = 1.0
 RESERVE_REST_S = 12.0
 RESERVE_TICK_S = 4.0
+# After so long a process without the compiled core, which does the same in `Core.doze`, looks for what it may have been
+# woken for just before it slept.
+FIRST_REST_S = 0.5
 DEPUTIES = 2
 # So long a poll waits for its figures. Those that come later are learnt from when they come: the
 # dead are reaped, and everything else goes on, whatever the source does.
@@ -213,7 +216,8 @@ class Leader:
         """
         core = self._namespace.lock.core
         if self.leading or core is None:
-            self._doorbell.wait(rung, until - time.monotonic())
+            if unrest is None or self._has_rested(rung, until, *unrest):
+                self._doorbell.wait(rung, until - time.monotonic())
             return False
         times = times_of_polls(self._namespace.tables, self._devices_to_poll())
         spans = to_ns(until), to_ns(self._tick_s())
@@ -222,6 +226,16 @@ class Leader:
             *(self._doorbell.word, rung, *spans, self._lock_file.fd, self._late_ns(), times),
             *(operations, self._namespace.lock, deferred),
         )
+
+    def _has_rested(self, rung: int, until: float, operations: set[Operation], changes: Sized) -> bool:
+        """Sleep for a moment at first; return whether nobody rang, and there is nothing that a ring would have told of.
+
+        A ring without news that comes when this thread is just about to sleep ends no sleep.
+        """
+        rest_until = min(until, time.monotonic() + FIRST_REST_S)
+        self._doorbell.wait(rung, rest_until - time.monotonic())
+        rang = time.monotonic() < rest_until
+        return not (rang or operations or changes or self._namespace.lock.may_be_abandoned)
 
     def _first_in_line(self) -> list[int]:
         """Return the slots of the deputies, and one more, because the leader is mostly one of them.

@@ -147,6 +147,8 @@ class TransactionLock:
         self._healing = new_rlock()
         self._suspected: tuple[int, ...] | None = None
         self._next_look = 0.0
+        # The transaction that an exception has left may have locked the file, and nobody has let go of it since.
+        self._may_be_locked = False
         # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
         self._calls: dict[int, list[Callable[[], object]]] = {}
         # The lists themselves, or a new one might come to lie where one was that is gone, and be taken for it.
@@ -242,9 +244,12 @@ class TransactionLock:
             wake_watcher = self.wake_watcher
             if wake_watcher is not None:
                 wake_watcher()
-            if self.segment.words[Header.STARVING] or not self._file.take_quickly():
+            # Who starves waits for this very process if that has the file locked: it must not stand back.
+            stands_back = self.segment.words[Header.STARVING] and not self._may_be_locked
+            if stands_back or not self._file.take_quickly():
                 self._crowded_turns = CROWDED_TURNS
                 self._wait_for_file_lock(time.monotonic() if began is None else began, timeout_s)
+            self._may_be_locked = False
             words = self.words
             words[Header.LOCK_HOLDER] = self._pid
             words[Header.LOCK_TAKEN] = time.monotonic_ns()
@@ -297,6 +302,7 @@ class TransactionLock:
                 return False
             self._suspected = None
             self._frame = None
+            self._may_be_locked = True
             # The old one can be given up by its owner alone, which does not know of it any more.
             self._mutex = new_rlock()
             return True
@@ -357,6 +363,7 @@ class TransactionLock:
                     "(release_model, unpin, Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
                 )
             self._suspected = None
+            self._may_be_locked = True
             return True
 
     def _wait_for_mutex(self, began: float, timeout_s: float, frame: FrameType) -> None:
@@ -389,6 +396,7 @@ class TransactionLock:
         self._mutex = new_rlock()
         self._healing = new_rlock()
         self._frame = None
+        self._may_be_locked = False
         self.wake_watcher = None
 
     def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:
