@@ -491,7 +491,7 @@ def test_a_spin_lock_whose_owner_is_dead_or_stopped_keeps_nobody_out(lab: Lab, s
     place, core = place_of(lab.segment)
     for use in (caller.take, caller.release):
         # A time that has not come yet is no owner's: something else has written there.
-        lab.words[Header.SPIN_LOCK] = time.monotonic_ns() + since_ns
+        lab.words[Header.SPIN_LOCK] = max(1, time.monotonic_ns() + since_ns)
         assert use(place, core)
         assert not lab.words[Header.SPIN_LOCK]
     assert core.done == 2
