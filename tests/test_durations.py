@@ -28,6 +28,7 @@ from loaders import Loads
 from mpmm.errors import AcquireTimeoutError
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.durations import LONGEST_NS, to_ns
+from mpmm.shared_state.layout import Header
 from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -97,7 +98,8 @@ def test_every_time_that_a_setting_allows_can_be_lived_with(
     manager = new_manager(**arguments)
     if "poll_interval" in arguments:
         # What is being loaded at a poll has taken too long.
-        wait_until(lambda: manager._connected().namespace.tables.header.polled, "the first poll is over")
+        words = manager._connected().namespace.segment.words
+        wait_until(lambda: words[Header.POLLED] > words[Header.LEADER_SINCE], "the first poll is over")
     hold_and_hand_over(namespace, manager, new_process(**arguments))
 
 
