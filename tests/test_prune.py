@@ -258,6 +258,19 @@ def test_the_segment_of_another_version_is_pruned_if_no_process_has_it_and_no_ro
     segment.unlink()
 
 
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_segment_that_a_process_may_be_about_to_make_is_not_pruned(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    elsewhere.mkdir(mode=0o700, exist_ok=True)
+    segment = Path("/dev/shm", segment_name(elsewhere, NAMESPACE))
+    segment.write_bytes(size * b"\0")
+    assert find_orphans(of_other_versions=True) == []
+    monkeypatch.setattr(prune, "REMOVAL_S", 0.0)
+    assert [orphan.name for orphan in find_orphans(of_other_versions=True)] == [segment.name]
+    segment.unlink()
+
+
 def test_prune_says_what_it_removes_and_a_dry_run_removes_nothing(
     elsewhere: Path, runtime_root: Path, new_process: NewProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:

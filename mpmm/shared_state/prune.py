@@ -32,6 +32,7 @@ from mpmm.shared_state.segment import (
     SHARED_MEMORY,
     Segment,
     SegmentProblem,
+    UnfinishedSegment,
     place_of,
     read_header,
     segment_name,
@@ -83,8 +84,10 @@ def find_orphans(*, of_other_versions: bool = False, roots: tuple[Path, ...] = (
     for name, why in candidates:
         with contextlib.suppress(FileNotFoundError):
             found = os.stat(f"{SHARED_MEMORY}/{name}", follow_symlinks=False)
-            # A process may be just about to remove it, or to give it its name back; its renaming is the last change.
-            in_progress = GONE in name and time.time() - found.st_ctime < REMOVAL_S
+            # A process may be just about to remove it, or to give it its name back, or to make it; its renaming, or its
+            # growing, is the last change.
+            is_new = time.time() - found.st_ctime < REMOVAL_S
+            in_progress = is_new and (GONE in name or _is_unfinished(name))
             if found.st_ino not in mapped and not in_progress:
                 orphans.append(Orphan(name, (found.st_dev, found.st_ino), found.st_blocks * 512 / 2**20, why))
     return orphans
@@ -164,6 +167,19 @@ def _why_foreign(name: str, roots: tuple[Path, ...]) -> str | None:
             if name.startswith(segment_name(root, "")):
                 return None
     return "another version of mpmm has made it, and no process uses it"
+
+
+def _is_unfinished(name: str) -> bool:
+    """Tell whether a process makes the segment, or has died while it did."""
+    try:
+        segment = Segment.open(name)
+    except UnfinishedSegment:
+        return True
+    except (SegmentProblem, OSError):
+        return False
+    if segment is not None:
+        segment.close()
+    return False
 
 
 def _has_members(name: str) -> bool:
