@@ -113,14 +113,14 @@ def test_of_two_threads_that_start_the_library_one_has_the_session_and_both_have
     assert users() == 0
 
     def let_another_be_faster() -> Any:
-        monkeypatch.setattr(amd_source, "_open_session", make)
+        monkeypatch.setattr(source._sessions, "_open_session", make)
         # Both have looked whether it is time by now.
-        source._retry_at = 0.0
+        source._sessions.retry_at = 0.0
         assert [sample.used_mb for sample in source.sample(())] == [512, 256]
         return make()
 
-    monkeypatch.setattr(amd_source, "_open_session", let_another_be_faster)
-    source._retry_at = 0.0
+    monkeypatch.setattr(source._sessions, "_open_session", let_another_be_faster)
+    source._sessions.retry_at = 0.0
     assert [sample.used_mb for sample in source.sample(())] == [512, 256]
     assert users() == 1
     source.close()

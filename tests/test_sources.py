@@ -93,14 +93,14 @@ class TestNvml:
         assert fake.users == 0
 
         def let_another_be_faster() -> Any:
-            monkeypatch.setattr(nvml, "_open_session", make)
+            monkeypatch.setattr(source._sessions, "_open_session", make)
             # Both have looked whether it is time by now.
-            source._retry_at = 0.0
+            source._sessions.retry_at = 0.0
             assert used(source) == [1000.0, 2000.0]
             return make()
 
-        monkeypatch.setattr(nvml, "_open_session", let_another_be_faster)
-        source._retry_at = 0.0
+        monkeypatch.setattr(source._sessions, "_open_session", let_another_be_faster)
+        source._sessions.retry_at = 0.0
         assert used(source) == [1000.0, 2000.0]
         assert fake.users == 1
 

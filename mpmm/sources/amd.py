@@ -4,7 +4,7 @@ The package comes with ROCm, or from PyPI for a ROCm that is installed already. 
 counts: what a process has mapped of the host's (GTT) is none of it.
 
 - A device that cannot be read has no figure; the others have theirs. After a failure the library is shut down and
-  initialised again, at most every `RETRY_S`, because a GPU that was reset is only found that way.
+  initialised again, see `mpmm.sources.driver_library`.
 - Silence is not a measurement. In a container the driver may list no process, or the pids of the host. So the source
   measures processes once it has shown what one of ours takes: one of those named to `sample`, or the process it is in.
   When it names processes that do not exist here and none of ours, twice in a row, it says that it cannot measure them,
@@ -17,21 +17,20 @@ counts: what a process has mapped of the host's (GTT) is none of it.
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, larger_whole, unavailable
+from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, larger_whole, unavailable
+from mpmm.sources.driver_library import RETRY_S, LibrarySession, ProcessTrust, Sessions, without_figures
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE
 
 __all__ = ["HIP_VARIABLE", "ROCR_VARIABLE", "AmdGpu", "AmdSource", "rocr_visible", "visible_gpus"]
 
 ROCR_VARIABLE = "ROCR_VISIBLE_DEVICES"
 HIP_VARIABLE = "HIP_VISIBLE_DEVICES"
-RETRY_S = 2.0
 # How the runtimes write a GPU's unique id, and how few and how many of its characters a list may have.
 _RUNTIME_UUID = "GPU-{:016x}"
 _LEAST_UUID, _MOST_UUID = 5, 20
@@ -137,23 +136,17 @@ class _Door:
         return answer
 
 
-@dataclass(frozen=True)
-class _Session:
-    """An initialised library: good in one process only. `handles` is keyed by uuid; `ended` is held from the end on."""
+@dataclass(frozen=True, kw_only=True)
+class _Session(LibrarySession):
+    """An initialised library."""
 
-    pid: int
     door: _Door
     gpus: tuple[AmdGpu, ...]
-    handles: Mapping[str, Any]
-    ended: Any = field(default_factory=threading.Lock)
+    shut_down: str = "amdsmi_shut_down"
 
 
 class AmdSource:
-    """All AMD GPUs that `ROCR_VISIBLE_DEVICES` and `HIP_VISIBLE_DEVICES` let this process see.
-
-    The session is one object that is replaced as a whole, so that threads need no lock and a forked child,
-    which must initialise the library for itself, finds none held.
-    """
+    """All AMD GPUs that `ROCR_VISIBLE_DEVICES` and `HIP_VISIBLE_DEVICES` let this process see."""
 
     name = "amdsmi"
     frees_late = True
@@ -161,15 +154,6 @@ class AmdSource:
 
     def __init__(self, retry_s: float = RETRY_S) -> None:
         """Initialise the library. Raises SourceUnavailableError: no package, no driver, no visible device."""
-        self._retry_s = retry_s
-        self._retry_at = 0.0
-        self._doubted = False  # the last sample lacked figures
-        self._trouble: str | None = None  # why the library could not be initialised again
-        # What the lists of processes have told: refused now; one of ours was seen; pids are not those in here.
-        self._withheld = False
-        self._shown = False
-        self._foreign_pids = False
-        self._missing: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
         session = _open_session()
         rocr = os.environ.get(ROCR_VARIABLE)
         hip, cuda = os.environ.get(HIP_VARIABLE), os.environ.get(VISIBLE_VARIABLE)
@@ -180,7 +164,8 @@ class AmdSource:
             for index, gpu in enumerate(visible_gpus(session.gpus, rocr, hip, cuda))
             if gpu.total_mb is not None
         )
-        self._session: _Session | None = session
+        self._sessions = Sessions(session, _open_session, retry_s)
+        self._trust = ProcessTrust()
         if not self._devices:
             self.close()
             raise unavailable(
@@ -199,9 +184,7 @@ class AmdSource:
 
         False, too, while it refuses the lists.
         """
-        if self._withheld or self._foreign_pids:
-            return False
-        return True if self._shown else None
+        return self._trust.knowledge
 
     def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:
         """Return the variable, and its value, that show a model server these devices alone."""
@@ -216,50 +199,18 @@ class AmdSource:
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
         """Read every device; one that fails has `used_mb` None. `server_pids`, and this process's, are ours."""
-        session = self._usable_session()
+        session = self._sessions.usable()
         if session is None:
-            taken_ns = time.monotonic_ns()
-            return tuple(
-                DeviceSample(device.index, None, taken_ns, trouble=self._trouble, done_ns=time.monotonic_ns())
-                for device in self._devices
-            )
+            return without_figures(self._devices, self._sessions.trouble)
         samples = tuple(_read(session, device) for device in self._devices)
         read = [sample for sample in samples if sample.used_mb is not None]
-        self._doubted = len(read) < len(samples)
+        self._sessions.doubted = len(read) < len(samples)
         self._judge(read, {os.getpid(), *server_pids})
-        if self._foreign_pids:
-            return tuple(replace(sample, process_mb={}, processes_known=False) for sample in samples)
-        if not self._shown:
-            return tuple(replace(sample, processes_known=False) for sample in samples)
-        return samples
+        return self._trust.as_far_as_trusted(samples)
 
     def close(self) -> None:
         """Shut the library down in this process. It counts users, so others in the process keep theirs."""
-        session, self._session = self._session, None
-        self._retry_at = 0.0
-        if session is not None:
-            _shut_down(session)
-
-    def _usable_session(self) -> _Session | None:
-        """Return a session of this process, a new one where that is due; None when the library does not start."""
-        old, now = self._session, time.monotonic()
-        if old is not None and old.pid == os.getpid():
-            if not self._doubted or now < self._retry_at or not _shut_down(old):
-                return old
-        elif old is None and now < self._retry_at:
-            return None
-        self._retry_at = now + self._retry_s
-        try:
-            new = _open_session()
-        except SourceUnavailableError as error:
-            self._session, self._trouble = None, error.reason
-            return None
-        other = self._session
-        if other is not None and other is not old and other.pid == os.getpid():
-            _shut_down(new)  # another thread was faster
-            return other
-        self._session = new
-        return new
+        self._sessions.close()
 
     def _judge(self, read: Sequence[DeviceSample], ours: Collection[int]) -> None:
         """Conclude from the devices that could be read whether, and how, the library tells processes."""
@@ -271,35 +222,9 @@ class AmdSource:
                 figures[pid] = figures.get(pid, 0.0) + mb
         # 0 is what a process has that has only opened the device, and what is listed where nothing is told.
         if any(figures.get(pid, 0.0) > 0 for pid in ours):
-            self._shown, self._withheld = True, False
-            self._missing, self._foreign_pids = frozenset(), False
+            self._trust.note_ours()
             return
-        self._withheld = not any(sample.processes_known for sample in read)
-        if not figures and not self._missing:
-            return
-        missing = frozenset(pid for pid in figures if not _exists(pid))
-        # One that does not exist may have just ended, but not twice in a row.
-        if missing & self._missing:
-            self._foreign_pids, self._shown = True, False
-        self._missing = missing
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _shut_down(session: _Session) -> bool:
-    """End a session of this process. Returns False when that is done already, or it is another process's."""
-    if session.pid != os.getpid() or not session.ended.acquire(blocking=False):
-        return False
-    session.door.ask("amdsmi_shut_down")
-    return True
+        self._trust.note_others(figures.keys(), withheld=not any(sample.processes_known for sample in read))
 
 
 def _open_session() -> _Session:
@@ -318,7 +243,7 @@ def _open_session() -> _Session:
         gpu = _describe(door, number, handle)
         gpus.append(gpu)
         handles[gpu.uuid] = handle
-    return _Session(os.getpid(), door, tuple(gpus), handles)
+    return _Session(door=door, gpus=tuple(gpus), handles=handles)
 
 
 def _in_runtime_order(door: _Door, handles: Sequence[Any]) -> list[Any]:

@@ -2,9 +2,8 @@
 
 A sample takes well under a millisecond, knows single processes and sees MIG slices as devices.
 
-- A device that cannot be read has no figure; the others have theirs. After a failure NVML is shut down and
-  initialised again, at most every `RETRY_S`, because a GPU that was reset, or a driver that was reloaded, is
-  only found that way.
+- A device that cannot be read has no figure; the others have theirs. After a failure NVML is shut down and initialised
+  again, see `mpmm.sources.driver_library`.
 - Silence is not a measurement. In a container the driver may list nothing, or the pids of the host, which mean
   nothing in here; where clients share a context (MPS) it may name the daemon in their place; under WSL it withholds
   what each process takes. So the source measures processes once the driver has shown what one of ours takes, one of
@@ -18,21 +17,20 @@ A sample takes well under a millisecond, knows single processes and sees MIG sli
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, SourceUnavailableError, larger_whole, unavailable
+from mpmm.sources.base import MIB, DeviceInfo, DeviceSample, larger_whole, unavailable
+from mpmm.sources.driver_library import RETRY_S, LibrarySession, ProcessTrust, Sessions, without_figures
 from mpmm.sources.unified_memory import counts_page_cache, is_not_told, unified_total_mb, unified_used_mb
 from mpmm.sources.visible_devices import VISIBLE_VARIABLE, Gpu, Unit, devices_of, visible_units
 
 __all__ = ["NvmlSource"]
 
 MIG_ENABLED = 1  # NVML_DEVICE_MIG_ENABLE
-RETRY_S = 2.0
 _COMPUTING = "nvmlDeviceGetComputeRunningProcesses"
 _DRAWING = "nvmlDeviceGetGraphicsRunningProcesses"
 # Those that share the context of an MPS daemon; libraries and drivers of some age do not have this list.
@@ -74,29 +72,23 @@ class _Door:
         return answer
 
 
-@dataclass(frozen=True)
-class _Session:
-    """An initialised NVML: good in one process only. `handles` is keyed by uuid; `ended` is held from the end on.
+@dataclass(frozen=True, kw_only=True)
+class _Session(LibrarySession):
+    """An initialised NVML.
 
     unified: the GPU, if there is only one and it shares the host's memory.
     last: what each device, by its uuid, had in use the last time, MB, and the processes that were listed with that.
     """
 
-    pid: int
     door: _Door
     gpus: tuple[Gpu, ...]
-    handles: Mapping[str, Any]
+    shut_down: str = "nvmlShutdown"
     unified: str | None = None
-    ended: Any = field(default_factory=threading.Lock)
     last: dict[str, tuple[float, _Listing]] = field(default_factory=dict)
 
 
 class NvmlSource:
-    """All GPUs and MIG slices that `CUDA_VISIBLE_DEVICES` lets this process see.
-
-    The session is one object that is replaced as a whole, so that threads need no lock and a forked child,
-    which must initialise NVML for itself, finds none held.
-    """
+    """All GPUs and MIG slices that `CUDA_VISIBLE_DEVICES` lets this process see."""
 
     name = "nvml"
     frees_late = True
@@ -104,18 +96,10 @@ class NvmlSource:
 
     def __init__(self, retry_s: float = RETRY_S) -> None:
         """Initialise NVML. Raises SourceUnavailableError: no library, no driver, no visible device."""
-        self._retry_s = retry_s
-        self._retry_at = 0.0
-        self._doubted = False  # the last sample lacked figures
-        self._trouble: str | None = None  # why NVML could not be initialised again
-        # What the lists of processes have told: all is withheld now; one of ours was seen; pids are not those in here.
-        self._withheld = False
-        self._shown = False
-        self._foreign_pids = False
-        self._missing: frozenset[int] = frozenset()  # pids in the last sample that do not exist here
         session = _open_session()
         self._devices = devices_of(visible_units(session.gpus, os.environ.get(VISIBLE_VARIABLE)))
-        self._session: _Session | None = session
+        self._sessions = Sessions(session, _open_session, retry_s)
+        self._trust = ProcessTrust()
         self._unified = session.unified
         if not self._devices:
             self.close()
@@ -135,9 +119,7 @@ class NvmlSource:
         False while it refuses the lists or withholds figures, and from when it names processes that do not exist here
         until it shows one of ours.
         """
-        if self._withheld or self._foreign_pids:
-            return False
-        return True if self._shown else None
+        return self._trust.knowledge
 
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the visible devices as they were at the start."""
@@ -145,50 +127,18 @@ class NvmlSource:
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
         """Read every device; one that fails has `used_mb` None. `server_pids`, and this process's, are ours."""
-        session = self._usable_session()
+        session = self._sessions.usable()
         if session is None:
-            taken_ns = time.monotonic_ns()
-            return tuple(
-                DeviceSample(device.index, None, taken_ns, trouble=self._trouble, done_ns=time.monotonic_ns())
-                for device in self._devices
-            )
+            return without_figures(self._devices, self._sessions.trouble)
         ours = {os.getpid(), *server_pids}
         samples, listings = zip(*(_read(session, device, self._unified, ours) for device in self._devices), strict=True)
-        self._doubted = any(sample.used_mb is None for sample in samples)
+        self._sessions.doubted = any(sample.used_mb is None for sample in samples)
         self._judge([listing for listing in listings if listing is not None], ours)
-        if self._foreign_pids:
-            return tuple(replace(sample, process_mb={}, processes_known=False) for sample in samples)
-        if not self._shown:
-            return tuple(replace(sample, processes_known=False) for sample in samples)
-        return samples
+        return self._trust.as_far_as_trusted(samples)
 
     def close(self) -> None:
         """Shut NVML down in this process (NVML counts users, so others in the process keep theirs)."""
-        session, self._session = self._session, None
-        self._retry_at = 0.0
-        if session is not None:
-            _shut_down(session)
-
-    def _usable_session(self) -> _Session | None:
-        """Return a session of this process, a new one where that is due; None when NVML does not start."""
-        old, now = self._session, time.monotonic()
-        if old is not None and old.pid == os.getpid():
-            if not self._doubted or now < self._retry_at or not _shut_down(old):
-                return old
-        elif old is None and now < self._retry_at:
-            return None
-        self._retry_at = now + self._retry_s
-        try:
-            new = _open_session()
-        except SourceUnavailableError as error:
-            self._session, self._trouble = None, error.reason
-            return None
-        other = self._session
-        if other is not None and other is not old and other.pid == os.getpid():
-            _shut_down(new)  # another thread was faster
-            return other
-        self._session = new
-        return new
+        self._sessions.close()
 
     def _judge(self, listings: Sequence[_Listing], ours: Collection[int]) -> None:
         """Conclude from the lists of the devices that could be read whether, and how, the driver tells processes."""
@@ -197,38 +147,11 @@ class NvmlSource:
         figures = {pid for listing in listings for pid in listing.figures}
         withheld = {pid for listing in listings for pid in listing.withheld}
         if not figures.isdisjoint(ours):
-            self._shown, self._withheld = True, False
-            self._missing, self._foreign_pids = frozenset(), False
+            self._trust.note_ours()
             return
         untold = all(not listing.is_told for listing in listings)
-        self._withheld = untold or not withheld.isdisjoint(ours) or (bool(withheld) and not figures)
-        self._look_for_foreign_pids(figures | withheld)
-
-    def _look_for_foreign_pids(self, told: Set[int]) -> None:
-        """Conclude from pids that do not exist here that the driver tells those of another pid namespace."""
-        missing = frozenset(pid for pid in told if not _exists(pid))
-        # A process that does not exist may have just ended, but not twice in a row.
-        if missing & self._missing:
-            self._foreign_pids, self._shown = True, False
-        self._missing = missing
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _shut_down(session: _Session) -> bool:
-    """End a session of this process. Returns False when that is done already, or it is another process's."""
-    if session.pid != os.getpid() or not session.ended.acquire(blocking=False):
-        return False
-    session.door.ask("nvmlShutdown")
-    return True
+        all_withheld = untold or not withheld.isdisjoint(ours) or (bool(withheld) and not figures)
+        self._trust.note_others(figures | withheld, withheld=all_withheld)
 
 
 def _open_session() -> _Session:
@@ -256,7 +179,7 @@ def _open_session() -> _Session:
         (unit,) = gpus[0].units
         unified = unit.uuid
         gpus = [replace(gpus[0], units=(replace(unit, total_mb=unified_total_mb()),))]
-    return _Session(os.getpid(), door, tuple(gpus), handles, unified)
+    return _Session(door=door, gpus=tuple(gpus), handles=handles, unified=unified)
 
 
 def _shares_host_memory(door: _Door, board: Any) -> bool:
