@@ -10,7 +10,7 @@ from mpmm.errors import InvalidArgumentError
 from mpmm.memory.listed_pids import ListedPids
 from mpmm.memory.placement import Placement, fraction_of
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Device, Header, Member, device_bits, device_rows
+from mpmm.shared_state.layout import Device, Header, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
@@ -129,11 +129,10 @@ class SharedSamples:
         """Return slot and generation of the living workers that can measure more than `measures`; without the lock."""
         namespace = self._namespace
         tables = namespace.tables
-        workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
         return {
             (slot, tables.members[slot].generation)
-            for slot in workers
-            if tables.members[slot].measures > measures and namespace.member_is_alive(slot)
+            for slot, its_own in tables.measures_of_workers().items()
+            if its_own > measures and namespace.member_is_alive(slot)
         }
 
     def forget_stated_devices(self) -> None:

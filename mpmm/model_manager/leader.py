@@ -62,7 +62,7 @@ LONGEST_TICK_S = 0.25
 # With STALE_AFTER_S, so late a poll is at the latest if the leader is stuck. A dead one is replaced earlier.
 DEPUTY_TICK_S = 0.25
 # So often those that do not lead do the rest, where the compiled core looks for the leader.
-DEPUTY_REST_S = 1.0
+DEPUTY_REST_S = 4.0
 RESERVE_REST_S = 12.0
 RESERVE_TICK_S = 4.0
 # After so long a process without the compiled core, which does the same in `Core.doze`, looks for what it may have been
@@ -242,9 +242,8 @@ class Leader:
 
         Those that can measure most come first.
         """
-        tables, layout = self._namespace.tables, self._namespace.segment.layout
-        workers = tables.rows_where(layout.members, Member.STATE, Member.WORKER)
-        return sorted(workers, key=lambda slot: (-tables.members[slot].measures, slot))[: DEPUTIES + 1]
+        workers = self._namespace.tables.measures_of_workers()
+        return sorted(workers, key=workers.__getitem__, reverse=True)[: DEPUTIES + 1]
 
     def _better_members(self) -> set[tuple[int, int]]:
         """Return the living workers that can measure more than this one."""

@@ -143,6 +143,13 @@ class TableRows:
         """Return the slots in use."""
         return self.used_rows(self._members)
 
+    def measures_of_workers(self) -> dict[int, int]:
+        """Return how much each worker can measure (`Measures`), by its slot, the lowest one first."""
+        words, members = self.segment.words, self._members
+        first = members.base + Member.MEASURES
+        workers = self.rows_where(members, Member.STATE, Member.WORKER)
+        return {slot: words[first + slot * members.words] for slot in workers}
+
     def free_members(self) -> Iterator[int]:
         """Return the free slots, lowest first."""
         states = self.view(self._members)[:, 0]
