@@ -42,6 +42,7 @@ from mpmm.multi_process_shared.registry import registry_for
 from mpmm.observability.findings import findings
 from mpmm.shared_state.liveness import lives_by_pid
 from mpmm.shared_state.lock_file import LockFile, identity_of, is_locked
+from mpmm.shared_state.member_files import MemberFiles
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root
@@ -363,6 +364,25 @@ def test_newcomers_come_to_the_one_segment_whatever_was_removed(
     members[0].call(release)
     for process in everybody:
         process.call(shut_down)
+
+
+def look_for_no_segment(seat: Seat) -> None:
+    """Be one that cannot look for the segment, each time because another one does."""
+    MemberFiles._look_for_segment = lambda self, found: None  # type: ignore[method-assign]  # in this process alone
+
+
+def test_the_last_one_removes_the_segment_that_another_one_has_renamed(
+    root_in_folder: Path, new_process: NewProcess
+) -> None:
+    last, healer = new_process(namespace=VANISHING), new_process(namespace=VANISHING)
+    last.call(look_for_no_segment)
+    old, *_ = healer.call(place)
+    remove_root(root_in_folder, VANISHING)
+    wait_until(lambda: healer.call(place)[0] != old, "the segment has the name of the new root")
+    healer.call(shut_down)
+    assert last.call(place)[0] == old
+    last.call(shut_down)
+    # The fixture looks for what is left.
 
 
 def test_a_newcomer_puts_back_what_is_removed_while_it_joins(

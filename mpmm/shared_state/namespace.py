@@ -66,7 +66,7 @@ from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.member_files import MemberFiles
 from mpmm.shared_state.reads import Reads
 from mpmm.shared_state.runtime_dir import REGISTRY_FOLDER, RuntimeDirectory
-from mpmm.shared_state.segment import Segment
+from mpmm.shared_state.segment import Segment, segment_name
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import ModelInfo
 from mpmm.shared_state.tables import Tables, encode_text, fit_text
@@ -400,6 +400,9 @@ class Namespace:
                 if last:
                     self.segment.words[Header.CLOSED] = Header.IS_CLOSED
             if last:
+                # It may have another name by now, which we could not look for as others held the lifecycle lock.
+                with contextlib.suppress(FileNotFoundError):
+                    self.segment.rename(segment_name(self.runtime.root, self.name))
                 self.segment.unlink()
                 self.runtime.remove(self._files.folder_identity)
         finally:
