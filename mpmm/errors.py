@@ -29,6 +29,7 @@ __all__ = [
     "MpmmError",
     "NamespaceResetError",
     "NotAcquiredError",
+    "ProcessLimitError",
     "QueueFullError",
     "ReentrantCallError",
     "RemoteCallError",
@@ -85,6 +86,16 @@ class RuntimeDirectoryError(MpmmError, PermissionError):
     """
 
     path: str
+
+
+class ProcessLimitError(MpmmError, OSError):
+    """A process cannot join a namespace, because it may open no more files or start no more threads.
+
+    What to do: raise the limit that the text names, or close what the program has left open.
+    Attributes: `limit`.
+    """
+
+    limit: str
 
 
 class SegmentAllocationError(MpmmError, MemoryError):

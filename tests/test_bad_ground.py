@@ -15,12 +15,23 @@ from pathlib import Path
 
 import pytest
 from containers import as_nobody, as_root, can_unshare, run_unshared
-from harness import NewManager, NewProcess, acquire, problems, release, scaled, wait_until
+from harness import (
+    NewManager,
+    NewProcess,
+    acquire,
+    files_in,
+    open_descriptors,
+    problems,
+    release,
+    scaled,
+    segments_of,
+    wait_until,
+)
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm import ModelManager, MultiProcessShared, SegmentCorruptError
 from mpmm.cli import main
-from mpmm.errors import AcquireTimeoutError, LayoutMismatchError, MpmmError
+from mpmm.errors import AcquireTimeoutError, LayoutMismatchError, MpmmError, ProcessLimitError
 from mpmm.multi_process_shared import server_pid
 from mpmm.multi_process_shared.host import new_record
 from mpmm.multi_process_shared.registry import ServerRegistry, registry_for, start_time_of, write_record
@@ -154,6 +165,52 @@ def test_without_descriptors_joining_fails_with_the_systems_error_and_succeeds_l
     joined = Namespace.join(namespace)
     assert problems(namespace) == []
     joined.leave()
+
+
+def test_a_manager_that_may_open_too_few_files_says_how_few_and_leaves_nothing_that_is_in_the_way(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What it could not delete, the next one that makes a namespace does.
+    monkeypatch.setattr("mpmm.shared_state.runtime_dir.REMOVAL_S", 0.0)
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    refused: list[str] = []
+    joined = False
+    while not joined:
+        before = open_descriptors()
+        lowest = os.dup(0)
+        os.close(lowest)
+        limit = lowest + len(refused)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            ModelManager(namespace=namespace, memory_source="booked").shutdown()
+            joined = True
+        except ProcessLimitError as error:
+            refused.append(f"{limit}: {error}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert open_descriptors() == before
+    assert len(refused) > 3
+    for text in refused:
+        limit_then, said = text.split(": ", 1)
+        assert f"its limit on open files (ulimit -n) is {limit_then};" in said
+    assert not segments_of(runtime_root)
+    ModelManager(namespace=namespace, memory_source="booked").shutdown()
+    assert not files_in(runtime_root)
+
+
+def test_a_manager_that_may_start_no_thread_says_so_and_leaves_nothing(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ProcessLimitError, match="processes and threads"):
+            ModelManager(namespace=namespace, memory_source="booked")
+    assert not segments_of(runtime_root)
+    assert not files_in(runtime_root)
+    ModelManager(namespace=namespace, memory_source="booked").shutdown()
 
 
 def test_a_thousand_waiting_threads_of_one_process_are_all_served(namespace: str, new_manager: NewManager) -> None:

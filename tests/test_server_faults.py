@@ -278,7 +278,7 @@ def test_a_server_that_cannot_be_started_is_an_error_with_the_limit(
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (17, 17))
     with pytest.raises(ServerStartError, match=re.escape(os.strerror(number))) as caught:
         MultiProcessShared(Sevens, tag="it", spawn_process=True).acquire()
-    assert str(caught.value).endswith(f" (`ulimit {option}` is 17)" if option else os.strerror(number))
+    assert str(caught.value).endswith(f" (ulimit {option}) is 17" if option else os.strerror(number))
 
 
 def test_a_load_that_fails_ends_no_server_that_others_use(

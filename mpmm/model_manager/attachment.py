@@ -20,8 +20,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
-from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
+from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError, MpmmError, ProcessLimitError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.process_limits import limit_behind
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
@@ -37,6 +38,7 @@ from mpmm.multi_process_shared.context import attach_namespace
 from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.shared_state.layout import Capacities, Header, Member
 from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
+from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.runtime_dir import RuntimeDirectory, root_below
 from mpmm.shared_state.settings import CHECKPOINTS, Settings
 from mpmm.sources import MemorySource, choose_source
@@ -163,7 +165,17 @@ class Attachment:
                 session.close()
             if session is None or not session.namespace.is_usable:
                 made = _joining[key] = []
-                session = self._join(made, LIFECYCLE_TIMEOUT_S if timeout_s is None else max(NOW_S, timeout_s))
+                try:
+                    session = self._join(made, LIFECYCLE_TIMEOUT_S if timeout_s is None else max(NOW_S, timeout_s))
+                except (OSError, RuntimeError) as error:
+                    if not (limit := limit_behind(error)):
+                        raise
+                    self._clear_away(key)
+                    raise ProcessLimitError(
+                        f"pid {os.getpid()} cannot join namespace {self.name!r}: {error}: {limit}; raise it, or close "
+                        "what this process has left open",
+                        limit=limit,
+                    ) from error
                 _sessions[key] = session
                 del _joining[key]
             self.session = session
@@ -232,7 +244,8 @@ class Attachment:
     def _join(self, made: list[Namespace | Session], timeout_s: float) -> Session:
         """Return a new session. made: what there is to be closed if this is interrupted.
 
-        Raises ClosedError from finalizers that run as the interpreter ends: nothing would leave the namespace again.
+        Raises ClosedError from finalizers that run as the interpreter ends: nothing would leave the namespace again;
+        ProcessLimitError; what `Namespace.join` raises.
         """
         if sys.is_finalizing():
             raise ClosedError(f"the interpreter is ending, and this process has left namespace {self.name!r}")
@@ -266,6 +279,13 @@ class Attachment:
                 session.close()
                 raise
         return session
+
+    def _clear_away(self, key: _Key) -> None:
+        """Remove what a join has made that has failed, unless somebody else is in the namespace."""
+        # What there is no file for, either, is left to whoever joins next, or to `mpmm prune`.
+        with suppress(OSError, MpmmError):
+            _end_interrupted_join(key)
+            remove_deserted(self.root, self.name)
 
     def _report_differences(self, chosen: Settings) -> None:
         own: Mapping[str, Any] = {field.name: getattr(self.settings, field.name) for field in fields(Settings)}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import multiprocessing
 import os
-import resource
 from collections.abc import Iterator
 from multiprocessing import process as mp_process
 from multiprocessing import spawn
@@ -16,6 +14,7 @@ from typing import Any
 
 from mpmm.errors import ServerStartError
 from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
+from mpmm.interpreter.process_limits import limit_behind
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.context import server_context
 from mpmm.multi_process_shared.forkserver.client import order_server
@@ -72,8 +71,9 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     try:
         server, reader = _begin(registry, plan, preparation, name)
     except OSError as error:
+        limit = limit_behind(error)
         raise ServerStartError(
-            f"no process could be started for {tag!r}: {error}{_limit_of(error)}", tag=tag
+            f"no process could be started for {tag!r}: {error}{limit and f': {limit}'}", tag=tag
         ) from error
     with reader:
         while not wait([reader, server.sentinel], LOOK_INTERVAL_S) and server.is_alive():
@@ -95,18 +95,6 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     if outcome == CRASHED:
         raise ServerStartError(text, tag=tag)
     return str(outcome)
-
-
-def _limit_of(error: OSError) -> str:
-    """Say which limit of this process an error is about, "" where it is about none."""
-    kind, option = {
-        errno.EMFILE: (resource.RLIMIT_NOFILE, "-n"),
-        errno.EAGAIN: (resource.RLIMIT_NPROC, "-u"),
-        errno.ENOMEM: (resource.RLIMIT_AS, "-v"),
-    }.get(error.errno or 0, (None, ""))
-    if kind is None or (limit := resource.getrlimit(kind)[0]) == resource.RLIM_INFINITY:
-        return ""
-    return f" (`ulimit {option}` is {limit})"
 
 
 def _begin(

@@ -112,11 +112,16 @@ class Namespace:
         self.pid = os.getpid()
         self.slot = -1
         self.lock = TransactionLock(segment, settings.lock_timeout_seconds)
-        self.lock.core = make_core(segment, self.pid, SMOOTHING, CORE_TURN, CROWDED_TURNS)
-        self.tables = Tables(segment)
-        self.reads = Reads(self.tables)
-        self._folder = str(runtime.path)
-        self._files = MemberFiles(runtime, segment, self.tables, self.lock, alive)
+        try:
+            self.lock.core = make_core(segment, self.pid, SMOOTHING, CORE_TURN, CROWDED_TURNS)
+            self.tables = Tables(segment)
+            self.reads = Reads(self.tables)
+            self._folder = str(runtime.path)
+            self._files = MemberFiles(runtime, segment, self.tables, self.lock, alive)
+        except BaseException:
+            # Here, because whoever keeps the exception keeps this object.
+            self.lock.close()
+            raise
         self._usable = True
         if made is not None:
             made.append(self)
@@ -201,6 +206,7 @@ class Namespace:
         deadline: float,
     ) -> Namespace:
         alive = LockFile(runtime.file("alive.lock"))
+        segment: Segment | None = None
         try:
             deserted = alive.try_exclusive()
             segment, estimates = open_or_replace(runtime, deserted, must_exist)
@@ -220,6 +226,8 @@ class Namespace:
             namespace = cls(runtime, segment, chosen, alive if kind == Member.WORKER else None, kind, made)
         except BaseException:
             alive.close()
+            if segment is not None:
+                segment.close()
             raise
         try:
             # All waits together: the dead that are reaped first cost one each.

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpmm.errors import SegmentAllocationError, SegmentLostError
+from mpmm.interpreter.process_limits import limit_behind
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.shared_state.file_errors import file_error
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
@@ -155,9 +156,7 @@ class Segment:
         except FileExistsError:
             raise
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise _no_room(name, layout.size_bytes, error) from error
+            raise _told(name, layout.size_bytes, error) from error
         try:
             # `_fd`, here and in _map, is not in the type stubs: SharedMemory offers no other way to its descriptor.
             if hasattr(os, "posix_fallocate"):
@@ -171,7 +170,7 @@ class Segment:
         except OSError as error:
             memory.close()
             unlink_segment(name)
-            raise _no_room(name, layout.size_bytes, error) from error
+            raise _told(name, layout.size_bytes, error) from error
         words = segment.words
         words[Header.VERSION] = LAYOUT_VERSION
         words[Header.SIZE_BYTES] = layout.size_bytes
@@ -386,6 +385,7 @@ def _checked_layout(mapping: mmap.mmap, token: int | None) -> Layout:
 
 
 # What has an owner do else than where there is no room.
+_ENLARGE = f"free or enlarge {SHARED_MEMORY}, or create the namespace with smaller capacities"
 _WITHOUT_SHARED_MEMORY = {
     errno.ENOENT: f"this host has no {SHARED_MEMORY}: mount a tmpfs there, of mode 1777",
     errno.EROFS: f"{SHARED_MEMORY} is mounted read-only: have it mounted such that it can be written",
@@ -394,10 +394,12 @@ _WITHOUT_SHARED_MEMORY = {
 }
 
 
-def _no_room(name: str, size_bytes: int, error: OSError) -> SegmentAllocationError:
-    what_to_do = _WITHOUT_SHARED_MEMORY.get(
-        error.errno or 0, f"free or enlarge {SHARED_MEMORY}, or create the namespace with smaller capacities"
-    )
+def _told(name: str, size_bytes: int, error: OSError) -> OSError | SegmentAllocationError:
+    """Return what an error means that has kept a segment from being made; the error where it is not about memory."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return error
+    limit = limit_behind(error)
+    what_to_do = f"{limit}: raise it" if limit else _WITHOUT_SHARED_MEMORY.get(error.errno or 0, _ENLARGE)
     return SegmentAllocationError(
         f"no room for the segment {name}: {size_bytes} bytes of shared memory were refused ({error.strerror}); "
         f"{what_to_do}",
