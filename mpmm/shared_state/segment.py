@@ -156,7 +156,7 @@ class Segment:
         except FileExistsError:
             raise
         except OSError as error:
-            raise _told(name, layout.size_bytes, error) from error
+            raise _refusal(name, layout.size_bytes, error) from error
         try:
             # `_fd`, here and in _map, is not in the type stubs: SharedMemory offers no other way to its descriptor.
             if hasattr(os, "posix_fallocate"):
@@ -170,7 +170,7 @@ class Segment:
         except OSError as error:
             memory.close()
             unlink_segment(name)
-            raise _told(name, layout.size_bytes, error) from error
+            raise _refusal(name, layout.size_bytes, error) from error
         words = segment.words
         words[Header.VERSION] = LAYOUT_VERSION
         words[Header.SIZE_BYTES] = layout.size_bytes
@@ -394,7 +394,7 @@ _WITHOUT_SHARED_MEMORY = {
 }
 
 
-def _told(name: str, size_bytes: int, error: OSError) -> OSError | SegmentAllocationError:
+def _refusal(name: str, size_bytes: int, error: OSError) -> OSError | SegmentAllocationError:
     """Return what an error means that has kept a segment from being made; the error where it is not about memory."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return error
