@@ -232,7 +232,8 @@ def run_program(program: str, *arguments: str, folder: Path | None = None, **env
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": import_path(), **environment},
+        # Where the working directory was removed and stands on the path, Python 3.13.0 fails to import anything.
+        env={**os.environ, "PYTHONPATH": import_path(), "PYTHONSAFEPATH": "1", **environment},
         capture_output=True,
         text=True,
         timeout=60,
