@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,10 +12,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
-from containers import NOBODY, as_root
+from containers import NOBODY, as_root, can_unshare, run_unshared
 from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, wait_until
 
 from mpmm.cli import main
@@ -21,6 +23,7 @@ from mpmm.shared_state import leftovers, prune, removal
 from mpmm.shared_state import namespace as namespace_module
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.lifecycle import Lifecycle
+from mpmm.shared_state.lock_file import is_open_anywhere
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.prune import Orphan, find_orphans
 from mpmm.shared_state.runtime_dir import RuntimeDirectory
@@ -80,33 +83,39 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 GUARD = """
-import mmap, sys
-with open(sys.argv[1], "r+b") as file:
-    mapped = mmap.mmap(file.fileno(), 0)
-print(flush=True)
-sys.stdin.read()
+import sys
+with open(sys.argv[1], "rb"):
+    print(flush=True)
+    sys.stdin.read()
 """
 _guards: list[subprocess.Popen[bytes]] = []
 
 
 @pytest.fixture(autouse=True)
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hide the processes that `guard` starts from this one, and end them."""
-
-    class Os:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(os, name)
-
-        def listdir(self, path: str) -> list[str]:
-            hidden = {str(one.pid) for one in _guards} if path == "/proc" else set()
-            return [name for name in os.listdir(path) if name not in hidden]
-
-    monkeypatch.setattr(prune, "os", Os())
+    """Let the processes that `guard` starts not count in this one, and end them."""
+    monkeypatch.setattr(prune, "is_open_anywhere", is_open_but_for_guards)
     yield
     while _guards:
         one = _guards.pop()
         one.kill()
         one.communicate()
+
+
+def is_open_but_for_guards(path: str) -> bool:
+    """Do as `is_open_anywhere`, but look for the processes instead."""
+    guards = {one.pid for one in _guards}
+    return any(pid not in guards and has(pid, path) for pid in psutil.pids())
+
+
+def has(pid: int, path: str) -> bool:
+    """Tell whether a process has a file open or mapped."""
+    try:
+        links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+        return path in links or path in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        # It has ended.
+        return False
 
 
 def guard(segment: Path) -> Path:
@@ -203,35 +212,66 @@ def test_what_a_process_has_mapped_is_no_orphan_though_it_is_no_member(
     assert [orphan.name for orphan in found(prune.sweep_orphans)] == [name]
 
 
-def test_processes_of_which_nothing_can_be_told_are_alive(elsewhere: Path, new_process: NewProcess) -> None:
-    segment = leave_segment(new_process, elsewhere)
-    pids_of = int.from_bytes(segment.read_bytes()[8 * Header.PID_NAMESPACE :][:8], "little")
-    shutil.rmtree(elsewhere)
-    # Its members were in another container, or in several.
-    for pid_namespace in (0, 1):
-        change_header(segment, Header.PID_NAMESPACE, pid_namespace)
-        assert find_orphans() == []
-    change_header(segment, Header.PID_NAMESPACE, pids_of)
-    assert len(found(prune.sweep_orphans)) == 1
+def hold_open(path: Path) -> int:
+    """Open it."""
+    return os.open(path, os.O_RDONLY)
 
 
-@pytest.mark.parametrize("pids", [[], ["1"]], ids=["nothing mounted", "that of another pid namespace"])
+def hold_mapped(path: Path) -> mmap.mmap:
+    """Map it, and close it."""
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), 0)
+
+
+@pytest.mark.parametrize("hold", [hold_open, hold_mapped])
+def test_the_kernel_tells_whether_a_process_has_a_file_open_or_mapped(hold: Callable[[Path], object]) -> None:
+    descriptor, name = tempfile.mkstemp(dir="/dev/shm")
+    path = Path(name)
+    os.truncate(path, 8192)
+    assert is_open_anywhere(path), "here"
+    os.close(descriptor)
+    assert not is_open_anywhere(path)
+    context = multiprocessing.get_context("fork")
+    it_has, it_may_end = context.Event(), context.Event()
+
+    def work() -> None:
+        kept = hold(path)
+        it_has.set()
+        it_may_end.wait()
+        del kept
+
+    child = context.Process(target=work)
+    child.start()
+    it_has.wait()
+    assert is_open_anywhere(path), "there"
+    it_may_end.set()
+    child.join()
+    assert not is_open_anywhere(path)
+    path.unlink()
+    assert not is_open_anywhere(path), "it is not there"
+
+
+@can_unshare
 @pytest.mark.parametrize("version", [7, None], ids=["of another version", "of this one"])
-def test_where_this_process_is_not_shown_nothing_is_known_of_others_and_nothing_pruned(
-    elsewhere: Path, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch, pids: list[str], version: int | None
+@pytest.mark.parametrize("proc", ["--mount-proc", "--mount"], ids=["a /proc of its own", "that of the host"])
+def test_what_a_process_of_another_container_has_is_not_pruned(
+    elsewhere: Path, new_process: NewProcess, proc: str, version: int | None
 ) -> None:
-    """It took the segments of all living processes for leftovers, and removed them."""
-    segment = leave_segment(new_process, elsewhere)
+    """Containers may share /dev/shm; in one of them the processes of the others do not show."""
+    member = new_process(namespace=NAMESPACE, runtime_root=elsewhere)
+    segment = Path("/dev/shm", segment_name(elsewhere, NAMESPACE))
     if version is not None:
         change_header(segment, Header.VERSION, version)
+    os.kill(member.pid, signal.SIGSTOP)
     shutil.rmtree(elsewhere)
-    found(lambda: find_orphans(of_other_versions=True))
-    with monkeypatch.context() as patched:
-        listed = {"/proc": pids}
-        patched.setattr(
-            "mpmm.shared_state.prune.os.listdir", lambda path: listed[path] if path in listed else os.listdir(path)
-        )
-        assert find_orphans(of_other_versions=True) == []
+    script = """
+    from mpmm.shared_state.prune import find_orphans
+    print([orphan.name for orphan in find_orphans(of_other_versions=True)])
+    """
+    assert segment.name not in run_unshared(["--pid", "--fork", proc], script)
+    guard(segment)
+    member.kill()
+    assert [orphan.name for orphan in found(lambda: find_orphans(of_other_versions=True))] == [segment.name]
     segment.unlink()
 
 
@@ -258,16 +298,12 @@ def test_the_segment_of_another_version_is_pruned_if_no_process_has_it_and_no_ro
     segment.unlink()
 
 
-@pytest.mark.parametrize("size", [0, 100_000])
-def test_a_segment_that_a_process_may_be_about_to_make_is_not_pruned(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    elsewhere.mkdir(mode=0o700, exist_ok=True)
+def test_a_segment_is_not_pruned_while_a_process_makes_it_but_when_that_has_died(elsewhere: Path) -> None:
     segment = Path("/dev/shm", segment_name(elsewhere, NAMESPACE))
-    segment.write_bytes(size * b"\0")
-    assert find_orphans(of_other_versions=True) == []
-    monkeypatch.setattr(prune, "REMOVAL_S", 0.0)
-    assert [orphan.name for orphan in find_orphans(of_other_versions=True)] == [segment.name]
+    with open(segment, "xb"):
+        assert find_orphans(of_other_versions=True) == []
+    guard(segment)
+    assert [orphan.name for orphan in found(lambda: find_orphans(of_other_versions=True))] == [segment.name]
     segment.unlink()
 
 

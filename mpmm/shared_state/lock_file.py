@@ -21,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
 import stat
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 from mpmm.shared_state.file_errors import told_by_file
 
-__all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "write_once"]
+__all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "is_open_anywhere", "write_once"]
 
 # Locks that are waited for here are held for milliseconds, by those who join or leave. The first pause is below the
 # kernel's timer slack, the last one is such that a crowd of joiners leaves the processors to those who are at work.
@@ -240,6 +241,34 @@ def is_locked_as(path: str | Path, inode: int | None) -> bool | None:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
                 return True
             _raise_what_it_means(error, path)
+        finally:
+            os.close(fd)
+    return False
+
+
+def is_open_anywhere(path: str | Path) -> bool:
+    """Tell whether any process has a file open or mapped, of whatever user and container; True if it cannot be told.
+
+    A missing file is not. This is to be asked of files of this user, as a process does that removes what is left over.
+
+    The kernel grants a lease for writing on a file that nobody else has open, see `fcntl(2)`, F_SETLEASE. Who opens it
+    in the microseconds until the lease is given back waits for so long.
+    """
+    with fork_guard:
+        try:
+            fd = os.open(path, _OPEN)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:
+            # Of who waits this process is told by a signal: by SIGIO, which ends it, unless another one is chosen.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError:
+            # EAGAIN: somebody has. Another one: this kernel, or a sandbox that stands for one, knows no leases.
+            return True
         finally:
             os.close(fd)
     return False

@@ -8,9 +8,8 @@ to the segment by its name any more, which has the root's identity in it:
 - if they are all dead, it stays for ever, some megabytes of memory. Whoever makes a namespace sweeps such ones away,
   and so does `mpmm prune`.
 
-A member counts as dead as everywhere, see `liveness.py`: what cannot be told is alive. Besides, no process may have the
-segment mapped, as far as that can be read. What another version of mpmm has made says nothing about its root and its
-members; that is left to `mpmm prune`, and goes by who has it mapped alone.
+No process may have such a segment open or mapped, of whatever container: the kernel is asked for that, see
+`is_open_anywhere`. What another version of mpmm has made says nothing about its root; that is left to `mpmm prune`.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from pathlib import Path
 
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.liveness import has_living_member
+from mpmm.shared_state.lock_file import is_open_anywhere
 from mpmm.shared_state.runtime_dir import REMOVAL_S, RuntimeDirectory
 from mpmm.shared_state.segment import (
     GONE,
     SHARED_MEMORY,
     Segment,
     SegmentProblem,
-    UnfinishedSegment,
     place_of,
     read_header,
     segment_name,
@@ -70,25 +69,16 @@ def find_orphans(*, of_other_versions: bool = False, roots: tuple[Path, ...] = (
 
     of_other_versions: those as well that this version cannot read, unless their names are those of one of `roots`.
     """
-    candidates = [
-        (name, why)
-        for name in _names()
-        if (why := _why_abandoned(name) or (of_other_versions and _why_foreign(name, roots))) and not _has_members(name)
-    ]
-    if not candidates:
-        return []
-    mapped = _mapped_inodes()
-    if mapped is None:
-        return []
     orphans = []
-    for name, why in candidates:
+    for name in _names():
+        why = _why_abandoned(name) or (of_other_versions and _why_foreign(name, roots))
+        path = f"{SHARED_MEMORY}/{name}"
+        if not why or is_open_anywhere(path):
+            continue
         with contextlib.suppress(FileNotFoundError):
-            found = os.stat(f"{SHARED_MEMORY}/{name}", follow_symlinks=False)
-            # A process may be just about to remove it, or to give it its name back, or to make it; its renaming, or its
-            # growing, is the last change.
-            is_new = time.time() - found.st_ctime < REMOVAL_S
-            in_progress = is_new and (GONE in name or _is_unfinished(name))
-            if found.st_ino not in mapped and not in_progress:
+            found = os.stat(path, follow_symlinks=False)
+            # A process may be just about to remove it, or to give it its name back; its renaming is the last change.
+            if GONE not in name or time.time() - found.st_ctime >= REMOVAL_S:
                 orphans.append(Orphan(name, (found.st_dev, found.st_ino), found.st_blocks * 512 / 2**20, why))
     return orphans
 
@@ -167,54 +157,3 @@ def _why_foreign(name: str, roots: tuple[Path, ...]) -> str | None:
             if name.startswith(segment_name(root, "")):
                 return None
     return "another version of mpmm has made it, and no process uses it"
-
-
-def _is_unfinished(name: str) -> bool:
-    """Tell whether a process makes the segment, or has died while it did."""
-    try:
-        segment = Segment.open(name)
-    except UnfinishedSegment:
-        return True
-    except (SegmentProblem, OSError):
-        return False
-    if segment is not None:
-        segment.close()
-    return False
-
-
-def _has_members(name: str) -> bool:
-    """Tell whether a member lives that the segment's table names; False for one that cannot be read."""
-    try:
-        segment = Segment.open(name)
-    except (SegmentProblem, OSError):
-        return False
-    if segment is None:
-        return False
-    with contextlib.closing(segment):
-        # By pid: whoever sees their lock files, if there are any, can come to the segment by its name.
-        return has_living_member(Tables(segment), None)
-
-
-def _mapped_inodes() -> set[int] | None:
-    """Return the inodes of the segments that processes of this user have mapped, None if that cannot be told."""
-    inodes: set[int] = set()
-    try:
-        pids = [entry for entry in os.listdir("/proc") if entry.isdigit()]
-    except OSError:
-        return None
-    if str(os.getpid()) not in pids:
-        # None that is of this pid namespace is mounted, so nothing is known of any process.
-        return None
-    for pid in pids:
-        try:
-            if os.stat(f"/proc/{pid}").st_uid != os.getuid():
-                # It cannot have opened a file that only this user may.
-                continue
-            with open(f"/proc/{pid}/maps", "rb") as maps:
-                lines = [line.split() for line in maps if b"/mpmm-" in line]
-        except OSError:
-            # It has ended, or is one of those that keep their memory from everybody, as agents for keys do. If such a
-            # one is a member, the segment's table says so.
-            continue
-        inodes.update(int(fields[4]) for fields in lines)
-    return inodes
