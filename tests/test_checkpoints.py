@@ -302,6 +302,17 @@ def test_the_death_of_the_helper_costs_the_operation_and_the_next_one_goes_on(
     assert problems(namespace) == []
 
 
+def test_a_helper_that_has_ended_is_no_zombie_for_long(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process], runtime_root: Path
+) -> None:
+    load(two[0], gpus, "a")
+    assert two[0].call(suspend, "a") == 1
+    helper = helper_pid(namespace, runtime_root)
+    assert helper is not None
+    os.kill(helper, signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(helper), "the process that has started it has noted its end")
+
+
 def await_middle(gpus: SimulatedGpus) -> None:
     wait_until(lambda: 0.0 < gpus.checkpoints.host_mb() < 600.0, "part of it has moved")
 

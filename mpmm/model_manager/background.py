@@ -26,6 +26,7 @@ from mpmm.model_manager.operations import Operation
 from mpmm.model_manager.reconcile import Reconciler
 from mpmm.model_manager.unload import Unloads
 from mpmm.shared_state.namespace import Namespace
+from mpmm.suspend.helper import reap_ended_helpers
 from mpmm.text.printable import printable_logger
 
 __all__ = ["REPEAT_S", "BackgroundThread", "Jobs"]
@@ -86,6 +87,7 @@ class Jobs:
         self.leader.say_what_it_measures()
         self.leader.elect()
         self.leader.do_for_everybody()
+        reap_ended_helpers()
 
     @property
     def has_deferred(self) -> bool:

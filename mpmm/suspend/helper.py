@@ -41,7 +41,7 @@ from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.sources.process_tree import is_stopped
 from mpmm.suspend.driver import OUT_OF_MEMORY, CheckpointDriver, DriverError
 
-__all__ = ["ask_helper", "kill_stopped_helper", "main"]
+__all__ = ["ask_helper", "kill_stopped_helper", "main", "reap_ended_helpers"]
 
 LOCK, SOCKET, ALIVE = "suspend.lock", "suspend.sock", "alive.lock"
 IDLE_S = 60.0
@@ -122,12 +122,19 @@ def _connected(folder: Path, key: bytes, deadline: float) -> Connection:
         time.sleep(START_LOOK_S)
 
 
+def reap_ended_helpers() -> None:
+    """Take note of the end of helpers that this process has started; until then they are zombies."""
+    for process in list(_started):
+        if process.poll() is not None:
+            with suppress(ValueError):  # another thread was faster
+                _started.remove(process)
+
+
 def _start(folder: Path) -> subprocess.Popen[bytes]:
-    # A zombie of ours until it is asked for.
-    _started[:] = [process for process in _started if process.poll() is None]
     command = [sys.executable, "-m", "mpmm.suspend.helper", str(folder)]
-    _started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True))
-    return _started[-1]
+    started = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    _started.append(started)
+    return started
 
 
 # ---- the process -------------------------------------------------------------------------------------------------
