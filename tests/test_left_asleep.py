@@ -516,3 +516,31 @@ def test_who_takes_over_a_left_transaction_does_not_wait_for_those_that_wait_for
     finally:
         words[Header.STARVING] = 0
         thread.join()
+
+
+def test_a_thread_left_without_the_file_locked_is_found_out_while_other_processes_go_on(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = new_process()
+    lock = new_manager()._connected().namespace.lock
+    end_abandoned, one_at_a_time = transaction.TransactionLock.end_abandoned, threading.Lock()
+
+    def others_first(lock: transaction.TransactionLock) -> bool:
+        with one_at_a_time:
+            other.call(use_once)
+        return end_abandoned(lock)
+
+    monkeypatch.setattr(transaction.TransactionLock, "end_abandoned", others_first)
+    # An exception has come before the file was locked, or after it was unlocked.
+    thread = threading.Thread(target=lambda: lock._mutex.acquire())
+    thread.start()
+    thread.join()
+    with lock():
+        pass
+    assert problems(namespace) == []
+
+
+def use_once(seat: Seat) -> None:
+    """Make a transaction, and another one."""
+    with seat.manager.model("b", Loads("b")):
+        pass

@@ -140,6 +140,8 @@ class TransactionLock:
         self._file = segment.lock_file()
         # An RLock, because it knows its owner; it is taken once at a time nevertheless.
         self._mutex: Any = new_rlock()
+        # How often it has been taken, which tells one transaction of a thread from the next.
+        self._takes = 0
         # The frame that runs the `with` of the transaction that is open.
         self._frame: FrameType | None = None
         # Who decides that a mutex was abandoned, and what was seen at the last look. An RLock, because a signal handler
@@ -238,6 +240,7 @@ class TransactionLock:
             self._wait_for_mutex(began, timeout_s, frame)
         try:
             self._frame = frame
+            self._takes += 1
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.segment.path}")
             # The thread that is woken takes it back.
@@ -335,12 +338,15 @@ class TransactionLock:
         return seen
 
     def _seen(self) -> tuple[int, ...] | None:
-        """Return whose the mutex is, and since when; None if it is free, or given up."""
+        """Return whose the mutex is, and which time it has been taken; None if it is free, or given up.
+
+        Nothing of that is in the segment: an exception may have left the mutex alone, without the file locked, and
+        then other processes go on there.
+        """
         owner = _OWNER.match(repr(self._mutex))
         if owner is None or self._file.fd < 0:
             return None
-        words = self.segment.words
-        return int(owner[1]), words[Header.LOCK_TAKEN], words[Header.CHANGE]
+        return int(owner[1]), self._takes
 
     def _is_at_work(self, frame: FrameType | None) -> bool:
         """Tell whether a thread, at `frame`, is inside the transaction that is open, or at its beginning or end."""
