@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -396,6 +398,27 @@ def test_a_stopped_zygote_delays_a_start_but_does_not_prevent_it(path: str, monk
         os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize(("stopped", "says"), [(1, "nothing"), (3, "who it is")])
+def test_a_requester_that_is_stopped_before_it_has_given_its_order_holds_up_no_other(
+    path: str, monkeypatch: pytest.MonkeyPatch, stopped: int, says: str
+) -> None:
+    monkeypatch.setattr(forkserver_client, "_avoid_until", 0.0)
+    shared(path, "first")
+    pid = zygote_of(path)
+    registry = registry_for(path)
+    place = Path(json.loads(forkserver_client._life_path(registry).read_text())["socket"])
+    with contextlib.ExitStack() as stack:
+        for _ in range(stopped):
+            if says == "nothing":
+                silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+                with sockets._short_address(place.parent, place.name) as address:
+                    silent.connect(address)
+            else:
+                stack.enter_context(sockets.dial(place.parent, place.name, registry.key()))
+        # Had that taken too long, it would have been spawned.
+        assert parent_of(shared(path, "second").pid()) == pid
+
+
 @pytest.fixture
 def new_template() -> Iterator[Callable[[Callable[[Connection], object]], tuple[_Zygote, _TemplateHandle]]]:
     """Makes a zygote with a template that does one thing with its connection, and then stands still."""
@@ -527,6 +550,7 @@ def test_a_zygote_that_does_not_understand_an_order_hangs_up_and_keeps_nothing_o
     zygote = _Zygote.__new__(_Zygote)
     registry: Any = SimpleNamespace(key=lambda: key)
     zygote.registry, zygote.listener = registry, sockets.listen(tmp_path, "zygote.socket")
+    zygote.requesters = {}
     before = open_descriptors()
 
     def order_something() -> bytes:
@@ -537,11 +561,36 @@ def test_a_zygote_that_does_not_understand_an_order_hangs_up_and_keeps_nothing_o
 
     thread, outcome = in_thread(order_something)
     assert wait([zygote.listener], DEADLINE_S)
-    zygote.take_order()
+    zygote.meet_requester()
+    while zygote.requesters:
+        (requester,) = zygote.requesters
+        assert wait([requester], DEADLINE_S)
+        zygote.hear(requester)
     thread.join(DEADLINE_S)
     # The others where the streams were not read, or not even sent, before the zygote hung up.
     assert [type(error) in (EOFError, ConnectionResetError, BrokenPipeError) for error in outcome] == [True]
     outcome.clear()
+    assert not open_descriptors() - before
+    zygote.listener.close()
+
+
+def test_a_zygote_hangs_up_on_a_requester_that_never_says_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "HANDSHAKE_TIMEOUT_S", -1.0)
+    zygote = _Zygote.__new__(_Zygote)
+    registry: Any = SimpleNamespace(key=lambda: b"key")
+    zygote.registry, zygote.listener = registry, sockets.listen(tmp_path, "zygote.socket")
+    zygote.requesters = {}
+    before = open_descriptors()
+    with socket.socket(socket.AF_UNIX) as silent:
+        with sockets._short_address(tmp_path, "zygote.socket") as address:
+            silent.connect(address)
+        silent.send(b"half")
+        zygote.meet_requester()
+        zygote.hear(*zygote.requesters)
+        zygote.hang_up_on_silent()
+        assert zygote.requesters == {}
+        silent.settimeout(DEADLINE_S)
+        assert silent.recv(1) == b""
     assert not open_descriptors() - before
     zygote.listener.close()
 

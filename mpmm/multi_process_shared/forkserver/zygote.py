@@ -39,7 +39,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, wait
@@ -134,6 +134,8 @@ class _Zygote(ForkParent):
         self.listener = listener
         self.socket_path = Path(json.loads(os.pread(life.fd, 4096, 0))["socket"])
         self.alive = AliveLock(str(self.registry.alive_path))
+        # Requesters that have not said all yet: how they are heard, and until when.
+        self.requesters: dict[Connection, tuple[Generator[None, None, None], float]] = {}
         self.templates: list[_TemplateHandle] = []
         self.modules: dict[Kind, list[str]] = {}
         self.unforkable: dict[Kind, set[str]] = {}
@@ -147,28 +149,54 @@ class _Zygote(ForkParent):
         next_probe = time.monotonic() + PROBE_INTERVAL_S
         while True:
             links = [template.link for template in self.templates]
-            ready = wait([self.listener, *links, *self.watched()], max(0.0, next_probe - time.monotonic()))
+            heard = [self.listener, *self.requesters, *links, *self.watched()]
+            ready = wait(heard, max(0.0, next_probe - time.monotonic()))
             self.look_after_children(ready)
             for template in [template for template in self.templates if template.link in ready]:
                 self.listen_to(template)
+            for requester in [requester for requester in self.requesters if requester in ready]:
+                self.hear(requester)
             if self.listener in ready:
-                self.take_order()
+                self.meet_requester()
             if time.monotonic() >= next_probe:
                 next_probe = time.monotonic() + PROBE_INTERVAL_S
+                self.hang_up_on_silent()
                 if self.alive.is_free():
                     self.leave()
                 self.keep_alive()
 
-    def take_order(self) -> None:
-        """Hear a requester, and have its server forked."""
+    def meet_requester(self) -> None:
+        """Begin to hear a requester. One that is stopped in the middle of what it says holds up no other."""
         requester = sockets.accept(self.listener)
-        if requester is None:
-            return
+        if requester is not None:
+            self.requesters[requester] = self.take_order(requester), time.monotonic() + sockets.HANDSHAKE_TIMEOUT_S
+            self.hear(requester)
+
+    def hear(self, requester: Connection) -> None:
+        """Hear what a requester has said meanwhile."""
+        steps, _ = self.requesters[requester]
+        try:
+            next(steps)
+        except StopIteration:
+            del self.requesters[requester]
+
+    def hang_up_on_silent(self) -> None:
+        """Hear those no longer that have not said all in time."""
+        now = time.monotonic()
+        for requester in [requester for requester, (_, until) in self.requesters.items() if until <= now]:
+            steps, _ = self.requesters.pop(requester)
+            steps.close()
+            requester.close()
+
+    def take_order(self, requester: Connection) -> Generator[None, None, None]:
+        """Hear a requester, and have its server forked; go on each time that it has said something."""
         descriptors: list[Descriptor] = []
         try:
             sockets.set_timeouts(requester, CONVERSATION_TIMEOUT_S)
-            sockets.authenticate_client(requester, self.registry.key())
+            yield from sockets.handshake(requester, self.registry.key())
+            yield
             message = requester.recv_bytes()
+            yield
             descriptors = receive_descriptors(requester, 3)
             self.place(Order(message, requester, descriptors))
         except (EOFError, OSError, AuthenticationError, ValueError, pickle.UnpicklingError):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import os
 import shutil
 import socket
@@ -28,7 +27,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
@@ -38,8 +37,8 @@ from typing import Any
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
 
 __all__ = [
-    *("NO_SIGNAL", "ForkSafeSocket", "accept", "authenticate_client", "dial", "dial_socket", "listen", "peer_pid"),
-    *("pid_at", "set_timeouts"),
+    *("NO_SIGNAL", "ForkSafeSocket", "accept", "authenticate_client", "dial", "dial_socket", "handshake", "listen"),
+    *("peer_pid", "pid_at", "set_timeouts"),
 ]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
@@ -132,16 +131,26 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
     HANDSHAKE_TIMEOUT_S: a process that just connects must not hold a thread for as long as it likes.
     """
     deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+    for _ in handshake(connection, key):
+        if not wait([connection], max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("the client says nothing")
+
+
+def handshake(connection: Connection, key: bytes) -> Iterator[None]:
+    """Do what `authenticate_client` does, in steps: whoever drives it goes on each time that there is more to read.
+
+    Raises AuthenticationError, EOFError, OSError.
+    """
     uid = _peer_uid(connection.fileno())
     if uid is not None and uid != os.getuid():
         raise AuthenticationError(f"a process of uid {uid} tried to connect")
     with duplicate(connection.fileno()) as peer:
-        client_nonce = _receive(peer, NONCE_BYTES, deadline)
+        client_nonce = yield from _receive_in_steps(peer, NONCE_BYTES)
         server_nonce = _nonce()
         peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce), NO_SIGNAL)
         # Behind our own nonce, so that the client knows it as well.
         _expect_version("client", client_nonce)
-        proof = _receive(peer, PROOF_BYTES, deadline)
+        proof = yield from _receive_in_steps(peer, PROOF_BYTES)
         if not hmac.compare_digest(proof, _proof(key, b"client", client_nonce, server_nonce)):
             raise AuthenticationError("the client does not know the key")
 
@@ -224,12 +233,22 @@ def duplicate(fd: int) -> socket.socket:
         return close_in_children(ForkSafeSocket(fileno=os.dup(fd)))
 
 
-def _receive(peer: socket.socket, count: int, deadline: float = math.inf) -> bytes:
-    """Return the next `count` bytes, which have to come before `deadline` (monotonic). Raises EOFError, OSError."""
+def _receive(peer: socket.socket, count: int) -> bytes:
+    """Return the next `count` bytes. Raises EOFError, OSError."""
     received = b""
     while len(received) < count:
-        if deadline < math.inf and not wait([peer], max(0.0, deadline - time.monotonic())):
-            raise TimeoutError("the client says nothing")
+        part = peer.recv(count - len(received))
+        if not part:
+            raise EOFError
+        received += part
+    return received
+
+
+def _receive_in_steps(peer: socket.socket, count: int) -> Generator[None, None, bytes]:
+    """Do what `_receive` does; yields before each part is read."""
+    received = b""
+    while len(received) < count:
+        yield
         part = peer.recv(count - len(received))
         if not part:
             raise EOFError
