@@ -285,6 +285,15 @@ class Process:
         self._process.close()
 
 
+def stop_outside_of_transactions(process: Process, namespace: str) -> None:
+    """Stop a process at a moment when it does not hold the lock."""
+    while True:
+        process.stop()
+        if not read_snapshot(namespace).lock.held:
+            return
+        process.resume()
+
+
 def _serve(theirs: Connection) -> None:
     for other in list(_conversations):
         other.close()

@@ -17,14 +17,15 @@ from device import SimulatedDevice
 from harness import (
     NewDevice,
     NewGate,
+    NewManager,
     NewProcess,
-    Process,
     Seat,
     acquire,
     leader_pid,
     model_of,
     problems,
     shut_down,
+    stop_outside_of_transactions,
     wait_until,
     waiting,
 )
@@ -33,6 +34,8 @@ from patience import Stopwatch
 
 from mpmm import cli
 from mpmm.errors import ClosedError, LockTimeoutError, NotAcquiredError
+from mpmm.model_manager import leader as leader_module
+from mpmm.model_manager.leader import DEPUTIES
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
@@ -165,15 +168,6 @@ def wait_in_a_thread(seat: Seat, tag: str) -> None:
     threading.Thread(target=wait).start()
 
 
-def stop_outside_of_transactions(process: Process, namespace: str) -> None:
-    """Stop a process at a moment when it does not hold the lock."""
-    while True:
-        process.stop()
-        if not read_snapshot(namespace).lock.held:
-            return
-        process.resume()
-
-
 def test_the_dead_are_buried_while_the_leader_is_stopped(namespace: str, new_process: NewProcess) -> None:
     leader = new_process(fallback_memory_mb=100)
     victim, other = new_process(), new_process()
@@ -188,6 +182,25 @@ def test_the_dead_are_buried_while_the_leader_is_stopped(namespace: str, new_pro
     assert watch.calm_s() < 3
     leader.resume()
     assert problems(namespace) == []
+
+
+def test_who_stands_in_where_those_next_in_line_are_stopped_too_looks_as_often_as_they(
+    namespace: str, new_process: NewProcess, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = [new_process() for _ in range(1 + DEPUTIES)]
+    words = new_manager()._connected().namespace.segment.words
+    for process in front:
+        stop_outside_of_transactions(process, namespace)
+    polled = words[Header.POLLED]
+    wait_until(lambda: words[Header.POLLED] != polled, "the last one polls in their place")
+    # Its next look may have been planned by now, but not those behind that.
+    for name in ("RESERVE_TICK_S", "RESERVE_REST_S"):
+        monkeypatch.setattr(leader_module, name, 1000.0)
+    for _ in range(3):
+        polled = words[Header.POLLED]
+        wait_until(lambda polled=polled: words[Header.POLLED] != polled, "it goes on")  # type: ignore[misc]  # mypy has no type for a lambda's defaults
+    for process in front:
+        process.resume()
 
 
 def be_stuck(seat: Seat, seconds: float) -> None:

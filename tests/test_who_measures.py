@@ -22,6 +22,7 @@ from harness import (
     learn,
     problems,
     release,
+    stop_outside_of_transactions,
     wait_until,
     waiting,
 )
@@ -30,6 +31,8 @@ from random_tables import SECOND_NS, RandomTables
 
 from mpmm import cli
 from mpmm.memory.samples import SharedSamples
+from mpmm.model_manager import leader as leader_module
+from mpmm.model_manager.leader import DEPUTIES
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Member
 from mpmm.shared_state.poll_claims import claim_late_looks
@@ -171,6 +174,28 @@ def test_a_stopped_process_that_could_measure_more_does_not_keep_the_lead_from_o
     wait_until(lambda: leads(namespace, sees), "the other one leads once it can", 10)
     assert device_names(namespace) == ["sim-0"]
     assert problems(namespace) == []
+
+
+def test_a_lead_that_stopped_processes_do_not_take_is_taken_back_by_one_that_is_not_next_in_line(
+    namespace: str,
+    new_process: NewProcess,
+    new_manager: NewManager,
+    new_device: NewDevice,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = new_device(TOTAL_MB)
+    leader, *seeing = (new_process(memory_source=device) for _ in range(2 + DEPUTIES))
+    blind = new_manager(**BLIND)._connected().leader
+    for process in seeing:
+        stop_outside_of_transactions(process, namespace)
+    leader.kill()
+    wait_until(lambda: blind.leading, "the blind one leads")
+    for name in ("RESERVE_TICK_S", "RESERVE_REST_S"):
+        monkeypatch.setattr(leader_module, name, 1000.0)
+    wait_until(lambda: not blind.leading, "it offers the lead")
+    wait_until(lambda: blind.leading, "it takes the lead back")
+    for process in seeing:
+        process.resume()
 
 
 def break_describe(seat: Seat) -> None:

@@ -21,7 +21,8 @@ and age.
 
 The leader looks around four times a second. Two deputies, the workers in the lowest slots of those that measure most,
 look as often whether it leads and polls, and everybody else does so every four seconds, in case all of those die
-together; a new leader wakes those that are its deputies now. What counts is how often a process that has slept runs
+together; a new leader wakes those that are its deputies now. Whoever has to stand in for the leader while they are
+stopped, or has left the lead to them, looks as often as they. What counts is how often a process that has slept runs
 Python: each time takes a third of a millisecond to a whole one, although the same code takes 11 us when it is run over
 and over. So the compiled core looks for those that do not lead (`Core.doze`), and Python where something is amiss, and
 every few seconds for what else there is to do.
@@ -122,6 +123,8 @@ class Leader:
         self._late_since: int | None = None
         # Since when the lead has been seen to be free, while it was left to a process that can measure more.
         self._free_since: float | None = None
+        # When this process has polled in the leader's place, as it stands for all to see until another one polls.
+        self._stood_in: int | None = None
         # The processes to which this one has offered the lead last, when it offers it again, and the pause until then.
         self._offered_to: set[tuple[int, int]] = set()
         self._offer_due = 0.0
@@ -201,7 +204,13 @@ class Leader:
         return DEPUTY_REST_S if self._is_deputy() else RESERVE_REST_S
 
     def _is_deputy(self) -> bool:
-        return self._namespace.slot in self._first_in_line()
+        """Tell whether this process is one of those that look for the leader often.
+
+        One that is not next in line is, too, as long as those that are do not do it: it stands in for the leader, or
+        has left the lead to others.
+        """
+        stands_in = self._namespace.segment.words[Header.POLLED] == self._stood_in
+        return stands_in or self._free_since is not None or self._namespace.slot in self._first_in_line()
 
     def _tick_s(self) -> float:
         """Return how often one that does not lead looks for the leader."""
@@ -355,6 +364,7 @@ class Leader:
             # Time alone changes plans, too.
             self._scheduler.advance(t)
             estimates = self._learning.learn(t)
+            self._stood_in = None if self.leading else t.now
         self._report(estimates)
 
     def learn_from_late_sample(self) -> None:
