@@ -273,6 +273,46 @@ def test_what_a_task_gets_whose_loop_was_closed_goes_back(
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
 
 
+@pytest.mark.usefixtures("uncollected")
+def test_what_a_task_holds_whose_loop_was_closed_goes_back_though_no_collector_comes_by(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+
+    async def holds() -> None:
+        async with manager.model_async("a", Loads()):
+            await asyncio.Event().wait()
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(holds())
+    loop.run_until_complete(until(lambda: read_snapshot(namespace).active))
+    # As above.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
+    loop.close()
+    del task, loop
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+
+
+def test_what_is_held_after_its_loop_was_closed_is_held_as_long_as_somebody_can_give_it_back(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager()
+    block = manager.model_async("a", Loads())
+    collected, collect = threading.Event(), gc.collect
+
+    def note() -> int:
+        found = collect()
+        collected.set()
+        return found
+
+    monkeypatch.setattr(gc, "collect", note)
+    asyncio.run(block.__aenter__())
+    assert collected.wait(DEADLINE_S)
+    assert read_snapshot(namespace).active == 1
+    asyncio.run(block.__aexit__(None, None, None))
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+
+
 def test_what_a_cancelled_task_had_is_given_back_by_another_thread_than_the_loops(
     namespace: str, new_manager: NewManager, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
@@ -50,6 +51,9 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
         session = self._session = self._attachment.connected_in_time(tag)
         # As long as this object is there, it answers for what the operation has in hand.
         operation = self._operation = session.begin_for(self)
+        loop = asyncio._get_running_loop()
+        # A coroutine may be driven by something else.
+        operation.loop = None if loop is None else weakref.ref(loop)
         try:
             taken = self._take_at_once(session, operation)
             if taken is not None and session.held.handle_is_alive(taken):

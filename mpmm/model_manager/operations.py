@@ -26,7 +26,7 @@ from mpmm.interpreter.thread_frames import current_frames, is_on_stack
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "key_of"]
+__all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "forget_closed_loops", "key_of"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Operation:
     ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
     frame: where it runs; None if it does not, because an object, its `owner`, answers for it. warning: logged if that
     is collected meanwhile. abandoned: it will not go on. unheard_by: the event loop that has not resumed the task yet
-    for which a thread has something in hand; a loop that was closed never does.
+    for which a thread has something in hand; a loop that was closed never does. loop: the event loop of the call's
+    task, until it is seen to be closed.
     """
 
     held: Held | None = None
@@ -72,6 +73,7 @@ class Operation:
     booking: tuple[int, int] | None = None
     owner: weakref.ref[object] | None = None
     unheard_by: weakref.ref[asyncio.AbstractEventLoop] | None = None
+    loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
     warning = ""
     abandoned = False
 
@@ -94,6 +96,23 @@ class Operation:
         unheard_by = self.unheard_by
         loop = None if unheard_by is None else unheard_by()
         return loop is not None and loop.is_closed()
+
+
+def forget_closed_loops(operations: set[Operation]) -> bool:
+    """Return whether a loop was closed, since the last look, in which a call has something in hand.
+
+    Its task never goes on. But somebody else may give back what it holds, as long as the object is not collected that
+    answers for that; and a task that waited is in a cycle with what it has waited for.
+    """
+    closed = [operation for operation in list(operations) if operation.loop is not None and _is_closed(operation.loop)]
+    for operation in closed:
+        operation.loop = None
+    return bool(closed)
+
+
+def _is_closed(reference: weakref.ref[asyncio.AbstractEventLoop]) -> bool:
+    loop = reference()
+    return loop is None or loop.is_closed()
 
 
 def ended_calls(operations: set[Operation]) -> list[Operation]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
 from mpmm.model_manager.held import HeldInstances
-from mpmm.model_manager.operations import Operation, ended_calls
+from mpmm.model_manager.operations import Operation, ended_calls, forget_closed_loops
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -42,6 +44,9 @@ class Reconciler:
             with self._namespace.transaction():
                 pass
         self._namespace.lock.finish_calls()
+        if forget_closed_loops(self._operations):
+            # A process that does little else would not do so for long.
+            gc.collect()
         for operation in ended_calls(self._operations):
             self._take_back(operation)
 
