@@ -487,3 +487,76 @@ def test_a_main_module_without_a_spec_is_a_script() -> None:
     """As the debugger leaves it, and multiprocessing cannot bear it."""
     setting = "import sys; vars(sys.modules['__main__']).pop('__spec__', None)"
     assert run_settings(setting, "print(detector.slow([1, 2]))") == (0, "3\n", "")
+
+
+WITHOUT_STANDARD_DESCRIPTORS = """
+import os, sys
+from pathlib import Path
+from mpmm import ModelManager, MultiProcessShared
+
+class Detector:
+    def predict(self, number):
+        print("predicts", flush=True)
+        print("warns", file=sys.stderr, flush=True)
+        return 2 * number
+
+def serve():
+    MultiProcessShared(Detector, tag="detector-1", spawn_process=True, always_proxy=True).acquire()
+    return "detector-1"
+
+def use():
+    with manager.model("detector", serve) as handle:
+        answer = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire().predict(21)
+    # As a C library warns.
+    for standard in 1, 2:
+        os.write(standard, b"warns" * 100)
+    with manager.model("other", lambda: "a handle"):
+        return answer, [os.readlink(f"/proc/self/fd/{standard}") for standard in range(3)]
+
+if __name__ == "__main__":
+    if sys.argv[2] == "later":
+        manager = ModelManager(namespace="odd", memory_source="booked")
+    for standard in range(3):
+        os.close(standard)
+    if sys.argv[2] == "before":
+        manager = ModelManager(namespace="odd", memory_source="booked")
+    answer = use()
+    manager.shutdown()
+    Path(sys.argv[1]).write_text(str(answer))
+"""
+
+
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+@pytest.mark.parametrize("closed", ["before", "later"])
+def test_no_file_of_ours_is_ever_a_standard_output(tmp_path: Path, closed: str, switch: str) -> None:
+    """As some daemons are started, or close them: what a server printed went into the segment, or a lock file."""
+    program, answer = tmp_path / "program.py", tmp_path / "answer"
+    program.write_text(WITHOUT_STANDARD_DESCRIPTORS)
+    subprocess.run(
+        [sys.executable, program, answer, closed],
+        env={**os.environ, "PYTHONPATH": import_path(), "MPMM_ZYGOTE": switch},
+        timeout=60,
+        check=True,
+    )
+    assert answer.read_text() == "(42, ['/dev/null', '/dev/null', '/dev/null'])"
+
+
+@pytest.mark.parametrize("closed", [(), (0,), (1, 2), (0, 1, 2)])
+def test_standard_descriptors_that_are_closed_are_nothing_and_others_stay(closed: tuple[int, ...]) -> None:
+    program = f"""
+    import os
+    from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
+    was = [os.readlink(f"/proc/self/fd/{{fd}}") for fd in range(3)]
+    said = os.dup(1)
+    for fd in {closed}:
+        os.close(fd)
+    for _ in range(2):
+        keep_standard_descriptors()
+        now = [os.readlink(f"/proc/self/fd/{{fd}}") for fd in range(3)]
+        assert now == ["/dev/null" if fd in {closed} else was[fd] for fd in range(3)], now
+        assert all(map(os.get_inheritable, range(3)))
+        assert os.dup(said) == said + 1
+        os.close(said + 1)
+    os.write(said, b"as expected")
+    """
+    assert run_program(program) == "as expected"

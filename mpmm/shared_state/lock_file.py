@@ -30,6 +30,7 @@ from typing import NoReturn
 
 from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 from mpmm.shared_state.file_errors import told_by_file
 
 __all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "is_open_anywhere", "write_once"]
@@ -70,6 +71,7 @@ class LockFile:
         self._lock, self._unlock = lock_descriptor, unlock_descriptor
         self._pid = os.getpid()
         with fork_guard:
+            keep_standard_descriptors()
             if folder:
                 self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
             else:

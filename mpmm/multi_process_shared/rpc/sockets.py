@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 
 __all__ = [
     *("NO_SIGNAL", "ForkSafeSocket", "accept", "authenticate_client", "dial", "dial_socket", "handshake", "listen"),
@@ -63,6 +64,8 @@ class ForkSafeSocket(socket.socket):
     """
 
     def __init__(self, family: int = -1, kind: int = -1, *, fileno: int | None = None) -> None:
+        if fileno is None:
+            keep_standard_descriptors()
         super().__init__(family, kind, fileno=fileno)
         if self.gettimeout() is not None:
             self.settimeout(None)
@@ -105,6 +108,7 @@ def listen(folder: str | Path, name: str) -> socket.socket:
 def pair() -> tuple[socket.socket, socket.socket]:
     """Return two connected sockets, closed in forked children."""
     with fork_guard:
+        keep_standard_descriptors()
         one, other = socket.socketpair()
         return (
             close_in_children(ForkSafeSocket(fileno=one.detach())),
@@ -116,6 +120,7 @@ def accept(listener: socket.socket) -> Connection | None:
     """Return the next connection, or None when the peer has gone again. Not authenticated yet."""
     # Non-blocking, so that the guard, and with it every fork of this process, is held for microseconds.
     with fork_guard:
+        keep_standard_descriptors()
         try:
             peer, _ = listener.accept()
         except (BlockingIOError, ConnectionError):
