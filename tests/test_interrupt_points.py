@@ -454,11 +454,13 @@ def sweep_whole_life(
     operate: Callable[[ModelManager | None], ModelManager | None],
     begin: Callable[[], ModelManager | None] = lambda: None,
     stays: Callable[[], bool] = lambda: False,
+    again: bool = True,
 ) -> int:
     """Try the points of an operation after which the namespace is left each time; return how many there were.
 
-    begin: makes what `operate` is given. operate: returns what is to be shut down after it. After each point another
-    manager can come and go, and nothing is left behind but what `stays` says is another process's.
+    begin: makes what `operate` is given. operate: returns what is to be shut down after it. again: shut down after it
+    what `begin` has made, too. After each point another manager can come and go, and nothing is left behind but what
+    `stays` says is another process's.
     """
     root = Path(os.environ[RUNTIME_DIR_VARIABLE])
     step = STEP or step
@@ -473,10 +475,10 @@ def sweep_whole_life(
             made = operate(manager)
         error.__traceback__ = None
         interruption.error = KeyboardInterrupt()
-        for one in (made, manager):
+        for one in (made, manager if again else None):
             if one is not None:
                 one.shutdown()
-        del made, one
+        del made, one, manager
         try:
             after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 10.0})
             with after.model("a", lambda: "handle"):
@@ -500,7 +502,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_shutdown(runtime_root: Path) -> None:
+@pytest.mark.parametrize("again", [True, False])
+def test_shutdown(runtime_root: Path, again: bool) -> None:
     def begin() -> ModelManager:
         manager = ModelManager(namespace="whole", capacities=SMALL_TABLES, **SMALL)
         with manager.model("a", lambda: "handle"):
@@ -511,7 +514,7 @@ def test_shutdown(runtime_root: Path) -> None:
         assert manager is not None
         manager.shutdown()
 
-    print(sweep_whole_life(1609, operate, begin), "points")
+    print(sweep_whole_life(1609, operate, begin, again=again), "points")
 
 
 def join(_: ModelManager | None = None) -> ModelManager:

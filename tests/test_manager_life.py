@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +19,15 @@ from harness import (
     NewProcess,
     Seat,
     acquire,
+    files_in,
+    import_path,
     in_thread,
     know,
     learn,
     model_of,
     problems,
     release,
+    segments_of,
     shut_down,
     wait_until,
     waiting,
@@ -221,6 +229,80 @@ def test_shutdown_unloads_what_is_ours_and_the_last_one_everything(
     other.call(shut_down)
     with pytest.raises(FileNotFoundError):
         read_snapshot(namespace)
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+class Ends:
+    """An object whose unload raises, by its own or in a signal handler."""
+
+    def __init__(self, error: BaseException, unloaded: list[Any]) -> None:
+        self.error = error
+        self.unloaded = unloaded
+
+    def unload_model(self) -> None:
+        self.unloaded.append(self)
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Interrupted(), asyncio.CancelledError()], ids=repr)
+def test_what_an_unload_raises_leaves_the_shutdown_once_that_has_ended(
+    error: BaseException, namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    unloaded: list[Any] = []
+    for tag in ("a", "b", "c"):
+        with manager.model(tag, lambda: Ends(error, unloaded)):
+            pass
+    with pytest.raises(type(error)) as caught:
+        manager.shutdown()
+    assert caught.value is error
+    assert len(set(map(id, unloaded))) == len(unloaded) == 3
+    with pytest.raises(FileNotFoundError):
+        read_snapshot(namespace)
+
+
+def test_an_object_that_cannot_be_asked_for_its_unload_is_unloaded_nevertheless(
+    namespace: str, new_manager: NewManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hostile:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    manager = new_manager()
+    for tag in ("a", "b"):
+        with manager.model(tag, Hostile):
+            pass
+    assert manager.unload("a") == 1
+    manager.shutdown()
+    assert [record.getMessage() for record in caplog.records] == ["mpmm: unload_model of a Hostile failed"] * 2
+    with pytest.raises(FileNotFoundError):
+        read_snapshot(namespace)
+
+
+@pytest.mark.parametrize("how", ["raise SystemExit(3)", "raise KeyboardInterrupt", "signal.raise_signal(signal.SIGINT)"])
+def test_the_end_of_a_process_leaves_all_namespaces_whatever_unloads_raise(runtime_root: Path, how: str) -> None:
+    program = f"""
+import signal, sys
+from mpmm import ModelManager, MultiProcessShared
+
+class Ends:
+    def unload_model(self):
+        {how}
+
+managers = [ModelManager(namespace=name, memory_source="booked") for name in ("one", "two")]
+for manager in managers:
+    with manager.model("a", Ends), manager.model("b", Ends):
+        pass
+MultiProcessShared(dict, tag="shared", always_proxy=True).acquire()
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": import_path()}, timeout=60, check=True
+    )
+    assert files_in(runtime_root) == []
+    assert segments_of(runtime_root) == set()
 
 
 def test_two_managers_of_one_process_are_one_member_that_leaves_with_the_second(

@@ -56,6 +56,8 @@ _sessions: dict[_Key, Session] = {}
 _guard = new_rlock()
 # What a join has made so far, for the case that an exception from a signal handler ends it: only this knows of it.
 _joining: dict[_Key, list[Namespace | Session]] = {}
+# Sessions that are shut down, until that has come to its end: an exception may end it before.
+_leaving: dict[Session, _Key] = {}
 _leaves_at_exit: set[_Key] = set()
 # Threads that shut forgotten managers down; the last few, because the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
@@ -160,6 +162,7 @@ class Attachment:
             self._follow_user()
             key = (self.root, self.name)
             _end_interrupted_join(key)
+            _end_interrupted_shutdowns(key)
             session = _sessions.get(key)
             if session is not None and session.namespace.is_usable and session.is_left_behind:
                 session.close()
@@ -313,9 +316,12 @@ class Attachment:
             if session.managers:
                 self.session = None
                 return
-            if _sessions.get((self.root, self.name)) is session:
-                del _sessions[self.root, self.name]
+            key = (self.root, self.name)
+            _leaving[session] = key
+            if _sessions.get(key) is session:
+                del _sessions[key]
         session.close()
+        _forget_if_left(session)
         self.session = None
         monitor = self.joins_with.monitor
         if _is_ours(monitor):
@@ -417,20 +423,40 @@ def _end_interrupted_join(key: _Key) -> None:
     _joining.pop(key, None)
 
 
+def _end_interrupted_shutdowns(key: _Key) -> None:
+    """Leave what a shutdown has not left, because an exception has ended it. Nothing happens to one that goes on."""
+    for session in [one for one, left in list(_leaving.items()) if left == key]:
+        if session.namespace.is_usable:
+            session.close()
+        _forget_if_left(session)
+
+
+def _forget_if_left(session: Session) -> None:
+    if session.is_closed or not session.namespace.is_usable:
+        _leaving.pop(session, None)
+
+
 def _close_at_exit(root: Path, name: str) -> None:
     for thread in list(_shutting_down):
         thread.join()
+    key = (root, name)
     with _guard:
-        _end_interrupted_join((root, name))
-        session = _sessions.pop((root, name), None)
-    if session is not None and session.namespace.is_usable:
-        session.close()
+        _end_interrupted_join(key)
+        session = _sessions.pop(key, None)
+        if session is not None:
+            _leaving[session] = key
+    try:
+        _end_interrupted_shutdowns(key)
+    # All of them: one that is no Exception would keep the hooks of other namespaces and of servers from running.
+    except BaseException:
+        _LOG.exception("mpmm %s: pid %d has left with an exception, of the unload of a copy say", name, os.getpid())
 
 
 def _forget_sessions_after_fork() -> None:
     global _guard
     _guard = new_rlock()
     _sessions.clear()
+    _leaving.clear()
     _joining.clear()
     _leaves_at_exit.clear()
     _shutting_down.clear()

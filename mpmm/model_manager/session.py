@@ -178,6 +178,8 @@ class Session:
         """Leave the namespace: unload what only this process can use, and everything if it is the last.
 
         Calling it again does nothing, also while the first call is at work, unless an exception has ended that.
+        What an object's own unload raises, or a signal handler during that, keeps nothing else from being done, and is
+        raised in the end.
         """
         call = Operation(sys._getframe())
         with self._mutex:
@@ -192,9 +194,13 @@ class Session:
         if leading:
             self.keep_estimates(at_last=True)
         objects = self.owned.all()
+        trouble: BaseException | None = None
         for copy in objects:
             self.owned.forget(copy.row, copy.generation)
-            unload_object(copy.value)
+            try:
+                unload_object(copy.value)
+            except BaseException as error:
+                trouble = trouble or error
         if objects:
             del copy
             objects.clear()
@@ -206,6 +212,8 @@ class Session:
         _sessions.discard(self)
         self.is_closed = True
         call.frame = None
+        if trouble is not None:
+            raise trouble
 
     def keep_estimates(self, at_last: bool = False) -> None:
         """Write the estimates to their file, if there is one and they were not just taken for granted.

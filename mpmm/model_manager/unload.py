@@ -404,14 +404,15 @@ def unload_made(value: Any) -> None:
 def unload_object(value: Any) -> None:
     """Have an object let go of what garbage collection does not see."""
     for name in _UNLOAD_METHODS:
-        method = getattr(value, name, None)
-        if callable(method):
-            try:
-                method()
-            except Exception:
-                # It is the model's own code. Its memory counts as free either way.
-                _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
-            return
+        try:
+            method = getattr(value, name, None)
+            if not callable(method):
+                continue
+            method()
+        except Exception:
+            # It is the model's own code, an attribute as well. Its memory counts as free either way.
+            _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
+        return
 
 
 def collect_garbage() -> None:
