@@ -282,7 +282,9 @@ def test_an_object_that_cannot_be_asked_for_its_unload_is_unloaded_nevertheless(
         read_snapshot(namespace)
 
 
-@pytest.mark.parametrize("how", ["raise SystemExit(3)", "raise KeyboardInterrupt", "signal.raise_signal(signal.SIGINT)"])
+@pytest.mark.parametrize(
+    "how", ["raise SystemExit(3)", "raise KeyboardInterrupt", "signal.raise_signal(signal.SIGINT)"]
+)
 def test_the_end_of_a_process_leaves_all_namespaces_whatever_unloads_raise(runtime_root: Path, how: str) -> None:
     program = f"""
 import signal, sys
