@@ -12,11 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
+from containers import as_nobody
 from fake_drivers import BUDGET_MB, used
 from fake_drivers import plain_environment as plain_environment  # the fixture
 
 from mpmm.errors import InvalidArgumentError
-from mpmm.sources.base import MIB
+from mpmm.sources.base import MIB, process_exists
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
 from mpmm.sources.process_tree import is_ending, process_tree, unrelated_to
 
@@ -194,3 +195,15 @@ def test_a_process_is_ending_until_it_is_reaped_and_nobody_can_tell_of_one_that_
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert is_ending(child.pid)
     assert not is_ending(child.pid)
+
+
+def test_a_process_exists_until_it_is_reaped_whoevers_it_is() -> None:
+    def exists() -> bool:
+        return process_exists(1)
+
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        assert process_exists(child.pid)
+    assert not process_exists(child.pid)
+    # The first process is root's, and nobody else may send it a signal.
+    assert (as_nobody(exists) if os.getuid() == 0 else repr(exists())) == "True"
+    assert process_exists(2**40), "that is no pid of another namespace"

@@ -361,11 +361,6 @@ class GPUMonitor(_BeamAttributes):
         """For how long the sample in progress has been, in seconds; 0 if there is none."""
         return self._sampler.busy_s
 
-    @property
-    def samples_ended(self) -> int:
-        """The number of the last sample that has ended in this process."""
-        return self._sampler.ended
-
     def last_sample_age_seconds(self) -> float:
         """Return the age of the oldest device figure that this process took; infinite while one is missing."""
         source = self._source

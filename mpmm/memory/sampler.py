@@ -59,11 +59,6 @@ class Sampler:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
-    @property
-    def ended(self) -> int:
-        """The number of the last sample that has ended; it only ever rises."""
-        return self._ended
-
     def request(self) -> bool:
         """Ask for a sample as soon as possible, and do not wait. Return False where no thread can be had for it."""
         return self._request() > 0

@@ -7,6 +7,7 @@ be read is None, never 0: 0 would say that the device is empty and let everythin
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "frees_late",
     "is_accounting_only",
     "larger_whole",
+    "process_exists",
     "process_knowledge",
     "what_it_measures",
 ]
@@ -186,6 +188,18 @@ def process_knowledge(source: MemorySource) -> bool | None:
     """
     knowledge: bool | None = getattr(source, "process_knowledge", source.measures_processes)
     return knowledge
+
+
+def process_exists(pid: int) -> bool:
+    """Tell whether there is a process of this number here, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        # Another user's; or a number that no system has, which says nothing of how others are counted.
+        return True
+    return True
 
 
 def larger_whole(before: float | None, after: float | None) -> float | None:

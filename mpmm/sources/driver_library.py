@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from mpmm.sources.base import DeviceInfo, DeviceSample, SourceUnavailableError
+from mpmm.sources.base import DeviceInfo, DeviceSample, SourceUnavailableError, process_exists
 
 __all__ = ["RETRY_S", "LibraryDoor", "LibrarySession", "ProcessTrust", "Sessions", "without_figures"]
 
@@ -132,7 +132,7 @@ class ProcessTrust:
         pids: that were named. withheld: what they take is told for none, or not for one of ours.
         """
         self._withheld = withheld
-        missing = frozenset(pid for pid in pids if not _exists(pid))
+        missing = frozenset(pid for pid in pids if not process_exists(pid))
         # One that does not exist may have just ended, but not twice in a row.
         if missing & self._missing:
             self._foreign_pids, self._shown = True, False
@@ -153,13 +153,3 @@ def without_figures(devices: Sequence[DeviceInfo], trouble: str | None) -> tuple
     return tuple(
         DeviceSample(device.index, None, taken_ns, trouble=trouble, done_ns=time.monotonic_ns()) for device in devices
     )
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
