@@ -298,6 +298,18 @@ def test_the_segment_of_another_version_is_pruned_if_no_process_has_it_and_no_ro
     segment.unlink()
 
 
+def test_a_segment_of_another_version_is_none_that_a_newcomer_to_a_namespace_of_its_name_joins(
+    elsewhere: Path, new_process: NewProcess, new_manager: NewManager
+) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    change_header(segment, Header.VERSION, 7)
+    before = segment.read_bytes()
+    manager = new_manager(namespace=NAMESPACE, memory_source="booked")
+    with manager.model("a", object):
+        assert segment.read_bytes() == before
+    segment.unlink()
+
+
 def test_a_segment_is_not_pruned_while_a_process_makes_it_but_when_that_has_died(elsewhere: Path) -> None:
     segment = Path("/dev/shm", segment_name(elsewhere, NAMESPACE))
     with open(segment, "xb"):
@@ -359,6 +371,7 @@ def test_what_a_process_died_over_while_it_removed_it_is_swept_later(
     assert not folder.exists()
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_it_says_how_much_memory_a_deserted_namespace_takes(
     runtime_root: Path, namespace: str, new_process: NewProcess
 ) -> None:
@@ -369,6 +382,7 @@ def test_it_says_how_much_memory_a_deserted_namespace_takes(
     assert leftovers.prune(runtime_root)[0] == found
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_a_namespace_that_a_process_could_not_finish_is_pruned_and_one_in_the_making_is_not(
     runtime_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
