@@ -209,3 +209,18 @@ def test_a_device_is_not_emptied_in_vain_where_pinned_copies_leave_no_room() -> 
     )
     (decision,) = make_plan(state).decisions
     assert decision == Wait(1, Reason.IN_USE)
+
+
+def test_what_is_emptied_on_several_devices_is_awaited_for_as_long_as_what_is_in_use_there() -> None:
+    # As above, both have to be empty; on one of them that takes no time.
+    external = {"external_mb": 500, "external_least_mb": 0}
+    state = view(
+        [model(A, 1400), model(B, shared=1), model(C, shared=1)],
+        [replace(ticket(1, A), span=2)],
+        copies=[idle(7, B, mb=400)],
+        busy=(BusyInstance(9, C, 1, 400, 0.25),),
+        devices=[device(0, used=900, **external), device(1, used=900, **external)],
+    )
+    (decision,) = make_plan(state).decisions
+    assert isinstance(decision, Wait)
+    assert (decision.reason, decision.why.seconds) == (Reason.IN_USE, 0.25)
