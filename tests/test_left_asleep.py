@@ -269,6 +269,27 @@ def test_what_follows_a_transaction_is_done_once_though_somebody_looks_for_what_
     assert made == list(range(100))
 
 
+def test_what_an_exception_keeps_from_being_done_after_a_transaction_is_done_at_the_second_look(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, made = lab.namespace.lock, list[str]()
+
+    def interrupt(calls: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transaction, "_call_all", interrupt)
+        with pytest.raises(KeyboardInterrupt), lab.namespace.transaction() as t:
+            t.after.append(lambda: made.append("wake-up"))
+    assert lock.may_be_abandoned
+    lock.finish_calls()
+    assert made == [], "as far as one look can tell, a thread is about to make it"
+    lock.finish_calls()
+    assert made == ["wake-up"]
+    lock.finish_calls()
+    assert (made, lock.may_be_abandoned) == (["wake-up"], False)
+
+
 def test_what_a_newcomer_takes_back_of_the_dead_is_given_to_a_waiter(
     namespace: str, new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ from mpmm.errors import (
 from mpmm.interpreter.thread_frames import current_frames
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state import runtime_dir, transaction
-from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Header
+from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_all_deserted, remove_deserted
@@ -127,6 +127,34 @@ def test_a_deserted_segment_that_is_not_ours_is_replaced(
     with manager.model("a", Loads()):
         pass
     assert problems(namespace) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "found", "expected"),
+    [
+        (Header.MAGIC, 4711, "magic 0x1267", f"{MAGIC:#x}"),
+        (Header.VERSION, 999, "layout version 999", f"layout version {LAYOUT_VERSION}"),
+        (Header.BOOT, 4711, "a segment from before the last start of the machine", "one from this boot"),
+        (Header.CAPACITIES, 0, r"table capacities \[0, .*\]", "numbers from 1 to 1048576"),
+        (Header.SIZE_BYTES, 8, r"\d+ bytes that claim to be 8", r"\d+ bytes"),
+    ],
+    ids=["magic", "version", "boot", "capacities", "size"],
+)
+def test_a_look_at_a_deserted_segment_that_is_not_ours_says_why_it_cannot_be_read(
+    namespace: str,
+    runtime_root: Path,
+    new_process: NewProcess,
+    word: int,
+    value: int,
+    found: str,
+    expected: str,
+) -> None:
+    leave_deserted(new_process)
+    with (
+        other_word(segment_file(runtime_root), word, value),
+        pytest.raises(LayoutMismatchError, match=f"found {found}, expected {expected}$"),
+    ):
+        read_snapshot(namespace)
 
 
 def test_a_deserted_segment_whose_lock_nobody_can_take_is_removed(
@@ -711,3 +739,24 @@ def fork_in_transaction(seat: Seat) -> int:
 
 
 go_reader, go_writer = os.pipe()
+
+
+def test_a_thread_with_patience_waits_for_the_lock_for_longer_where_no_time_is_named(
+    namespace: str, runtime_root: Path, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = new_manager()._connected().namespace
+    monkeypatch.setattr(transaction, "PATIENT_S", 0.2)
+    other = TransactionLock(joined.segment, 1.0)
+    joined.lock.set_timeout(0.1)
+
+    def given_up_after(*named: float) -> float:
+        with pytest.raises(LockTimeoutError) as caught, joined.transaction(*named):
+            raise AssertionError("the lock was free")
+        return float(caught.value.timeout_seconds)
+
+    with other(1.0):
+        assert given_up_after() == 0.1
+        with joined.lock.patient_here():
+            assert given_up_after() == 0.2
+            assert given_up_after(0.05) == 0.05, "who names a time means it"
+        assert given_up_after() == 0.1

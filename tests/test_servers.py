@@ -483,6 +483,14 @@ def test_constructors_that_may_mean_the_same_share_a_tag(first: Any, second: Any
     unload("pets")
 
 
+def test_a_class_of_the_same_name_in_another_module_is_another_one() -> None:
+    namesake = type("Cats", (), {"__module__": "zoo", "says": lambda self: "hiss"})
+    assert pets(Cats).says() == "meow"
+    with pytest.raises(InvalidArgumentError, match=r"class pets:Cats has made.*what class zoo:Cats makes"):
+        pets(namesake)
+    unload("pets")
+
+
 def test_the_method_of_an_object_has_no_name_of_its_own_and_a_function_of_a_module_has_one() -> None:
     assert name_of_constructor(Cats().says) == ""
     assert name_of_constructor(os.getpid) == "function posix:getpid"

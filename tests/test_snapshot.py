@@ -156,3 +156,16 @@ def test_a_waiter_that_is_no_members_is_shown_without_a_process(junk: int) -> No
         copied[8 * at : 8 * at + 8] = junk.to_bytes(8, "little")
         (waiter,) = decode(copied, segment.layout, "n", segment.name).tickets
         assert waiter.pid == 0
+
+
+def test_the_last_samples_of_a_device_are_shown_with_their_ages_the_oldest_first() -> None:
+    made = RandomTables(0)
+    kept = Device.RING_LENGTH
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        for number in range(kept + 3):
+            made.now += SECOND_NS
+            with made.namespace.transaction() as t:
+                assert made.transitions.devices.sample(t, 0, float(number), made.now)
+        made.now += SECOND_NS // 2
+        device = read_snapshot(made.namespace.name).devices[0]
+    assert device.samples == tuple((kept - place - 0.5, float(3 + place)) for place in range(kept))

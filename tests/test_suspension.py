@@ -213,6 +213,9 @@ def test_what_the_host_has_no_room_for_makes_the_oldest_go(new_manager: NewManag
     suspended = sorted(copy.tag for copy in snapshot.instances if copy.state == "suspended")
     assert len(suspended) == 2
     assert "d" not in suspended
+    (dropped,) = [event for event in snapshot.events if event.reason == Reason.HOST_FULL]
+    assert {dropped.tag, dropped.other, *suspended} == set("abc")
+    assert dropped.other in suspended, "it had to go for this one"
     assert problems(manager.namespace) == []
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from containers import as_root
 from harness import (
     NewManager,
     NewProcess,
@@ -647,6 +648,27 @@ def test_lock_files_are_private_whatever_the_umask_is(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(tmp_path / "a.lock").st_mode) == 0o600
 
 
+def test_a_lock_file_that_others_may_use_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    path.touch()
+    path.chmod(0o660)
+    LockFile(path).close()
+    assert not is_locked(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+
+
+@as_root
+def test_a_look_at_a_lock_changes_nothing_of_its_file(tmp_path: Path) -> None:
+    """Only root can look at such a file, as its owner would have to change its mode first."""
+    path = tmp_path / "a.lock"
+    path.touch()
+    path.chmod(0o400)
+    assert not is_locked(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o400
+    LockFile(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize("error", [38, 37, 95], ids=["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
 def test_a_file_system_without_locks_is_an_error_that_says_what_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
@@ -690,3 +712,30 @@ def test_a_segment_that_the_last_one_removes_as_it_leaves_is_not_lost(
     manager.shutdown()
     assert outcomes == [FileNotFoundError]
     assert find_lost_namespaces() == []
+
+
+@pytest.mark.parametrize("happens", ["it comes back", "its members leave", "nothing"])
+def test_a_segment_is_lost_only_if_the_second_look_says_so_too(
+    namespace: str, runtime_root: Path, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, happens: str
+) -> None:
+    manager = new_manager()
+    segment = Path("/dev/shm", segment_name(runtime_root, namespace))
+    aside = segment.with_name(f"{segment.name}.aside")
+    manager._connected()
+    segment.rename(aside)
+
+    def look(path: Path) -> bool:
+        """Ask whether somebody joins or leaves, between the two looks for the segment."""
+        if path.name == "lifecycle.lock" and happens != "nothing":
+            aside.rename(segment)
+            if happens == "its members leave":
+                manager.shutdown()
+        return is_locked(path)
+
+    monkeypatch.setattr("mpmm.shared_state.snapshot.read.is_locked", look)
+    expected = SegmentLostError if happens == "nothing" else FileNotFoundError
+    with pytest.raises(expected) as caught:
+        read_snapshot(namespace)
+    assert caught.type is expected
+    if happens == "nothing":
+        aside.rename(segment)
