@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -126,12 +127,15 @@ class _ForkedPopen:
         self._connection = connection
         self._lock = new_lock()
         self.sentinel = os.pidfd_open(pid)
+        # Asked at each acquire of any tag, for which `wait` takes a tenth of the time that the acquire takes.
+        self._ended = select.poll()
+        self._ended.register(self.sentinel, select.POLLIN)
         self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         """Return the exit code, or None while the server runs."""
         with self._lock:
-            if self.returncode is None and wait([self.sentinel], 0 if flag == os.WNOHANG else None):
+            if self.returncode is None and self._ended.poll(0 if flag == os.WNOHANG else None):
                 self.returncode = self._exit_code()
             return self.returncode
 
