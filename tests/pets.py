@@ -106,6 +106,38 @@ class ForksChildren:
         return int(child.exitcode or 0)
 
 
+class ForksAndComesBack:
+    """Forks without `os._exit` in the child, which so comes back from a call, or the constructor, a second time."""
+
+    def __init__(self, child: str = "") -> None:
+        self.status = self.fork(child) if child else -1
+
+    def fork(self, child: str) -> int:
+        """Fork, return the child's status once it has ended; the child does what `child` says."""
+        pid = os.fork()
+        if pid == 0:
+            if child == "raises":
+                raise ValueError("in the child")
+            if child == "exits":
+                sys.exit(3)
+            if child == "says":
+                sys.exit("a farewell")
+            return 0
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise TimeoutError("the child did not end")
+
+    def forked_before(self) -> int:
+        """Return how the constructor's child ended."""
+        return self.status
+
+
 class Cats:
     """One thing."""
 

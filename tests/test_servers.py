@@ -20,6 +20,7 @@ from patience import DEADLINE_S, Stopwatch
 from pets import (
     Cats,
     Dogs,
+    ForksAndComesBack,
     ForksChildren,
     Lions,
     LongNative,
@@ -428,6 +429,36 @@ def test_sigterm_to_a_child_of_a_server_ends_the_child_alone(start_method: str) 
         assert proxy.end_child() == -signal.SIGTERM
     assert server_pid("it") is not None
     unload("it")
+
+
+CHILD_ENDS = [("returns", 0), ("exits", 3), ("says", 1), ("raises", 1)]
+
+
+@pytest.mark.parametrize(("child", "status"), CHILD_ENDS)
+def test_a_child_that_a_constructor_forks_is_no_second_server(start_method: str, child: str, status: int) -> None:
+    """It made a server of its own, or reported a failure, and took the socket of its parent away."""
+    constructor = functools.partial(ForksAndComesBack, child)
+    proxy: Any = MultiProcessShared(constructor, "it", spawn_process=True, always_proxy=True).acquire()
+    assert proxy.forked_before() == status
+    leave_all_registries()
+    again: Any = MultiProcessShared(constructor, "it", spawn_process=True, always_proxy=True).acquire()
+    assert again.fork(child) == status
+    unload("it")
+
+
+@pytest.mark.parametrize("spawn", [False, True], ids=["hosted", "spawned"])
+@pytest.mark.parametrize(("child", "status"), CHILD_ENDS)
+def test_a_child_that_a_call_forks_ends_with_the_call(
+    spawn: bool, child: str, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It followed the threads that answer for ever, and its parent waited for it."""
+    proxy: Any = MultiProcessShared(ForksAndComesBack, "it", spawn_process=spawn, always_proxy=True).acquire()
+    for _ in range(3):
+        assert proxy.fork(child) == status
+    assert proxy.forked_before() == -1
+    MultiProcessShared(ForksAndComesBack, "it").unsafe_hard_delete()
+    said = {"raises": "ValueError: in the child", "says": "a farewell"}.get(child, "")
+    wait_until(lambda: said in capfd.readouterr().err, "the child has said why it ended")
 
 
 def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:

@@ -22,16 +22,20 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum, unique
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.text.printable import printable_logger
 
-__all__ = ["ChildStep", "call_once_at_exit", "close_in_children", "closing_guard", "fork_guard", "in_forked_child"]
+__all__ = [
+    *("ChildStep", "call_once_at_exit", "close_in_children", "closing_guard", "end_forked_child", "fork_guard"),
+    "in_forked_child",
+]
 
 T = TypeVar("T")
 _LOG = printable_logger("mpmm")
@@ -87,6 +91,33 @@ def call_once_at_exit(hook: Callable[[], None], priority: int) -> None:
         if hook not in _exit_hooks:
             _exit_hooks.add(hook)
             util.Finalize(None, hook, exitpriority=priority)
+
+
+def end_forked_child(error: BaseException | None) -> NoReturn:
+    """End this process, which code of the user's has forked in a thread of ours and let come back from there.
+
+    The thread would go on in the child with what is its parent's to do.
+
+    error: what came out of that code, whose status a SystemExit says; None if it has returned.
+    """
+    from multiprocessing import util
+
+    status = 0 if error is None else 1
+    try:
+        if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+            status = error.code or 0
+        elif isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        elif error is not None:
+            traceback.print_exception(error)
+        # Those of this process alone, and not all that `util` does at an end: it ends the parent's children.
+        util._run_finalizers()  # type: ignore[attr-defined]  # the stubs lack it
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    finally:
+        # Exit handlers are the parent's to run.
+        os._exit(status & 0xFF)
 
 
 def _start_over_in_child() -> None:

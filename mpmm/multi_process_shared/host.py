@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
-from mpmm.interpreter.fork_hooks import call_once_at_exit
+from mpmm.interpreter.fork_hooks import call_once_at_exit, end_forked_child
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
@@ -310,14 +310,23 @@ class Host:
         try:
             token, name, args, kwargs = protocol.decode_request(message)
             if token == protocol.CONTROL:
-                return self._control(client, name, *args)
+                answer = self._control(client, name, *args)
+                self._end_if_forked(None)
+                return answer
             shared = self.object_for(token)
             if name not in self.methods:
                 raise AttributeError(f"the shared object {self.tag!r} has no public method {name!r}")
             result = getattr(shared, name)(*args, **kwargs)
         except BaseException as error:
+            self._end_if_forked(error)
             return protocol.encode_error(error)
+        self._end_if_forked(None)
         return self._result(result, name, client)
+
+    def _end_if_forked(self, error: BaseException | None) -> None:
+        """End the process if it is a child that a call has forked, and in which it has come to an end, too."""
+        if self.inherited:
+            end_forked_child(error)
 
     def _result(self, value: object, name: str, client: int | None) -> Message:
         """Return the answer with a result, of which stays here what cannot be pickled. client: the pid, if known."""

@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mpmm.errors import ServerStartError
+from mpmm.interpreter.fork_hooks import end_forked_child
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.context import ServerContext, attaching_to
 from mpmm.multi_process_shared.host import end_all_hosts, host_object, new_record
@@ -113,6 +114,7 @@ class _Server:
         self.plan = plan
         self.on_made = on_made
         self.tag = plan.tag
+        self.pid = os.getpid()
         self.registry: ServerRegistry = registry_at(Path(plan.root))
         self.starter: Connection | None = starter
         self.life: LockFile | None = None
@@ -128,6 +130,8 @@ class _Server:
         try:
             self.host(preparation)
         except BaseException as error:
+            if os.getpid() != self.pid:
+                end_forked_child(error)
             # The constructor's own come as the former.
             text = error.message if isinstance(error, ServerStartError) else _crash_text("the server", self.tag)
             self.tell(CRASHED, text)
@@ -161,6 +165,8 @@ class _Server:
         constructor = _Construction(self.tag, self.plan.constructor)
         with attaching_to(self.tag, self.registry.root):
             shared = constructor()
+        if os.getpid() != self.pid:
+            end_forked_child(None)
         if self.on_made is not None:
             self.on_made()
         if wants_to_attach(shared):
