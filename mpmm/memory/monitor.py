@@ -27,6 +27,7 @@ from typing import Protocol
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.memory.sampler import Sampler
 from mpmm.sources import DeviceInfo, DeviceSample, MemorySource, choose_source, is_accounting_only, process_knowledge
 from mpmm.sources.base import START_TIMEOUT_S, unavailable
@@ -302,7 +303,7 @@ class GPUMonitor(_BeamAttributes):
             self._thread = threading.Thread(
                 target=self._poll_loop, args=(self._stop,), name="mpmm-gpu-monitor", daemon=True
             )
-            self._thread.start()
+            start_thread(self._thread)
 
     def stop(self) -> None:
         """End the polling thread, wait for it, and let go of the source; the last figures stay readable.

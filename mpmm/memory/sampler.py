@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mpmm.interpreter.thread_locks import new_rlock
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.text.printable import printable_logger
 
 __all__ = ["Sampler"]
@@ -113,7 +114,7 @@ class Sampler:
         if self._thread is None:
             thread = self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             try:
-                thread.start()
+                start_thread(thread)
             except RuntimeError:  # the process has as many as it may have, or is about to end
                 self._thread = None
                 return False

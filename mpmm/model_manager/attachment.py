@@ -24,6 +24,7 @@ from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError, Mpm
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.interpreter.process_limits import limit_behind
 from mpmm.interpreter.thread_locks import new_rlock
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.monitor_source import MONITOR_METHODS, MonitorProtocol, MonitorSource
@@ -407,7 +408,7 @@ def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
 def _shut_down_in_thread(target: Callable[[], None]) -> None:
     thread = threading.Thread(target=target, name="mpmm-shutdown")
     with suppress(RuntimeError):
-        thread.start()
+        start_thread(thread)
         _shutting_down.append(thread)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sized
 from functools import partial
 
 from mpmm.errors import ClosedError, LockTimeoutError
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.model_manager.deferred import DeferredChanges
 from mpmm.model_manager.doorbell import Doorbell
 from mpmm.model_manager.held import HeldInstances
@@ -160,7 +161,7 @@ class BackgroundThread:
             self._leader.lead_if_free(FIRST_SAMPLE_WAIT_S)
         name = f"mpmm-background-{self._namespace.name}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        start_thread(self._thread)
 
     def stop(self) -> None:
         """End the thread and give up the leadership, without the lock, whose holder may be stopped.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.poll_claims import claim_late_looks
@@ -56,7 +57,7 @@ class ReturnWatch:
         if self._thread is None or not self._thread.is_alive():
             thread = threading.Thread(target=self._run, name="mpmm-returns", daemon=True)
             try:
-                thread.start()
+                start_thread(thread)
             except RuntimeError:
                 # There is no thread to be had: the leader's next poll has to do.
                 return

@@ -20,6 +20,7 @@ from typing import Any
 
 from mpmm import multi_process_shared
 from mpmm.interpreter.thread_frames import current_frames, is_on_stack
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.memory.beam_metrics import report_model_count
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.model_manager.operations import LoadedInstance
@@ -158,7 +159,7 @@ class Unloads:
         if self._has_to_unload():
             # Without a thread to be had, the background thread's next look at the rows finds what is left.
             with contextlib.suppress(RuntimeError):
-                threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True).start()
+                start_thread(threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True))
 
     def take_up_what_is_left(self) -> None:
         """Do in a thread what an exception from a signal handler has kept another one from, if anything is left."""
@@ -245,7 +246,7 @@ class Unloads:
             for other in others:
                 thread = threading.Thread(target=self._unload_claimed, args=other, name="mpmm-unload", daemon=True)
                 try:
-                    thread.start()
+                    start_thread(thread)
                 except RuntimeError:
                     # There is no thread to be had.
                     self._unload_claimed(*other)

@@ -26,6 +26,7 @@ from typing import Any
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
 from mpmm.interpreter.fork_hooks import call_once_at_exit, end_forked_child
 from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
 from mpmm.multi_process_shared.references import References
@@ -197,7 +198,7 @@ class Host:
         )
 
     def _start_thread(self, leads: bool) -> None:
-        threading.Thread(target=self._serve, args=(leads,), name=f"mpmm-host-{self.tag}", daemon=True).start()
+        start_thread(threading.Thread(target=self._serve, args=(leads,), name=f"mpmm-host-{self.tag}", daemon=True))
 
     def _serve(self, leads: bool) -> None:
         """Follow until this thread may lead, accept a client, let another one lead, answer; a thread's whole life."""

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from multiprocessing import AuthenticationError
 
 from mpmm.errors import ModelServerError
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
@@ -53,7 +54,8 @@ def end_server(
         registry.join()
         # In a thread, because a stopped server accepts the connection and never answers.
         try:
-            threading.Thread(target=_ask, args=(registry, record, registry.key()), name="mpmm-end", daemon=True).start()
+            asked_with = registry, record, registry.key()
+            start_thread(threading.Thread(target=_ask, args=asked_with, name="mpmm-end", daemon=True))
             asked = True
         except RuntimeError:
             # Too many threads; or, from Python 3.12 on, the interpreter is about to end.

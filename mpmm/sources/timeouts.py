@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from mpmm.interpreter.thread_starts import start_thread
+
 __all__ = ["NoAnswerError", "answer_within"]
 
 T = TypeVar("T")
@@ -34,7 +36,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
         answered.set()
 
     try:
-        threading.Thread(target=work, name=name, daemon=True).start()
+        start_thread(threading.Thread(target=work, name=name, daemon=True))
     except RuntimeError:  # no thread is to be had: then an answer late is better than none
         return ask()
     if not answered.wait(timeout_s):

@@ -1,0 +1,53 @@
+"""What a signal handler raises as a thread is started reaches the caller as it is."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from harness import wait_until
+from patience import DEADLINE_S
+
+from mpmm.interpreter.thread_starts import start_thread
+
+# As the interpreter's own module calls what makes a thread; it has another name from Python 3.13 on.
+START = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+
+
+class Interrupted(Exception):
+    """What the handler raises."""
+
+
+def test_an_exception_of_a_signal_handler_is_raised_where_the_thread_has_been_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, ran = getattr(threading, START), threading.Event()
+    thread = threading.Thread(target=ran.set)
+
+    def start_and_be_interrupted(*arguments: Any, **options: Any) -> None:
+        start(*arguments, **options)
+        wait_until(lambda: thread not in threading._limbo, "it is on its way")  # type: ignore[attr-defined]  # private
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, START, start_and_be_interrupted)
+        with pytest.raises(Interrupted):
+            start_thread(thread)
+    assert ran.wait(DEADLINE_S)
+
+
+def test_a_thread_that_is_not_to_be_had_is_an_error_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading, START, refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        start_thread(threading.Thread(target=int))
+
+
+def test_a_key_error_of_something_else_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, nothing = threading.Thread(target=int), dict[str, int]()
+    monkeypatch.setattr(thread, "start", lambda: nothing["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        start_thread(thread)
