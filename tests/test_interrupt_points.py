@@ -2,7 +2,8 @@
 
 Each operation is run again and again, with an exception at the first, second, ... last bytecode that it runs inside of
 mpmm. After each, within a second: the lock is free, no row is in use, loading or waiting on account of this process,
-the invariants hold, and the same thread can go on; at the end of an operation's points another process can, too.
+the invariants hold, and the same thread can go on; at the end of an operation's points another process can, too. All
+the time, a process that only takes the lock again and again has it within a second.
 
 By default every k-th point of each operation is tried, from an offset that changes from day to day, so that all of it
 takes 20 seconds. `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
