@@ -461,6 +461,48 @@ def test_a_child_that_a_call_forks_ends_with_the_call(
     wait_until(lambda: said in capfd.readouterr().err, "the child has said why it ended")
 
 
+@pytest.mark.parametrize("closed", [(), (1,), (2,), (0, 1, 2)], ids=str)
+def test_where_its_starter_has_no_standard_stream_a_server_has_none_of_its_descriptors(
+    tmp_path: Path, start_method: str, closed: tuple[int, ...]
+) -> None:
+    """A daemon has closed its own: then those of the next files are called 0, 1 and 2, such as locks of mpmm."""
+    script, answer = tmp_path / "program.py", tmp_path / "answer"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os
+            from pathlib import Path
+            from mpmm.multi_process_shared import MultiProcessShared, unload
+            class Speaks:
+                def __init__(self):
+                    print("printed", flush=True)
+                    self.wrote = [os.write(number, b"written") for number in (1, 2)]
+                def look(self):
+                    streams = [os.readlink(f"/proc/self/fd/{{number}}") for number in (0, 1, 2)]
+                    return self.wrote, streams, [os.get_inheritable(number) for number in (0, 1, 2)]
+            if __name__ == "__main__":
+                proxy = MultiProcessShared(Speaks, "it", spawn_process=True, always_proxy=True).acquire()
+                Path({str(answer)!r}).write_text(repr(proxy.look()))
+                unload("it")
+            """
+        )
+    )
+    # With other standard streams than those of this process, which may be anything.
+    files = [tmp_path / "input", tmp_path / "output", tmp_path / "errors"]
+    for file in files:
+        file.touch()
+    redirections = " ".join(
+        f"{number}>&-" if number in closed else f"{number}<>{file}" for number, file in enumerate(files)
+    )
+    environment = {**os.environ, "PYTHONPATH": import_path()}
+    command = ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, str(script)]
+    assert subprocess.run(command, env=environment, timeout=DEADLINE_S, check=False).returncode == 0
+    streams = [str(files[number]) if number and number not in closed else os.devnull for number in (0, 1, 2)]
+    assert answer.read_text() == repr(([7, 7], streams, [True] * 3))
+    assert files[1].read_text() == ("" if 1 in closed else "printed\nwritten")
+    assert files[2].read_text() == ("" if 2 in closed else "written")
+
+
 def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:
     proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
     assert os.getsid(proxy.pid()) == proxy.pid()

@@ -301,7 +301,9 @@ class _Server:
                 if registry_is_ours or claim is not None:
                     self.registry.remove_if_unused(but=self.life)
             for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+                # None where the server was started without it.
+                if stream is not None:
+                    stream.flush()
         except BaseException:
             traceback.print_exc()
         finally:

@@ -197,19 +197,22 @@ def _send_streams(connection: Connection, report: Connection) -> None:
     """Send where the server reports, and what its standard streams are to be."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        fds = [report.fileno(), 1 if _is_open(1) else null, 2 if _is_open(2) else null]
+        fds = [report.fileno(), 1 if _is_stream(1) else null, 2 if _is_stream(2) else null]
         with sockets.duplicate(connection.fileno()) as ours:
             socket.send_fds(ours, [b"!"], fds, sockets.NO_SIGNAL)
     finally:
         os.close(null)
 
 
-def _is_open(fd: int) -> bool:
+def _is_stream(number: int) -> bool:
+    """Tell whether a descriptor is a standard stream, which a program that this process started would have, too.
+
+    Where a daemon has closed its own, the number is that of the next file that its program has opened.
+    """
     try:
-        os.fstat(fd)
+        return os.get_inheritable(number)
     except OSError:
         return False
-    return True
 
 
 def _reach_zygote(registry: ServerRegistry) -> Connection:
