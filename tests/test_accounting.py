@@ -236,6 +236,15 @@ def test_the_program_of_a_lease_is_known_where_its_holder_is(lab: Lab, monkeypat
         assert ListedPids(lab.namespace).leases() == ({row: PID} if is_here else {})
 
 
+@pytest.mark.parametrize(("here", "apart"), [(None, False), (4711, True), (0, False)], ids=["same", "other", "unknown"])
+def test_members_are_known_to_be_apart_where_this_process_is_in_another_container(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, here: int | None, apart: bool
+) -> None:
+    if here is not None:
+        monkeypatch.setattr("mpmm.memory.listed_pids.pid_namespace", lambda: here)
+    assert ListedPids(lab.namespace).are_apart() is apart
+
+
 def test_a_device_that_takes_the_row_of_another_begins_anew(lab: Lab) -> None:
     def figures() -> list[dict[str, Any]]:
         shown = [asdict(device) for device in read_snapshot(lab.namespace.name).devices]

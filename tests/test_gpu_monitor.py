@@ -416,6 +416,17 @@ def test_callers_share_samples_none_of_which_began_before_they_asked(
     assert store.published[1][0].taken_ns >= asked_ns
 
 
+def test_a_call_between_samples_takes_none_of_its_own(
+    hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
+) -> None:
+    monitor, _ = bound
+    called: list[int] = []
+    for samples in (1, 2):
+        assert monitor.refresh()
+        monitor.call(lambda: called.append(hanging.samples), DEADLINE_S)
+        assert (called[-1], hanging.samples) == (samples, samples)
+
+
 def test_nothing_is_published_to_a_store_that_was_taken_away(
     hanging: HangingSource, bound: tuple[GPUMonitor, FakeStore]
 ) -> None:

@@ -42,6 +42,7 @@ from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wake_all
 from mpmm.shared_state.layout import Header, Instance, Member, Ticket
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.transitions import Transitions, part
 
@@ -288,6 +289,30 @@ def test_what_an_exception_keeps_from_being_done_after_a_transaction_is_done_at_
     assert made == ["wake-up"]
     lock.finish_calls()
     assert (made, lock.may_be_abandoned) == (["wake-up"], False)
+
+
+def test_who_has_news_is_woken_and_nobody_else(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, ends = lab.active("a"), lab.active("b")
+    _, called_up, granted = (lab.ticket("a") for _ in range(3))
+    lab.do(lambda t, tr: tr.tickets.call_up(t, called_up))
+    lab.do(lambda t, tr: tr.hand_over.from_holder(t, granted, held, Cause(Reason.IDLE_COPY)))
+    lab.do(lambda t, tr: tr.holds.release(t, ends))
+    woken: list[int] = []
+
+    def wake(signal: Signal) -> None:
+        woken.append(signal.word)
+
+    monkeypatch.setattr(Signal, "wake", wake)
+    signals = {lab.tables.ticket(row) + Ticket.SIGNAL for row in (called_up, granted)}
+    lab.tables.wake_all_with_news()
+    assert set(woken) == signals, "there is nothing to unload"
+    for row, state in ((lab.unloading("c"), Instance.UNLOADING), (lab.suspending("d"), Instance.SUSPENDING)):
+        woken.clear()
+        assert lab.tables.instances[row].state == state
+        lab.tables.wake_all_with_news()
+        holder = lab.words[lab.tables.instance(row) + Instance.HOLDER] - 1
+        signals |= {lab.tables.member(holder) + Member.BELL}
+        assert set(woken) == signals
 
 
 def test_what_a_newcomer_takes_back_of_the_dead_is_given_to_a_waiter(

@@ -47,11 +47,11 @@ from mpmm.errors import (
 from mpmm.interpreter.thread_frames import current_frames
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state import runtime_dir, transaction
-from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header
+from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Member
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_all_deserted, remove_deserted
-from mpmm.shared_state.segment import segment_name
+from mpmm.shared_state.segment import Segment, segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 from mpmm.shared_state.transaction import CLAIM_NS, TransactionLock
 
@@ -331,6 +331,37 @@ def test_namespaces_of_one_root_have_segments_of_their_own(runtime_root: Path) -
     for namespace in joined:
         assert len(read_snapshot(namespace.name).members) == 1
         namespace.leave()
+
+
+def test_a_segment_that_is_closed_is_mapped_no_more(namespace: str, runtime_root: Path) -> None:
+    joined = Namespace.join(namespace)
+    name = segment_name(runtime_root, namespace)
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(name)
+
+    before = mapped()
+    looked_at = Segment.open(name)
+    assert looked_at is not None
+    assert mapped() > before
+    looked_at.close()
+    assert mapped() == before
+    joined.leave()
+    assert (joined.is_usable, mapped()) == (False, 0)
+
+
+def test_a_guest_that_is_left_alone_removes_nothing(
+    namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager
+) -> None:
+    process = new_process()
+    process.call(acquire, "old")
+    guest = Namespace.join(namespace, kind=Member.GUEST, must_exist=True)
+    process.kill()
+    guest.leave()
+    # What was learnt of its models is the next one's.
+    assert segment_file(runtime_root).exists()
+    new_manager()
+    assert not segments_of(runtime_root) - {segment_name(runtime_root, namespace)}
 
 
 def test_who_comes_looks_and_leaves_leaves_no_descriptor_behind(namespace: str) -> None:

@@ -242,7 +242,7 @@ def test_buffers_of_a_message_share_a_slab_only_while_it_is_small() -> None:
     slabs: dict[int, int] = {}
     for view in views:
         slabs[id(view.obj)] = slabs.get(id(view.obj), 0) + view.nbytes
-    assert len(slabs) > 5
+    assert 5 < len(slabs) < 15, "a few large ones"
     assert max(slabs.values()) <= SLAB_BYTES + 5 + 1
 
 

@@ -19,6 +19,7 @@ from mpmm.multi_process_shared import registry as registry_module
 from mpmm.multi_process_shared.host import new_record
 from mpmm.multi_process_shared.registry import KEY_BYTES, ServerRecord, ServerRegistry, start_time_of, write_record
 from mpmm.multi_process_shared.server_process import AliveLock
+from mpmm.shared_state.lock_file import LockFile
 
 
 @pytest.fixture
@@ -52,6 +53,24 @@ def test_a_registry_stays_without_clients_while_a_server_lives(registry: ServerR
     assert registry.path.exists()
     registry.join()
     life.close()
+
+
+def test_of_two_that_leave_at_the_same_time_one_removes_the_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = ServerRegistry(tmp_path), ServerRegistry(tmp_path)
+    first.join()
+    second.join()
+    try_exclusive = LockFile.try_exclusive
+
+    def try_and_let_the_other_leave(lock: LockFile) -> bool:
+        taken = try_exclusive(lock)
+        second.leave()
+        return taken
+
+    monkeypatch.setattr(LockFile, "try_exclusive", try_and_let_the_other_leave)
+    first.leave()
+    assert not first.path.exists()
 
 
 @pytest.mark.parametrize("server", ["is leaving", "was killed", "has not said who it is"])

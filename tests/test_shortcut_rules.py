@@ -266,6 +266,19 @@ def head_without_memory(made: RandomTables, t: Transaction, model: int) -> None:
     block(made, t, Reason.MEMORY, urgency=0)
 
 
+def copy_beside_which_the_last_loader_made_an_object(made: RandomTables, t: Transaction, model: int) -> None:
+    """The only copy is a handle, but the next one is expected to be an object again, as the last one was."""
+    hold(made, t, model)
+    row = made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
+    made.transitions.loads.end(t, row, b"", 100.0, 0, False)
+    made.transitions.holds.release(t, row)
+    made.transitions.unloads.begin(t, row, 1, False, Cause(Reason.BY_HAND))
+    made.transitions.unloads.end(t, row)
+    made.transitions.tickets.enqueue(t, model, 2, 1, 100.0, LONGEST_NS, cause=Cause(Reason.SHARING))
+    # A load would take so long that any wait is sooner.
+    t.set_float(made.tables.model(model) + Model.LOAD_S, 1000.0)
+
+
 def drained_device(made: RandomTables, t: Transaction, model: int) -> None:
     """The device is drained, and the model has no copy."""
     block(made, t, Reason.DRAINING, urgency=0)
@@ -337,6 +350,7 @@ def test_a_newcomer_leaves_an_idle_copy_to_one_that_was_called_up_just_now(calle
     [
         *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry, head_without_memory),
         *(drained_device, drained_device_beside_a_load, drained_device_beside_an_idle_copy),
+        copy_beside_which_the_last_loader_made_an_object,
     ],
 )
 def test_what_the_rules_name_is_known_in_cases_that_chance_hardly_finds(

@@ -17,7 +17,9 @@ from mpmm.policy.view import Reason
 from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
+from mpmm.shared_state.reads.queue import CAN_READ_UNLOCKED
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
+from mpmm.shared_state.segment import Segment
 from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo, decode, read_snapshot
 from mpmm.shared_state.snapshot.decode import _Decoder
 from mpmm.shared_state.snapshot.kinds import PLACE
@@ -169,3 +171,52 @@ def test_the_last_samples_of_a_device_are_shown_with_their_ages_the_oldest_first
         made.now += SECOND_NS // 2
         device = read_snapshot(made.namespace.name).devices[0]
     assert device.samples == tuple((kept - place - 0.5, float(3 + place)) for place in range(kept))
+
+
+@pytest.mark.parametrize("happens", ["nothing", "a change", "changes without end", "a change is open"])
+def test_what_is_read_without_the_lock_stood_there_together_and_was_committed(happens: str) -> None:
+    made = RandomTables(0)
+    words, looks = made.namespace.segment.words, list[int]()
+
+    def look() -> int:
+        looks.append(words[Header.LOADS])
+        if happens == "changes without end" or (happens == "a change" and len(looks) == 1):
+            with made.namespace.transaction() as t:
+                t.add(Header.LOADS, 1)
+        return looks[-1]
+
+    with closing(made):
+        before = words[Header.LOADS]
+        read = made.namespace.reads.queue.unlocked
+        if happens == "a change is open":
+            with made.namespace.transaction():
+                found = read(look)
+            assert looks == []
+        else:
+            found = read(look)
+        expected = {"nothing": before, "a change": before + 1}
+        assert found == (expected.get(happens) if CAN_READ_UNLOCKED else None)
+
+
+def test_a_copy_that_was_made_while_a_transaction_stored_is_made_again() -> None:
+    made = RandomTables(0)
+    copy_in_use, stores = Segment.copy_in_use, list[bool]()
+
+    def copy_while_it_stores(segment: Segment, **options: Any) -> bytearray:
+        """Read one word, the first time, after a store, and all others, with the undo log, before it."""
+        copied = copy_in_use(segment, **options)
+        if stores:
+            stores.pop()
+            t.add(Header.LOADS, 1000)
+            at = 8 * Header.LOADS
+            copied[at : at + 8] = copy_in_use(segment, **options)[at : at + 8]
+        return copied
+
+    with closing(made), mock.patch.object(Segment, "copy_in_use", copy_while_it_stores):
+        for _ in range(6):
+            with made.namespace.transaction() as t:
+                committed = made.namespace.segment.words[Header.LOADS]
+                t.add(Header.HITS, 1)
+                stores.append(True)
+                assert read_snapshot(made.namespace.name).loads == committed, "what is open counts as undone"
+                assert not stores

@@ -35,6 +35,7 @@ from mpmm.model_manager import leader as leader_module
 from mpmm.model_manager.leader import DEPUTIES
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Member
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.poll_claims import claim_late_looks
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import Measures, MemorySource, what_it_measures
@@ -245,6 +246,27 @@ def test_devices_that_were_only_stated_go_one_by_one_as_nothing_lies_there_any_m
                 transitions.leases.end(t, lease)
             samples.forget_stated_devices()
             assert len(made.tables.used_rows(made.layout.devices)) == 1 + left
+
+
+def test_who_measures_nothing_states_devices_until_measured_ones_are_known(
+    namespace: str, new_device: NewDevice
+) -> None:
+    blind, sees = Namespace.join(namespace), Namespace.join(namespace)
+    try:
+        stated, device = BookedSource(1000.0), new_device(TOTAL_MB)
+        # It has said what it can do, and described nothing yet.
+        with sees.transaction() as t:
+            sees.transitions.members.note_source(t, sees.slot, Measures.DEVICES)
+        first, second = (SharedSamples(one, Scheduler(one)) for one in (blind, sees))
+        first.describe(stated, stated.devices(), next_in_line=())
+        assert device_names(namespace) == [stated.devices()[0].uuid]
+        second.describe(device, device.devices(), next_in_line=())
+        assert device_names(namespace) == ["sim-0"]
+        first.describe(stated, stated.devices())
+        assert device_names(namespace) == ["sim-0"]
+    finally:
+        sees.leave()
+        blind.leave()
 
 
 def test_a_newcomer_is_not_taken_to_measure_what_the_last_one_in_its_row_did() -> None:

@@ -343,6 +343,17 @@ def test_servers_survive_the_zygotes_death_and_the_next_start_has_a_new_one(path
     assert child.exitcode == 0
 
 
+def test_what_an_earlier_zygote_said_of_itself_does_not_matter_however_long_it_was(path: str) -> None:
+    registry = registry_for(path)
+    registry.join()
+    life = forkserver_client._life_path(registry)
+    life.parent.mkdir(mode=0o700)
+    life.write_text('{"pid": 1, "socket": "' + 1000 * "x" + '"}')
+    pid = shared(path).pid()
+    assert psutil.Process(zygote_of(path)).name() == PROCESS_NAME
+    assert parent_of(pid) != os.getpid(), "it was forked"
+
+
 def test_killing_the_zygote_at_any_time_costs_no_start(path: str) -> None:
     stop = threading.Event()
     kills = 0
