@@ -350,6 +350,23 @@ def test_a_segment_that_is_closed_is_mapped_no_more(namespace: str, runtime_root
     assert (joined.is_usable, mapped()) == (False, 0)
 
 
+def test_who_cannot_remove_the_segment_leaves_all_the_same_and_says_why(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = Namespace.join(namespace)
+
+    def refuse(segment: Segment) -> None:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Segment, "unlink", refuse)
+        with pytest.raises(PermissionError, match="not yours"):
+            joined.leave()
+    assert not joined.is_usable
+    # The next one replaces what is left.
+    Namespace.join(namespace).leave()
+
+
 def test_a_guest_that_is_left_alone_removes_nothing(
     namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager
 ) -> None:
@@ -643,6 +660,28 @@ def test_waiting_for_threads_of_the_same_process_counts_against_the_time_out(nam
     assert max(seconds for seconds, _ in took) >= 0.6
     assert max(calm_s for _, calm_s in took) < 0.9
     elsewhere.close()
+    joined.leave()
+
+
+def test_a_thread_gives_up_while_another_one_of_its_process_has_the_lock(namespace: str) -> None:
+    joined = Namespace.join(namespace)
+    taken, give_back = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with joined.transaction():
+            taken.set()
+            give_back.wait(DEADLINE_S)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(DEADLINE_S)
+    with pytest.raises(LockTimeoutError, match=r"within 0\.05 s"), joined.transaction(0.05):
+        raise AssertionError("two threads are in a transaction")
+    assert holder.is_alive()
+    give_back.set()
+    holder.join()
+    with joined.transaction(0.05):
+        pass
     joined.leave()
 
 

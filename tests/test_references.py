@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from harness import Process, Seat, wait_until
@@ -17,6 +18,7 @@ from session_stand_in import Session
 
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
 from mpmm.multi_process_shared import MultiProcessShared, references, unload
+from mpmm.multi_process_shared.client import ServerLink
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.references import References, RemoteObject
 from mpmm.multi_process_shared.registry import ServerRecord, registry_for
@@ -112,6 +114,15 @@ def test_what_a_killed_client_had_is_dropped(shared: Any, new_process: Any) -> N
     assert shared.inputs_left() == 1
     client.kill()
     wait_until(lambda: shared.inputs_left() == 0, "the server has dropped it")
+
+
+def test_to_drop_what_is_not_wanted_any_more_needs_no_new_connection(shared: Any) -> None:
+    made = shared.make_input()
+    with patch.object(ServerLink, "connect", side_effect=AssertionError("connected again")):
+        assert shared.inputs_left() == 1
+        del made
+        gc.collect()
+        assert shared.inputs_left() == 0
 
 
 def test_a_forked_child_uses_it_and_takes_nothing_away(shared: Any) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import Pipe, util
 from multiprocessing.connection import Connection
@@ -514,3 +515,44 @@ def test_a_client_whose_server_hangs_up_waits_no_longer_than_it_is_seen_to_live(
     monkeypatch.setattr(client, "DYING_S", DEADLINE_S)
     client.ServerLink(registry, record)._await_end()
     assert list(looks) == []
+
+
+class Waits:
+    """Has one method that takes until another one is called."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def wait(self) -> bool:
+        self.began.set()
+        return self.go_on.wait(DEADLINE_S)
+
+    def end(self) -> bool:
+        begun = self.began.wait(DEADLINE_S)
+        self.go_on.set()
+        return begun
+
+
+def test_a_host_that_had_no_thread_to_spare_starts_one_for_the_next_client(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, refused = threading.Thread.start, threading.Event()
+
+    def refuse_spare(thread: threading.Thread) -> None:
+        # Which is to serve the next client, while another one accepts clients.
+        if thread.name == "mpmm-host-waits" and thread._args == (False,):  # type: ignore[attr-defined]  # not in typeshed
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    handle = MultiProcessShared(Waits, tag="waits", always_proxy=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse_spare)
+        proxy: Any = handle.acquire()
+        assert refused.wait(DEADLINE_S), "the first client was not quiet"
+    # Each thread has a connection of its own.
+    with ThreadPoolExecutor(2) as threads:
+        waits = threads.submit(proxy.wait)
+        assert threads.submit(proxy.end).result()
+        assert waits.result(), "nobody accepted the other one's connection meanwhile"
+    handle.unsafe_hard_delete()

@@ -20,7 +20,16 @@ from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Mo
 from mpmm.shared_state.reads.queue import CAN_READ_UNLOCKED
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
 from mpmm.shared_state.segment import Segment
-from mpmm.shared_state.snapshot import InstanceInfo, MemberInfo, ModelInfo, PinInfo, TicketInfo, decode, read_snapshot
+from mpmm.shared_state.snapshot import (
+    EventChoice,
+    InstanceInfo,
+    MemberInfo,
+    ModelInfo,
+    PinInfo,
+    TicketInfo,
+    decode,
+    read_snapshot,
+)
 from mpmm.shared_state.snapshot.decode import _Decoder
 from mpmm.shared_state.snapshot.kinds import PLACE
 from mpmm.shared_state.states import InstanceState, MemberState, ModelState, TicketState
@@ -143,6 +152,25 @@ def test_an_event_without_a_reason_has_none_of_the_figures_of_the_event_that_was
     figures = [(one.kind, one.need_mb, one.free_mb, one.coming_mb, one.seconds, one.on) for one in events]
     assert figures[0] == ("waits", 1.0, 2.0, 3.0, 4.0, (0,))
     assert figures[-1] == ("queued", None, None, None, None, ())
+
+
+def test_of_why_a_waiter_waits_the_last_event_is_chosen_in_any_case() -> None:
+    made = RandomTables(0)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            model = made.claim_model(t)
+            for _ in range(2):
+                made.transitions.tickets.enqueue(t, model, 1, 1, 100.0, LONGEST_NS)
+        waiters = [one.number for one in read_snapshot(made.namespace.name).tickets]
+        with made.namespace.transaction() as t:
+            for number in (*waiters, *waiters, 99):
+                t.event(EventKind.WAITS, model + 1, ticket=number + 1)
+        found = {}
+        for count in (0, 1, 3):
+            chosen = EventChoice(newest_of_each=count)
+            events = read_snapshot(made.namespace.name, choice=chosen).events
+            found[count] = [one.ticket for one in events if one.kind == "waits"]
+    assert found == {0: waiters, 1: [*waiters, 99], 3: [*waiters, 99]}
 
 
 @pytest.mark.parametrize("junk", [0, 99, 2**63])
