@@ -586,6 +586,28 @@ def test_a_thread_left_without_the_file_locked_is_found_out_while_other_processe
     assert problems(namespace) == []
 
 
+def test_a_lock_is_closed_though_a_transaction_was_left(lab: Lab) -> None:
+    lock = transaction.TransactionLock(lab.namespace.segment, 60.0)
+    left, over = threading.Event(), threading.Event()
+
+    def leave_it() -> None:
+        (lambda: lock().__enter__())()
+        left.set()
+        # As long as this thread lives, no other one is taken for it.
+        over.wait()
+
+    thread = threading.Thread(target=leave_it)
+    thread.start()
+    assert left.wait(DEADLINE_S)
+    closing = threading.Thread(target=lock.close, daemon=True)
+    closing.start()
+    closing.join(DEADLINE_S)
+    over.set()
+    assert not closing.is_alive()
+    with lab.namespace.lock(0.0):
+        pass
+
+
 def use_once(seat: Seat) -> None:
     """Make a transaction, and another one."""
     with seat.manager.model("b", Loads("b")):

@@ -390,6 +390,11 @@ class TransactionLock:
 
     def close(self) -> None:
         """Close the descriptor; later transactions raise ClosedError. Not inside a transaction."""
+        if not self._mutex._is_owned():
+            # Another thread's may have been left by an exception.
+            while not self._mutex.acquire(timeout=ABANDONED_LOOK_S):
+                self.end_abandoned()
+            self._mutex.release()
         with self._mutex:
             self._give_core_up()
             self._file.close()
