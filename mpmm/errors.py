@@ -79,7 +79,8 @@ class InvalidArgumentError(MpmmError, ValueError):
 class RuntimeDirectoryError(MpmmError, PermissionError):
     """The runtime directory cannot be used, or cannot be trusted because others may write to it.
 
-    It must be private (mode 0700), and on a file system that supports `flock`, which NFS and Lustre may not.
+    It must be private (mode 0700), and on a file system that supports `flock`, which NFS and Lustre may not. It is also
+    raised where the program has closed the descriptors of its lock files.
 
     What to do: set MPMM_RUNTIME_DIR to a private folder on a local file system.
     Attributes: `path`.

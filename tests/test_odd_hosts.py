@@ -560,3 +560,26 @@ def test_standard_descriptors_that_are_closed_are_nothing_and_others_stay(closed
     os.write(said, b"as expected")
     """
     assert run_program(program) == "as expected"
+
+
+@pytest.mark.parametrize("call", ["manager.acquire_model('a', str)", "manager.shutdown()"])
+def test_a_program_that_closes_what_it_has_not_opened_is_told_so(runtime_root: Path, call: str) -> None:
+    """As python-daemon does, which closes all descriptors, and does not fork first where init has started it."""
+    program = f"""
+    import logging, os
+    from mpmm import ModelManager
+    logging.disable()
+    manager = ModelManager(namespace="odd", memory_source="booked")
+    with manager.model("a", lambda: "a handle"):
+        pass
+    os.closerange(3, 1000)
+    try:
+        {call}
+    except Exception as error:
+        print(f"{{type(error).__name__}}: {{error}}", flush=True)
+    os._exit(0)
+    """
+    said = run_program(program)
+    prune(runtime_root)
+    assert said.startswith("RuntimeDirectoryError: this process has lost the lock on /")
+    assert "something in it has closed descriptors that are not its own" in said

@@ -450,7 +450,7 @@ def _close_at_exit(root: Path, name: str) -> None:
         _end_interrupted_shutdowns(key)
     # All of them: one that is no Exception would keep the hooks of other namespaces and of servers from running.
     except BaseException:
-        _LOG.exception("mpmm %s: pid %d has left with an exception, of the unload of a copy say", name, os.getpid())
+        _LOG.exception("mpmm %s: pid %d had an exception as it left at its end, of an unload, say", name, os.getpid())
 
 
 def _forget_sessions_after_fork() -> None:

@@ -103,7 +103,10 @@ class LockFile:
 
     def give_up_quickly(self) -> None:
         """Give up the lock that `take_quickly` or `try_exclusive` has taken."""
-        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        except OSError as error:
+            _raise_what_it_means(error, self._at)
 
     def try_shared(self) -> bool:
         """Take a shared lock if no exclusive one is held; return whether it is held now."""
@@ -125,7 +128,10 @@ class LockFile:
 
     def unlock(self) -> None:
         """Give up the lock; the descriptor stays open."""
-        self._unlock(self.fd)
+        try:
+            self._unlock(self.fd)
+        except OSError as error:
+            _raise_what_it_means(error, self._at)
 
     @property
     def path(self) -> Path:
@@ -135,7 +141,10 @@ class LockFile:
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode of the open file."""
-        found = os.fstat(self.fd)
+        try:
+            found = os.fstat(self.fd)
+        except OSError as error:
+            _raise_what_it_means(error, self._at)
         return found.st_dev, found.st_ino
 
     def is_current(self) -> bool:
@@ -201,7 +210,9 @@ class LockFile:
         with closing_guard():
             if self.fd >= 0:
                 fd, self.fd = self.fd, -1
-                os.close(fd)
+                # A program that closes what is not its own has done so already.
+                with contextlib.suppress(OSError):
+                    os.close(fd)
 
     def _wait(self, attempt: Callable[[], bool], timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
@@ -344,7 +355,14 @@ def _open_nevertheless(path: str | Path, flags: int, error: OSError) -> int:
 
 
 def _raise_what_it_means(error: OSError, path: str | Path) -> NoReturn:
-    """Raise RuntimeDirectoryError if the file system cannot lock, the error itself if it is another one."""
+    """Raise RuntimeDirectoryError if the file system cannot lock or the file was closed, the error itself otherwise."""
+    if error.errno == errno.EBADF:
+        raise RuntimeDirectoryError(
+            f"this process has lost the lock on {path}: something in it has closed descriptors that are not its own, "
+            "as os.closerange and python-daemon do; make managers and shared objects after that, or in a child that is "
+            "forked then",
+            path=str(path),
+        ) from error
     if error.errno not in _UNSUPPORTED:
         raise error
     raise RuntimeDirectoryError(
