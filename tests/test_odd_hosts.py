@@ -583,3 +583,17 @@ def test_a_program_that_closes_what_it_has_not_opened_is_told_so(runtime_root: P
     prune(runtime_root)
     assert said.startswith("RuntimeDirectoryError: this process has lost the lock on /")
     assert "something in it has closed descriptors that are not its own" in said
+
+
+@pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
+def test_an_exit_code_that_nobody_tells_is_not_made_up(switch: str) -> None:
+    """Where SIGCHLD is ignored, the kernel tells the end of a child, and not how it ended."""
+    program = """
+    import functools, os, signal
+    from mpmm import MultiProcessShared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    MultiProcessShared(functools.partial(os._exit, 7), "it", spawn_process=True).acquire()
+    """
+    why = {"0": "(this program ignores SIGCHLD, or something else in it has waited for all children)"}
+    text = f"Shared Server Process died unexpectedly {why.get(switch, 'with exit code 7')} while it made 'it'"
+    assert run_program(program, MPMM_ZYGOTE=switch) == f"mpmm.errors.ServerStartError: {text}"

@@ -87,7 +87,11 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
         # It ends right now; a process that looks for a server after us must not find this one.
         server.join()
     if outcome is None:
-        text = f"Shared Server Process died unexpectedly with exit code {server.exitcode} while it made {tag!r}"
+        code = f"with exit code {server.exitcode}"
+        if server.exitcode is None:
+            # The kernel tells an exit code once, and where SIGCHLD is ignored to nobody.
+            code = "(this program ignores SIGCHLD, or something else in it has waited for all children)"
+        text = f"Shared Server Process died unexpectedly {code} while it made {tag!r}"
         interpreter = os.fsdecode(spawn.get_executable() or "")
         if not os.access(interpreter, os.X_OK):
             text += f": there is no interpreter at {interpreter!r}, which multiprocessing.set_executable can mend"
