@@ -367,6 +367,19 @@ def test_who_cannot_remove_the_segment_leaves_all_the_same_and_says_why(
     Namespace.join(namespace).leave()
 
 
+def test_a_newcomer_in_the_row_of_one_that_was_dead_a_moment_ago_is_not_reaped(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined, newcomer = Namespace.join(namespace), Namespace.join(namespace)
+    monkeypatch.setattr(joined, "find_dead_members", lambda: [newcomer.slot])
+    assert joined.reap_dead_members() == 0
+    with joined.transaction() as t:
+        assert joined.reap_if_dead(t, newcomer.slot), "there is nothing to do"
+    assert joined.tables.used_members() == [joined.slot, newcomer.slot]
+    newcomer.leave()
+    joined.leave()
+
+
 def test_a_guest_that_is_left_alone_removes_nothing(
     namespace: str, runtime_root: Path, new_process: NewProcess, new_manager: NewManager
 ) -> None:

@@ -14,6 +14,7 @@ from row_changes import it as it  # the fixture
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Header
+from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import DeviceInfo, DeviceSample
 
 WORKER, SERVER, OTHER = (NOBODYS_PID + slot for slot in (1, 3, 4))
@@ -101,6 +102,16 @@ def test_processes_are_known_once_a_sample_shows_one_of_ours(it: RowChanges) -> 
         samples.publish([sample(it, 1, processes)])
         it.wait(1)
         assert it.words[Header.SOURCE_MEASURES_PROCESSES] == known
+
+
+def test_what_a_process_sees_is_named_only_where_there_are_other_devices(namespace: str) -> None:
+    joined = Namespace.join(namespace)
+    there: Any = SimpleNamespace(namespace=joined, wait=lambda seconds: None)
+    first = sees(there, (0,))
+    assert first.visible_bits() == 0
+    every, second = sees(there, (0, 1)), sees(there, (1,))
+    assert (first.visible_bits(), second.visible_bits(), every.visible_bits()) == (0b01, 0b10, 0)
+    joined.leave()
 
 
 def test_each_process_knows_devices_by_its_own_indices(it: RowChanges) -> None:
