@@ -76,8 +76,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
-            *("test_transitions", "test_twins", "test_core", "test_display_names", "test_suspension"),
-            *("test_left_asleep", "test_declared_sizes", "test_unloads", "test_cli"),
+            *("test_transitions", "test_twins", "test_core", "test_core_use", "test_display_names", "test_suspension"),
+            *("test_left_asleep", "test_declared_sizes", "test_unloads", "test_keep_alive", "test_cli"),
             *("test_crash_points", "test_call_crash_points"),
         ),
     ),
@@ -97,7 +97,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("test_registry", "test_payloads", "test_shared_buffers", "test_shared_calls", "test_shared_unloads"),
             *("test_zygote", "test_templates", "test_multi_process_shared", "test_servers", "test_server_faults"),
-            *("test_references", "test_versions"),
+            *("test_references", "test_versions", "test_odd_hosts"),
         ),
     ),
     "estimator": (
