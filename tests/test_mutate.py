@@ -329,8 +329,9 @@ def test_what_forks_do_not_notice_is_tried_in_a_copy(
             assert isinstance(tree, FakeTree)
             assert set(tests) == {FIRST, SECOND}
 
-        # It takes other arguments than that of a tree: new code, and no change.
-        def fails(self, new: NewCode | None, tests: list[str], *limits: float) -> Failure | None:  # type: ignore[override]
+        def fails(  # type: ignore[override]  # it takes new code, where that of a tree takes a change
+            self, new: NewCode | None, tests: list[str], *limits: float
+        ) -> Failure | None:
             return Failure("fork", (FIRST,)) if new is not None and "x += x" not in new.source else None
 
     for module in (mutate, changes, covering):

@@ -27,4 +27,5 @@ def main_file() -> str | None:
     """Return the path from which `multiprocessing` would import a main module without a name; None if there is none."""
     path = getattr(sys.modules.get("__main__"), "__file__", None)
     # As multiprocessing has it, by the folder in which the program was started.
-    return os.path.join(mp_process.ORIGINAL_DIR or "", path) if isinstance(path, str) else None  # type: ignore[attr-defined]
+    folder = mp_process.ORIGINAL_DIR  # type: ignore[attr-defined]  # not in typeshed
+    return os.path.join(folder or "", path) if isinstance(path, str) else None

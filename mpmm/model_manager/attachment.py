@@ -286,8 +286,8 @@ class Attachment:
 
     def _clear_away(self, key: _Key) -> None:
         """Remove what a join has made that has failed, unless somebody else is in the namespace."""
-        # What there is no file for, either, is left to whoever joins next, or to `mpmm prune`.
-        with suppress(OSError, MpmmError):
+        # What there is no file for, or no thread, either, is left to whoever joins next, or to `mpmm prune`.
+        with suppress(OSError, MpmmError, RuntimeError):
             _end_interrupted_join(key)
             remove_deserted(self.root, self.name)
 

@@ -56,7 +56,7 @@ class Orphan:
 
 
 def sweep_orphans() -> list[Orphan]:
-    """Remove the segments of this user whose root is gone and whose members are dead; return them."""
+    """Remove the segments of this user whose root is gone and that no process has open; return them."""
     found = find_orphans()
     for orphan in found:
         unlink_segment(orphan.name, orphan.identity)
