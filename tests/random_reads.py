@@ -1,8 +1,8 @@
 """What is read of random rows, by snapshots, by `reads` and by `tables`; recorded as checksums in `recorded_reads.txt`.
 
 Rows are made by `random_operations`. For each question and each seed there is a checksum of all answers to it. If an
-answer is meant to be another one, or the random operations are changed, `python tests/random_reads.py` records the
-answers anew.
+answer is meant to be another one, or the random operations are changed, `PYTHONPATH=tools python tests/random_reads.py`
+records the answers anew.
 """
 
 from __future__ import annotations

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import NewManager, NewProcess, acquire, attach, learn, release, wait_until
+from harness import NewManager, NewProcess, Seat, acquire, attach, learn, release, wait_until, waiting
 from loaders import Loads, LoadsObject
 from patience import DEADLINE_S
 
 from mpmm import AcquireTimeoutError, sources
-from mpmm.model_manager.waits import WARN_AFTER_S, decision
+from mpmm.model_manager.waits import WARN_AFTER_S, WaitWarning, decision
 from mpmm.shared_state.events import EventKind
 from mpmm.sources.base import unavailable
 
 Log = pytest.LogCaptureFixture
+
+
+def preload(seat: Seat, tag: str) -> None:
+    """Have a copy at one's disposal."""
+    seat.manager.preload(tag, Loads(tag))
+
+
+def wait_in_line(namespace: str, count: int) -> bool:
+    """Tell whether so many requests wait."""
+    return len(waiting(namespace)) == count
 
 
 def said(caplog: Log) -> list[str]:
@@ -103,6 +115,36 @@ def test_a_long_wait_is_said_with_its_reason_and_the_holders(
             rf"mpmm {namespace}: pid {os.getpid()} has waited \d+ s for b, which waits: needs 100 MB, 0 free", line
         )
         assert re.search(rf" \(pid {holder.pid} holds held for \d+ s\)$", line)
+
+
+def test_the_first_in_line_for_a_model_says_for_all_what_they_wait_for(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, caplog: Log
+) -> None:
+    manager, holder = new_manager(fallback_memory_mb=100.0), new_process()
+    holder.call(acquire, "held", Loads("held"))
+    # Nobody says a preload, so a request behind one is the first.
+    early = new_process()
+    early.send(preload, "b")
+    wait_until(lambda: waiting(namespace, "b"), "the preload waits")
+    session = manager._connected()
+
+    def says(row: int) -> WaitWarning:
+        return WaitWarning(session.namespace, session.scheduler, (600.0, 1200.0), row)
+
+    for tag in ("b", "b", "b", "c"):
+        count = len(waiting(namespace)) + 1
+        new_process().send(acquire, tag, Loads(tag))
+        wait_until(partial(wait_in_line, namespace, count), "one more waits")
+    _, first, second, third = sorted(waiting(namespace, "b"), key=lambda ticket: ticket.number)
+    [of_another] = waiting(namespace, "c")
+    assert [math.ceil(says(ticket.row).in_s() / 600) for ticket in (first, second, third, of_another)] == [1, 2, 2, 1]
+    for ticket in (first, of_another):
+        says(ticket.row).say()
+    of_b, of_c = said(caplog)
+    assert re.search(rf"\(pid {holder.pid} holds held for \d+ s\); 3 more requests wait for it$", of_b)
+    assert "more request" not in of_c
+    # With one time only it is the last chance.
+    assert WaitWarning(session.namespace, session.scheduler, (600.0,), third.row).in_s() < 600
 
 
 def test_a_task_that_waits_long_is_said_too(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from harness import NOBODYS_PID
@@ -92,6 +93,20 @@ def test_a_sample_counts_for_the_devices_that_it_is_of(
     it.wait(5)
     published = make(it)
     assert of_members(it.changes_of(lambda: samples.publish(published))) == changed
+
+
+def test_waiters_are_planned_for_where_a_sample_shows_more_room_and_nowhere_else(it: RowChanges) -> None:
+    samples, planned = sees(it), []
+    figures: list[tuple[float | None, bool]] = [
+        *((None, False), (None, False), (1500.0, True), (1500.0, False), (1499.5, False), (1498.5, True)),
+        *((1600.0, False), (None, False), (1600.0, False)),
+    ]
+    with mock.patch.object(Scheduler, "advance", side_effect=lambda t: planned.append(t)):
+        for used_mb, shows_more in figures:
+            planned.clear()
+            it.wait(1)
+            samples.publish([sample(it, 1, {}, used_mb=used_mb)])
+            assert bool(planned) == shows_more, used_mb
 
 
 def test_processes_are_known_once_a_sample_shows_one_of_ours(it: RowChanges) -> None:

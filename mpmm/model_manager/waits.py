@@ -165,7 +165,11 @@ def say_at_terminal(manager: ModelManager, says: logging.Handler | None) -> None
 
 
 class WaitWarning:
-    """Has the log say that a ticket has waited for long, a few times at growing intervals."""
+    """Has the log say that a ticket has waited for long, a few times at growing intervals.
+
+    The first time is left to the request that has waited longest for the model, which counts the others. Else each of
+    32 workers would write the same line in the same moment.
+    """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, warn_after_s: Sequence[float], ticket: int) -> None:
         self._namespace = namespace
@@ -176,6 +180,8 @@ class WaitWarning:
         waited_s = time.monotonic() - self._since_s
         # A preload stands behind all requests for use, and its caller expects it to wait. To resume takes a moment.
         thresholds = () if found.preload not in (0, Ticket.ONLY_RESUMES) else warn_after_s
+        if len(thresholds) > 1 and namespace.reads.queue.comes_after_another(ticket):
+            thresholds = thresholds[1:]
         self._left = [seconds for seconds in thresholds if seconds > waited_s]
 
     def in_s(self) -> float:
@@ -189,12 +195,14 @@ class WaitWarning:
         namespace = self._namespace
         model = namespace.tables.tickets[self._ticket].model
         held = held_by(namespace, wanted_by(namespace, self._ticket))
+        others = namespace.reads.queue.waits_for(model) - 1
         _LOG.warning(
-            "mpmm %s: pid %d has waited %.0f s for %s, which %s%s",
+            "mpmm %s: pid %d has waited %.0f s for %s, which %s%s%s",
             namespace.name,
             namespace.pid,
             waited_s,
             namespace.tables.shown(model),
             self._scheduler.sentence(self._ticket),
             f" ({held})" if held else "",
+            f"; {others} more request{'s wait' if others > 1 else ' waits'} for it" if others > 0 else "",
         )

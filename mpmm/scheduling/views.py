@@ -222,9 +222,8 @@ class Views:
         return [*(mb for column in columns for mb in column.tolist()), float(copies.mb.sum())]
 
     def shows_more_room(self, before: list[float]) -> bool:
-        """Tell whether there is more room than when `room` said `before`, or its figures cannot be compared."""
-        # `not all`, because a figure that was not a number before compares as false, and is news.
-        return not all(now > was - LEAST_ROOM_MB for now, was in zip(self.room(), before, strict=True))
+        """Tell whether there is more room than when `room` said `before`, or figures have come or gone meanwhile."""
+        return any(_is_more_room(was, now) for was, now in zip(before, self.room(), strict=True))
 
     def used_mb(self, device: int, copies: Copies) -> float:
         """Return the memory in use: the last figure, or what is accounted for where nothing can be measured."""
@@ -235,3 +234,9 @@ class Views:
     def limit_mb(self, device: int) -> float:
         """Return how much of a device may be in use."""
         return self._tables.devices[device].total_mb * (1.0 - self._namespace.settings.slack_percentage)
+
+
+def _is_more_room(was: float, now: float) -> bool:
+    """Tell whether a figure of `room` shows more room than it did; nan, where nothing is measured, tells nothing."""
+    is_known, was_known = not math.isnan(now), not math.isnan(was)
+    return is_known != was_known or (is_known and now <= was - LEAST_ROOM_MB)

@@ -98,6 +98,19 @@ class QueueReads:
         """Return how many wait for a model (row), preloads among them."""
         return self._words[self._tables.model(model) + Model.WAITING]
 
+    def comes_after_another(self, ticket: int) -> bool:
+        """Tell whether a request for use that has come before a ticket (row) waits for its model; without the lock."""
+        at = self._tables.ticket(ticket)
+        model, number = self._words[at + Ticket.MODEL], self._words[at + Ticket.NUMBER]
+        if self.waits_for(model) < 2:
+            return False
+        rows = self._tables.rows_where(self._tickets, Ticket.STATE, Ticket.WAITING)
+        found = self._tables.view(self._tickets)[rows]
+        earlier = (
+            (found[:, Ticket.MODEL] == model) & (found[:, Ticket.PRELOAD] == 0) & (found[:, Ticket.NUMBER] < number)
+        )
+        return bool(earlier.any())
+
     def waits_for_tag(self, tag: str) -> bool:
         """Tell whether there are waiters for a tag, as far as this process has seen it; without the lock."""
         if not self._words[Header.WAITING]:
