@@ -364,7 +364,7 @@ def test_a_task_that_is_cancelled_while_no_thread_is_free_to_leave_the_queue_lea
         await until(lambda: waiting(namespace, "a"))
         for _ in range(TRANSACTIONS_AT_A_TIME):
             transactions.submit(enough.wait)
-        await until(lambda: transactions._work_queue.qsize() == 1)
+        await until(lambda: transactions._executor()._work_queue.qsize() == 1)
         task.cancel()
         kept = await asyncio.gather(task, return_exceptions=True)
         enough.set()

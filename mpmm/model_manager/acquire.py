@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
+from mpmm.interpreter.process_end import stand_still_in_daemon
 from mpmm.model_manager.acquisition import SPIN_NS, Acquisition, Booking
 from mpmm.model_manager.load import LoadAttempt, resume
 from mpmm.model_manager.nested import end_isolation, expect_no_deadlock
@@ -119,12 +120,18 @@ def queue(acquisition: Acquisition) -> LoadedInstance | Booking | None:
     firm, alone = session.thread.rows()
     acquisition.nested = bool(firm or alone)
     end_isolation(session, (*firm, *alone))
-    with session.waiting():
-        copy = acquisition.enqueue()
-        if copy is not None:
-            return copy
-        expect_no_deadlock(acquisition, firm)
-        return sleep_until_answered(acquisition)
+    try:
+        with session.waiting():
+            copy = acquisition.enqueue()
+            if copy is not None:
+                return copy
+            expect_no_deadlock(acquisition, firm)
+            return sleep_until_answered(acquisition)
+    except ClosedError:
+        # The end of the process waits for calls that go on.
+        session.abandon(acquisition.operation)
+        stand_still_in_daemon()
+        raise
 
 
 def sleep_until_answered(request: QueuedRequest[T]) -> T | None:

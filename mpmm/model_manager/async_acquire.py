@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock, new_rlock
+from mpmm.interpreter.thread_pools import ThreadPool
 from mpmm.model_manager.acquire import load_booked, take_before_queueing
 from mpmm.model_manager.acquisition import Booking
 from mpmm.model_manager.load import give_up_booking
@@ -225,7 +226,7 @@ class AsyncAcquire:
 
     async def _in_thread(
         self,
-        pool: ThreadPoolExecutor,
+        pool: ThreadPool,
         function: Callable[[], T],
         undo: Callable[[T], object] = lambda result: None,
         never: Callable[[], object] = lambda: None,
@@ -294,8 +295,8 @@ class _Threads:
         self._session = weakref.ref(session)
         self._mutex = new_lock()
         self._watchers: list[Watcher] = []
-        self.transactions = ThreadPoolExecutor(TRANSACTIONS_AT_A_TIME, "mpmm-transaction")
-        self.loads = ThreadPoolExecutor(LOADS_AT_A_TIME, "mpmm-load")
+        self.transactions = ThreadPool(TRANSACTIONS_AT_A_TIME, "mpmm-transaction")
+        self.loads = ThreadPool(LOADS_AT_A_TIME, "mpmm-load")
 
     def watch(self, row: int, deadline: float, answer: Callable[[Outcome], None]) -> None:
         """Have a ticket watched by the first watcher that has room."""

@@ -9,7 +9,8 @@ from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mpmm.errors import InvalidArgumentError, LockTimeoutError
+from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
+from mpmm.interpreter.process_end import stand_still_in_daemon
 from mpmm.model_manager.async_acquire import LOOP_TIMEOUT_S, AsyncAcquire
 from mpmm.model_manager.refusals import expect_mapped
 from mpmm.model_manager.release import give_back_hold
@@ -68,6 +69,8 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
             self._abandon(session, operation)
             if isinstance(error, ValueError):
                 expect_mapped(session, error)
+            if isinstance(error, ClosedError):
+                stand_still_in_daemon()
             raise
 
     async def __aexit__(
@@ -81,8 +84,10 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
         except asyncio.CancelledError:
             # A thread gives it back nevertheless.
             raise
-        except BaseException:
+        except BaseException as failure:
             self._abandon(session, operation)
+            if isinstance(failure, ClosedError):
+                stand_still_in_daemon()
             raise
         session.end(operation)
 

@@ -22,6 +22,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError, MpmmError, ProcessLimitError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.process_end import is_last_to_run, stand_still_in_daemon, watch_for_end
 from mpmm.interpreter.process_limits import limit_behind
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.interpreter.thread_starts import start_thread
@@ -157,6 +158,18 @@ class Attachment:
         # First `is_guest`, because `is_left_behind` is a call, which every acquire and release would pay for.
         if session is not None and is_open and (not session.is_guest or not session.is_left_behind):
             return session
+        try:
+            session = self._joined(timeout_s)
+        except ClosedError:
+            stand_still_in_daemon()
+            raise
+        # Settings that were changed at run time are not what the creator chose.
+        if not session.namespace.tables.header.settings_changed:
+            self._report_differences(session.namespace.settings)
+        return session
+
+    def _joined(self, timeout_s: float | None) -> Session:
+        """Do `connected` for a manager that has no session, or none of use."""
         if self.closed:
             raise ClosedError("the model manager was shut down")
         with _guard:
@@ -184,9 +197,6 @@ class Attachment:
                 del _joining[key]
             self.session = session
             session.manager_ids.add(id(self))
-        # Settings that were changed at run time are not what the creator chose.
-        if not session.namespace.tables.header.settings_changed:
-            self._report_differences(session.namespace.settings)
         return session
 
     def connected_in_time(self, tag: str) -> Session:
@@ -251,8 +261,9 @@ class Attachment:
         Raises ClosedError from finalizers that run as the interpreter ends: nothing would leave the namespace again;
         ProcessLimitError; what `Namespace.join` raises.
         """
-        if sys.is_finalizing():
+        if sys.is_finalizing() or is_last_to_run():
             raise ClosedError(f"the interpreter is ending, and this process has left namespace {self.name!r}")
+        watch_for_end()
         if (self.root, self.name) not in _leaves_at_exit:
             run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
             _leaves_at_exit.add((self.root, self.name))
@@ -363,6 +374,9 @@ def closed_by_shutdown(method: Method) -> Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
+        except ClosedError:
+            stand_still_in_daemon()
+            raise
         except ValueError as error:
             expect_mapped(self._attachment.session, error)
             raise

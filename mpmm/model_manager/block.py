@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.errors import ClosedError, InvalidArgumentError, MpmmError
+from mpmm.interpreter.process_end import stand_still_in_daemon
 from mpmm.model_manager.acquire import acquire
 from mpmm.model_manager.release import give_back_hold
 from mpmm.model_manager.request import AcquireOptions, check_request
@@ -71,8 +72,10 @@ class Block(AbstractContextManager[Any]):
         self._operation = None
         try:
             self._leave(session, operation, error)
-        except BaseException:
+        except BaseException as failure:
             session.abandon(operation)
+            if isinstance(failure, ClosedError):
+                stand_still_in_daemon()
             raise
         session.end(operation)
 

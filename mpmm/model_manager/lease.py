@@ -14,7 +14,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mpmm.errors import AcquireTimeoutError, LeaseTooLargeError, LockTimeoutError
+from mpmm.errors import AcquireTimeoutError, ClosedError, LeaseTooLargeError, LockTimeoutError
+from mpmm.interpreter.process_end import stand_still_in_daemon
 from mpmm.model_manager.acquire import sleep_until_answered
 from mpmm.model_manager.nested import end_isolation, expect_no_deadlock
 from mpmm.model_manager.queued_request import QueuedRequest, making_room
@@ -207,8 +208,10 @@ def reserve(
             lease = wanted.wait()
         lease.answer_for(operation)
         return lease
-    except BaseException:
+    except BaseException as error:
         session.abandon(operation)
+        if isinstance(error, ClosedError):
+            stand_still_in_daemon()
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpmm.errors import AcquireTimeoutError, ClosedError, LockTimeoutError, MpmmError, NamespaceResetError
+from mpmm.interpreter.process_end import stand_still_in_daemon
 from mpmm.shared_state.layout import device_rows
 from mpmm.text.display_names import display_name, shown_tag
 from mpmm.text.printable import printable
@@ -64,4 +65,5 @@ def largest_limit(session: Session, request: PlacementRequest) -> tuple[float, s
 def expect_mapped(session: Session | None, error: ValueError) -> None:
     """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
     if _UNMAPPED in str(error) and (session is None or session.closing or not session.namespace.is_usable):
+        stand_still_in_daemon()
         raise ClosedError("the model manager was shut down by another thread") from None

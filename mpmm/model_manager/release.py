@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from mpmm.errors import LockTimeoutError, MpmmError, NotAcquiredError, ReentrantCallError
+from mpmm.errors import ClosedError, LockTimeoutError, MpmmError, NotAcquiredError, ReentrantCallError
+from mpmm.interpreter.process_end import stand_still_in_daemon
 from mpmm.memory.beam_metrics import report_estimate
 from mpmm.model_manager.nested import learn_alone
 from mpmm.model_manager.refusals import expect_mapped, taken_away
@@ -31,8 +32,10 @@ def release(session: Session, tag: str, instance: Any) -> None:
         if session.held.take_off(instance, tag, operation) is None:
             raise not_acquired(session, tag, instance)
         give_back_held(session, operation, tag)
-    except BaseException:
+    except BaseException as error:
         session.abandon(operation)
+        if isinstance(error, ClosedError):
+            stand_still_in_daemon()
         raise
     session.end(operation)
 

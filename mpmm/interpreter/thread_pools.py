@@ -1,0 +1,71 @@
+"""A thread pool that goes on when the main thread has ended and others have not.
+
+The interpreter closes all pools of `concurrent.futures` as soon as the main thread ends, although it waits for other
+threads after that, such as one that runs an event loop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from mpmm.interpreter.thread_starts import start_thread
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+__all__ = ["ThreadPool"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ThreadPool:
+    """Runs functions in threads, `threads` of them at most at a time."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._threads = threads
+        self._name = name
+        self._turns = threading.BoundedSemaphore(threads)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have a thread call a function; return the future of its result.
+
+        Raises RuntimeError if no thread can be started.
+        """
+        if threading.main_thread().is_alive():
+            try:
+                return self._executor().submit(function, *args, **kwargs)
+            except RuntimeError:
+                if threading.main_thread().is_alive():
+                    raise
+        future: Future[T] = Future()
+
+        def work() -> None:
+            with self._turns:
+                if future.set_running_or_notify_cancel():
+                    _fulfil(future, function, *args, **kwargs)
+
+        # The process waits for it at its end if it waits for this thread.
+        start_thread(threading.Thread(target=work, name=self._name))
+        return future
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            # Cannot be imported any more once the main thread has ended.
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(self._threads, self._name)
+        return self._pool
+
+
+def _fulfil(future: Future[T], function: Callable[..., T], *args: Any, **kwargs: Any) -> None:
+    try:
+        result = function(*args, **kwargs)
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
