@@ -19,6 +19,7 @@ __all__ = [
     "AcquireTimeoutError",
     "ClosedError",
     "DeadlockError",
+    "GreenThreadsError",
     "InvalidArgumentError",
     "LayoutMismatchError",
     "LeaseTooLargeError",
@@ -302,6 +303,13 @@ class ClosedError(MpmmError, RuntimeError):
     """The manager was shut down, perhaps by another thread during the call, or the process has left the namespace.
 
     What to do: make a new manager.
+    """
+
+
+class GreenThreadsError(MpmmError, RuntimeError):
+    """gevent or eventlet has replaced threads by greenlets, and a wait for a model would stop all of the process's.
+
+    What to do: use threads, processes or an event loop.
     """
 
 

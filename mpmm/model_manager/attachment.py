@@ -22,6 +22,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError, MpmmError, ProcessLimitError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.green_threads import expect_real_threads
 from mpmm.interpreter.process_end import is_last_to_run, stand_still_in_daemon, watch_for_end
 from mpmm.interpreter.process_limits import limit_behind
 from mpmm.interpreter.thread_locks import new_rlock
@@ -263,6 +264,7 @@ class Attachment:
         """
         if sys.is_finalizing() or is_last_to_run():
             raise ClosedError(f"the interpreter is ending, and this process has left namespace {self.name!r}")
+        expect_real_threads(f"ModelManager(namespace={self.name!r})")
         watch_for_end()
         if (self.root, self.name) not in _leaves_at_exit:
             run_at_exit(functools.partial(_close_at_exit, self.root, self.name))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from mpmm.interpreter.green_threads import suspended_frames
 from mpmm.interpreter.thread_frames import current_frames, is_on_stack
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, Fr
         return operation.is_orphaned
     top = tops.get(operation.thread)
     at = None if top is None else top.f_lasti
-    if is_on_stack(frame, top):
+    if is_on_stack(frame, top) or any(is_on_stack(frame, innermost) for innermost in suspended_frames()):
         return False
     if operation.thread == threading.get_ident():
         return True

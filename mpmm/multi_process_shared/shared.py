@@ -24,6 +24,7 @@ import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent
 
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
 from mpmm.interpreter.fork_hooks import in_forked_child
+from mpmm.interpreter.green_threads import expect_real_threads
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.client import ServerLink, forget_link, known_link, link_to, remember_link
 from mpmm.multi_process_shared.context import attaching_to, served_namespaces
@@ -135,6 +136,7 @@ class MultiProcessShared(Generic[T]):
             # Gone since we last used it; look for another one.
             if link := known_link(registry, self._tag):
                 forget_link(link)
+        expect_real_threads(f"the shared object {self._tag!r}")
         # Mostly there is one that answers, and no need to wait for others that just look, too.
         lives, record = registry.look(self._tag)
         if lives and record is not None and record.ready:
