@@ -29,6 +29,7 @@ __all__ = [
     "ModelTooLargeError",
     "MpmmError",
     "NamespaceResetError",
+    "NoEventLoopError",
     "NotAcquiredError",
     "ProcessLimitError",
     "QueueFullError",
@@ -310,6 +311,13 @@ class GreenThreadsError(MpmmError, RuntimeError):
     """gevent or eventlet has replaced threads by greenlets, and a wait for a model would stop all of the process's.
 
     What to do: use threads, processes or an event loop.
+    """
+
+
+class NoEventLoopError(MpmmError, RuntimeError):
+    """`model_async` was entered where no event loop of asyncio runs, as in one of trio.
+
+    What to do: use `model` in a thread of that loop.
     """
 
 

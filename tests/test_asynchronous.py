@@ -35,6 +35,7 @@ from mpmm.errors import (
     LockTimeoutError,
     ModelTooLargeError,
     NamespaceResetError,
+    NoEventLoopError,
 )
 from mpmm.model_manager import ModelManager
 from mpmm.model_manager.async_acquire import TRANSACTIONS_AT_A_TIME, AsyncAcquire, Watcher, _threads_of
@@ -677,3 +678,12 @@ def test_a_pickled_manager_is_one_of_the_same_namespace(new_manager: NewManager)
         manager.release_model("a", held)
         assert copy.acquire_model("a", Loads()) == held
         copy.release_model("a", held)
+
+
+def test_a_loop_of_another_library_is_refused_before_anything_is_taken(new_manager: NewManager) -> None:
+    manager = new_manager()
+    manager.release_model("a", manager.acquire_model("a", Loads()))
+    with pytest.raises(NoEventLoopError, match=r"model_async\('a'\) was entered where no event loop of asyncio runs"):
+        # As a loop drives a coroutine.
+        manager.model_async("a", Loads()).__aenter__().send(None)
+    assert (len(manager._connected().operations), manager._connected().held.has_any) == (0, False)

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
+from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError, NoEventLoopError
 from mpmm.interpreter.process_end import stand_still_in_daemon
 from mpmm.model_manager.async_acquire import LOOP_TIMEOUT_S, AsyncAcquire
 from mpmm.model_manager.refusals import expect_mapped
@@ -49,12 +49,16 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
                 f"the block of {tag!r} has begun already: call `model_async` once for each block"
             )
         refuse_while_importing_main("acquire the model", tag)
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            raise NoEventLoopError(
+                f"model_async({tag!r}) was entered where no event loop of asyncio runs; in a loop of another library, "
+                "such as trio, use `model` in one of its threads"
+            )
         session = self._session = self._attachment.connected_in_time(tag)
         # As long as this object is there, it answers for what the operation has in hand.
         operation = self._operation = session.begin_for(self)
-        loop = asyncio._get_running_loop()
-        # A coroutine may be driven by something else.
-        operation.loop = None if loop is None else weakref.ref(loop)
+        operation.loop = weakref.ref(loop)
         try:
             taken = self._take_at_once(session, operation)
             if taken is not None and session.held.handle_is_alive(taken):
