@@ -133,7 +133,7 @@ def test_an_error_takes_no_other_change_with_it(bench: Bench, caplog: pytest.Log
     with caplog.at_level(logging.ERROR, logger="mpmm"):
         bench.run()
     assert not bench.changes
-    assert f"gives up a change that was to be made later, after {ATTEMPTS} attempts" in caplog.text
+    assert f"gives up a deferred change after {ATTEMPTS} attempts" in caplog.text
     assert "never" in caplog.text
     assert bench.words[Header.TIMEOUTS] == 5
 

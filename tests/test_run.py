@@ -208,7 +208,7 @@ def test_memory_that_is_not_to_be_had_is_said_and_nothing_runs(
     manager = new_manager()
     marker = tmp_path / "marker"
     too_large = start(1001, "touch", marker)
-    assert (too_large.wait(DEADLINE_S), too_large.communicate()[1].count("it can never be had")) == (125, 1)
+    assert (too_large.wait(DEADLINE_S), too_large.communicate()[1].count("it can never be granted")) == (125, 1)
     with manager.reserve(900):
         too_late = start(200, "touch", marker, options=("--wait", "1"))
         assert (too_late.wait(DEADLINE_S), too_late.communicate()[1].count("last reason: leased")) == (125, 1)

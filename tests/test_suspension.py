@@ -828,7 +828,7 @@ def test_a_command_that_gives_up_waiting_for_such_a_suspension_says_so(
     manager: ModelManager, engine: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["suspend", "a", "--wait", "0.05"]) == 1
-    assert "to be suspended yet, which waits: engine is starting, and until it has," in capsys.readouterr().err
+    assert "yet to be suspended, which waits: engine is starting, and until it has," in capsys.readouterr().err
     engine.open()
     await_states(manager.namespace, "a", "suspended")
 

@@ -1,4 +1,4 @@
-"""Acquiring an instance of a model: the way through the steps of an `Acquisition`, driven by sleeping.
+"""Acquiring an instance of a model: the steps of an `Acquisition`, with a sleep where it has to wait.
 
     the call                                        the step                              under the lock
     ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11,7 +11,7 @@
     at the deadline it leaves, and raises           `leave`                                leave_queue
 
 In `advance` (`mpmm.scheduling`) the policy decides for all requests that wait. Each process that changes something runs
-it, so that a release hands the instance straight to the ticket that is to have it.
+it, so that a release hands the instance straight to the ticket that the policy chooses.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def acquire(
 
 
 def find(acquisition: Acquisition) -> LoadedInstance | Booking:
-    """Return an instance that lives and that this process holds now, or the permission to load one."""
+    """Return a live instance, which this process holds now, or the permission to load one."""
     session = acquisition.session
     try:
         if acquisition.request.keep_alive:
@@ -147,7 +147,7 @@ def sleep_until_answered(request: QueuedRequest[T]) -> T | None:
 
 
 def _await_grant(request: QueuedRequest[T]) -> T | None:
-    """Do `await_grant`; an exception takes the ticket out of the queue."""
+    """Call `await_grant`; on an exception, take the ticket out of the queue."""
     try:
         return request.await_grant()
     except BaseException:
@@ -156,7 +156,7 @@ def _await_grant(request: QueuedRequest[T]) -> T | None:
 
 
 def _answer(request: QueuedRequest[Any]) -> int | None:
-    """Have unloaded what is evicted for the ticket, then `_sleep`; an exception takes the ticket out of the queue."""
+    """Have evicted instances unloaded, then sleep; on an exception, take the ticket out of the queue."""
     try:
         if request.planned:
             request.session.unloads.unload_in_thread()
@@ -167,13 +167,13 @@ def _answer(request: QueuedRequest[Any]) -> int | None:
 
 
 def _sleep(session: Session, row: int, deadline: float) -> int | None:
-    """Sleep until the ticket (row) has an answer, and return its state; None when the deadline has passed."""
+    """Sleep until the ticket (row) has an answer, and return its state; None once the deadline has passed."""
     queue = session.namespace.reads.queue
     signal = queue.signal(row)
     again = session.look_again(row)
     while True:
         seen = signal.seen()
-        # This look needs no lock: `take_grant` and `act` make sure that what it sees was committed.
+        # This read needs no lock: `take_grant` and `act` make sure that what it sees was committed.
         if (state := queue.state(row)) != Ticket.WAITING:
             return state
         if session.closing:
@@ -201,8 +201,8 @@ def _sleep(session: Session, row: int, deadline: float) -> int | None:
 def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
     """Load, or resume, what `booking` stands for, and return it.
 
-    If the loader runs out of memory, room is made, and the request queues for a second turn. There is none for a load
-    that had its devices to itself, with no larger ones to go to, because nothing can be unloaded for it; nor for a
+    If the loader runs out of memory, room is made, and the request queues for a second turn. A load that had its
+    devices to itself, and has no larger ones to try, gets none, because nothing can be unloaded for it; neither does a
     request that takes only what is free.
     """
     try:
@@ -214,7 +214,7 @@ def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[],
 
 def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
     found: LoadedInstance | Booking | None = booking
-    # A second turn takes room that is made for it.
+    # A second turn needs room to be made, which this request may not ask for.
     is_last = acquisition.takes_only_free
     while isinstance(found, Booking):
         if found.resumes:
@@ -227,7 +227,7 @@ def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[]
             if not attempt.again:
                 raise
             failure = error
-        # Its frames would keep what was loaded so far, and with it the memory.
+        # Its frames would keep alive what was loaded so far, and with it the memory.
         traceback.clear_frames(failure.__traceback__)
         collect_garbage()
         is_last, found = True, None

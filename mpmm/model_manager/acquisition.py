@@ -1,6 +1,6 @@
 """One request for an instance of a model: from the look for an idle one to the answer of the queue.
 
-`acquire.py` draws the way through these steps. Each takes the lock for one transaction, or less.
+`acquire.py` shows the order of these steps. Each takes the lock for one transaction, or less.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SPIN_NS", "Acquisition", "Booking", "NothingFree"]
 
-# Tickets with a higher number stand behind: unknown models (0) first, for they are to be measured, then known ones (1).
+# Tickets with a higher number queue behind: unknown models (0) come first, to be measured, then known ones (1).
 PRELOAD_PRIORITY = 2
-# Before the first of the thresholds in `mpmm.model_manager.waits`.
+# Shorter than the first of the thresholds in `mpmm.model_manager.waits`.
 FIRST_SLEEP_S = 1.0
 SPIN_NS = int(SPIN_S * 1e9)
 
@@ -54,8 +54,8 @@ class Booking(NamedTuple):
 class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
     """The request of one call of `acquire_model`, `model`, `model_async`, `preload` or `resume`.
 
-    preload: above 0, it asks for a load only, and is told once there is this number of instances. nested: its thread
-    holds or loads others. log_info: the manager's, which writes only if `verbose_logging` is on.
+    preload: above 0, it asks for loads only, and is told once there are this many instances. nested: its thread holds
+    or loads others. log_info: the manager's, which writes only if `verbose_logging` is on.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
                 namespace.transitions.models.keep_alive(t, row, word)
 
     def take_idle(self, timeout_s: float) -> LoadedInstance | None:
-        """Take an idle instance, if waiters do not come first and none runs alone on its devices.
+        """Take an idle instance, unless waiters come first or an instance runs alone on its devices.
 
         timeout_s: for the lock; LockTimeoutError after that.
         """
@@ -116,7 +116,7 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
     # ---- to the ticket -------------------------------------------------------------------------------------
 
     def enqueue(self) -> LoadedInstance | None:
-        """Join the queue; or return an instance that has become idle meanwhile.
+        """Join the queue, or return an instance that has become idle meanwhile.
 
         The policy may answer the ticket within the same transaction.
 
@@ -139,13 +139,13 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         return None
 
     def _queue_quickly(self) -> bool:
-        """Do what `_take_or_wait` does where there is nothing to take, by the compiled core.
+        """Do what `_take_or_wait` does if there is nothing to take, in the compiled core. Takes the lock itself.
 
-        False, with nothing changed, where it takes Python. Takes the lock itself.
+        Return False, with nothing changed, if the request needs Python.
         """
         session, namespace = self.session, self.session.namespace
         core = namespace.lock.core
-        # A copy that is kept for this process is for Python to take.
+        # Only Python takes a copy that is kept for this process.
         if core is None or self.request is not ANYWHERE or session.tenures.kept(self.tag) is not None:
             return False
         deadline_ns, visible = self.deadline_ns(), session.samples.visible_bits()
@@ -158,9 +158,9 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         return True
 
     def _take_or_wait(self) -> LoadedInstance | None:
-        """Take an idle instance, or queue where it is known without a plan that others have to be waited for.
+        """Take an idle instance, or queue if it is known without a plan that the request has to wait.
 
-        If it takes a plan to know, nothing changes: there is no ticket, and None is returned.
+        If only a plan can tell, nothing changes: there is no ticket, and None is returned.
         """
         session, namespace = self.session, self.session.namespace
         with suppress(TableFullError), namespace.transaction(self.left_s()) as t:
@@ -200,7 +200,7 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
             self._expect_place(model)
 
     def _make_ticket(self, t: Transaction, model: int, cause: Cause | None = None) -> None:
-        """Make the ticket; cause: why it waits, if that is known."""
+        """Make the ticket. cause: why it waits, if that is known."""
         session, namespace, request = self.session, self.session.namespace, self.request
         if request.keep_alive:
             namespace.transitions.models.keep_alive(t, model, request.keep_alive)
@@ -233,7 +233,7 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         self.operation.ticket = None
         raise QueueFullError(
             f"model {session.namespace.tables.called(self.tag)}: {waiting - 1} requests wait for it already, and "
-            f"max_waiting={most:.0f} allows no other one, which would wait for about {expected_s:.1f} s: try again "
+            f"max_waiting={most:.0f} allows no more; another would wait for about {expected_s:.1f} s: try again "
             "then, or raise max_waiting",
             tag=self.tag,
             waiting=waiting - 1,
@@ -249,8 +249,8 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
     def await_grant(self) -> LoadedInstance | None:
         """Sleep in the compiled core for a moment at most, and take the instance that the ticket was granted.
 
-        Mostly it comes soon, and what `acquire.py` looks at in a longer sleep need not be made ready. None for a longer
-        sleep, or another answer.
+        The grant usually comes soon, which saves preparing what `acquire.py` needs for a longer sleep. Return None if
+        that sleep is needed, or if the answer is another one.
         """
         core = self.session.namespace.lock.core
         if core is None:
@@ -261,7 +261,7 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         return self.take_grant()
 
     def take_grant(self) -> LoadedInstance | None:
-        """Take the instance that the ticket was granted, without the lock; None where that takes `act`."""
+        """Take the instance that the ticket was granted, without the lock; None if that needs `act`."""
         return self.session.held.take_granted(self.row, self.tag, self.operation)
 
     def _take(self, state: int, instance: int) -> LoadedInstance | Booking:

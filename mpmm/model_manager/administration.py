@@ -1,7 +1,7 @@
-"""What people ask for by hand: to unload a model, to pin it for all processes, to change the settings.
+"""Changes that people make by hand: unloading a model, pinning it for all processes, changing the settings.
 
-A manager does these, and so does the command line: `visit` joins a namespace as a guest, which neither leads nor
-measures, and so takes a moment only. The processes of the namespace carry out the unloads.
+Both managers and the command line do these. The command line joins with `visit`, as a guest, which neither leads nor
+measures, so that joining takes only a moment. The processes of the namespace carry out the unloads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     *("visit", "wait_for_unload"),
 ]
 
-# How often `wait_for_unload` looks whether the copies are gone.
+# How often `wait_for_unload` checks whether the copies are gone.
 LOOK_S = 0.01
 # In the order in which copies are unloaded.
 _LOADED = (Instance.IDLE, Instance.ACTIVE, Instance.LOADING, Instance.RESUMING)
@@ -34,7 +34,7 @@ _STAYING = (Instance.SUSPENDED, Instance.SUSPENDING, *_LOADED)
 
 
 class Unload(NamedTuple):
-    """What a call has asked for: to unload `copies` copies of a tag, all that are older than a generation."""
+    """The request of a call to unload `copies` copies of a tag: all those older than a generation."""
 
     tag: str
     copies: int
@@ -45,7 +45,7 @@ class Unload(NamedTuple):
 def visit(name: str, root: Path | None = None) -> Iterator[Namespace]:
     """Be a guest in a namespace for the length of a `with` block.
 
-    Raises FileNotFoundError when no process of it lives, and what `Namespace.join` raises.
+    Raises FileNotFoundError if none of its processes is alive, and what `Namespace.join` raises.
     """
     namespace = Namespace.join(name, root=root, kind=Member.GUEST, must_exist=True)
     try:
@@ -75,11 +75,11 @@ def unload_model(namespace: Namespace, scheduler: Scheduler, tag: str) -> Unload
 
 
 def _staying(namespace: Namespace, model: int, before: int, states: tuple[int, ...]) -> list[int]:
-    """Return the copies of a model in some states, older than a generation and not told to go, in that order."""
+    """Return a model's copies in these states, in this order: older than a generation, not yet marked for unloading."""
     tables, found = namespace.tables, []
     for row in tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model):
         instance = tables.instances[row]
-        # A seat goes with its copy.
+        # A seat is freed with its copy.
         staying = instance.state in states and not instance.unload_on_release and instance.seat_of is None
         if staying and instance.generation < before:
             state = Instance.ACTIVE if tables.is_in_use(row) else instance.state
@@ -88,7 +88,7 @@ def _staying(namespace: Namespace, model: int, before: int, states: tuple[int, .
 
 
 def _unload(namespace: Namespace, t: Transaction, rows: list[int]) -> int:
-    """Have these copies unloaded; return how many were, before the transaction has become long."""
+    """Have these copies unloaded, until the transaction gets long; return for how many that was done."""
     unloader = _unloader(namespace)
     for count, row in enumerate(rows):
         if t.is_long:
@@ -98,7 +98,7 @@ def _unload(namespace: Namespace, t: Transaction, rows: list[int]) -> int:
 
 
 def _unloader(namespace: Namespace) -> int:
-    """Return the slot of the process that unloads what any process can: this one, or for a guest the leader."""
+    """Return the slot of the process that is to unload handles: this one, or for a guest the leader."""
     tables = namespace.tables
     workers = tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
     for slot in (namespace.slot, tables.header.leader):
@@ -130,7 +130,7 @@ def wait_for_unload(
 
 
 def _left(namespace: Namespace, asked: Unload) -> int:
-    """Return how many of the copies are still there; without the lock."""
+    """Return how many of the copies are still there; takes no lock."""
     tables = namespace.tables
     model = tables.model_row(asked.tag)
     rows = [] if model is None else tables.rows_where(namespace.segment.layout.instances, Instance.MODEL, model)
@@ -141,9 +141,8 @@ def _left(namespace: Namespace, asked: Unload) -> int:
 def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping[str, object]) -> Settings:
     """Change parameters of the namespace for all its processes, and return all of them.
 
-    With fewer `max_model_copies` the copies that are too many are unloaded, idle ones first, those in use when they are
-    given back; those of pinned models stay. Raises InvalidArgumentError, and then nothing has changed;
-    LockTimeoutError, ClosedError.
+    If `max_model_copies` falls, surplus copies are unloaded: idle ones first, those in use when they are given back;
+    pinned models keep theirs. Raises InvalidArgumentError, and then nothing has changed; LockTimeoutError, ClosedError.
     """
     while True:
         with namespace.transaction() as t:
@@ -157,8 +156,8 @@ def change_settings(namespace: Namespace, scheduler: Scheduler, changes: Mapping
 
 
 def _surplus(namespace: Namespace, most: float) -> list[int]:
-    """Return the copies of all models that are more than there may be of each, but of those that are not pinned."""
-    # A pin promises that only `unload` and a reset take its copies.
+    """Return the surplus copies, beyond `most` of one model, of all models that are not pinned."""
+    # A pin promises that only `unload` and a reset unload its copies.
     models = [model for model in namespace.tables.model_rows() if not namespace.tables.models[model].pins]
     before = namespace.tables.header.next_generation
     staying = (_staying(namespace, model, before, _LOADED) for model in models)
@@ -166,7 +165,7 @@ def _surplus(namespace: Namespace, most: float) -> list[int]:
 
 
 def pin_for_all(namespace: Namespace, tag: str) -> None:
-    """Keep the idle copies of a model until `unpin_for_all`; nothing if they are kept so already.
+    """Keep the idle copies of a model until `unpin_for_all`; does nothing if the namespace has pinned it already.
 
     Raises TableFullError, InvalidArgumentError, LockTimeoutError, ClosedError.
     """
@@ -174,7 +173,7 @@ def pin_for_all(namespace: Namespace, tag: str) -> None:
 
 
 def pin_once(namespace: Namespace, tag: str, member: int) -> None:
-    """Pin a model for a member (slot), or for the namespace (-1), unless it is pinned so already.
+    """Pin a model for a member (slot), or for the namespace (-1), unless that one has pinned it already.
 
     Raises TableFullError, InvalidArgumentError, LockTimeoutError, ClosedError.
     """
@@ -183,13 +182,13 @@ def pin_once(namespace: Namespace, tag: str, member: int) -> None:
     with namespace.transaction() as t:
         found = namespace.tables.model_row(tag)
         if found is None or namespace.tables.pin_row(found, member + 1) is None:
-            # Looked for before any model is removed to make room for one whose pin finds none.
+            # First, because `claim` may remove a model to make room, in vain if there is no free row for the pin.
             namespace.tables.free_row(namespace.segment.layout.pins)
             namespace.transitions.pins.pin(t, namespace.transitions.models.claim(t, tag, encoded), member)
 
 
 def unpin_for_all(namespace: Namespace, scheduler: Scheduler, tag: str) -> None:
-    """End the namespace's pin on a model. Raises NotAcquiredError when there is none, LockTimeoutError, ClosedError."""
+    """End the namespace's pin on a model. Raises NotAcquiredError if there is none, LockTimeoutError, ClosedError."""
     with namespace.transaction() as t:
         model = namespace.tables.model_row(tag)
         row = None if model is None else namespace.tables.pin_row(model, 0)

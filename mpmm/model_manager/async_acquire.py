@@ -4,15 +4,15 @@
     ─────────────────────────────────────────────────────────────────────────────────
     an idle instance and no request waits: take it (`AsyncBlock`)
     otherwise                                queue (transactions)
-    the task sleeps                          one thread sleeps on the tickets of 127 tasks (`Watcher`)
+    the task sleeps                          one thread sleeps on the tickets of up to 127 tasks (`Watcher`)
                                              act on the answer (transactions)
     told to load                             run the loader (loads)
     at the end of the block: give it back
 
 Transactions take microseconds, but another process may be stopped while it has the lock. So the loop's thread never
-waits for the lock for longer than `LOOP_TIMEOUT_S`, and leaves what takes longer to a thread. Transactions have threads
-of their own, and so have loads: in a pool that is used for anything else, tasks that wait for a model could take all
-threads, and the task that is about to release it would find none.
+waits for the lock for longer than `LOOP_TIMEOUT_S`, and leaves what takes longer to a thread. Transactions and loads
+have their own threads: in a shared pool, tasks that wait for a model could occupy all threads, and the task that is
+about to release it would find none.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ LOOP_TIMEOUT_S = 0.002
 # Memory limits how many loads the policy allows at a time; this limits the threads.
 LOADS_AT_A_TIME = 64
 TRANSACTIONS_AT_A_TIME = 2
-# How long a watcher's thread stays when it has nothing to watch.
+# How long a watcher's thread stays if it has nothing to watch.
 LINGER_S = 1.0
 
 
 class AsyncAcquire:
-    """One acquire of one task: the way of `acquire.py`, with the waiting done by a watcher.
+    """One acquire of one task: the steps of `acquire.py`, with a watcher that waits.
 
-    As long as this object is there, it answers for what its operation has in hand: see `mpmm.model_manager.operations`.
+    While this object exists, it is responsible for what its operation holds: see `mpmm.model_manager.operations`.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class AsyncAcquire:
         operation.owner = weakref.ref(self)
 
     def abandon(self) -> None:
-        """Leave to the background thread what is in hand, as nothing goes on."""
-        # In this order: a thread that is still at work for this acquire looks the other way round.
+        """Leave what the operation holds to the background thread, because nothing continues it."""
+        # In this order, because a thread that still works for this acquire checks in the opposite one.
         self._is_abandoned = True
         if not self._works_in_thread:
             self._session.abandon(self._operation)
@@ -93,7 +93,7 @@ class AsyncAcquire:
     async def run(self, loader: Callable[[], Any], taken: LoadedInstance | None) -> Any:
         """Return an instance that this process holds now. Raises what `acquire_model` raises.
 
-        taken: the one that its operation holds already, if it does; it may stand for a server that is gone.
+        taken: the instance that its operation holds already, if any; its server may be gone.
         """
         acquisition, session = self._acquisition, self._session
         if acquisition.request.keep_alive:
@@ -119,7 +119,7 @@ class AsyncAcquire:
         await asyncio.shield(asyncio.wrap_future(given_back))
 
     async def make_room(self) -> None:
-        """Do what is done once a use of the model has run out of memory."""
+        """Make room after a use of the model has run out of memory."""
         make_room = functools.partial(self._session.out_of_memory.make_room_after_use, self._acquisition.tag)
         with contextlib.suppress(MpmmError):
             await asyncio.shield(asyncio.wrap_future(self._threads.loads.submit(make_room)))
@@ -140,19 +140,19 @@ class AsyncAcquire:
         def answer(outcome: Outcome) -> None:
             outcomes.append(outcome)
             self._operation.unheard_by = weakref.ref(loop)
-            # No function of this module is called back, because a loop goes on after an exception in a callback, and
+            # No function of this module is called back, because a loop continues after an exception in a callback, and
             # the answer would be lost.
             try:
                 loop.call_soon_threadsafe(answered.set)
             except RuntimeError:
-                # The loop is closed, and no task waits any more.
+                # The loop is closed, so no task waits any more.
                 self.abandon()
 
         copy = await self._in_thread(threads.transactions, functools.partial(self._enter, answer), self._leave)
         if copy is not None:
             return copy
         if outcomes:
-            # It was answered before this task was resumed for having queued.
+            # The answer came before this task heard that it had queued.
             self._operation.unheard_by = weakref.ref(loop)
         while True:
             try:
@@ -172,7 +172,7 @@ class AsyncAcquire:
             found = await self._in_thread(threads.transactions, self._act, self._undo_act, self._leave)
             if found is not None:
                 return found
-            # The process that had answered was killed before that was certain.
+            # The process that answered was killed before its transaction was committed.
             answered.clear()
             threads.watch(acquisition.row, acquisition.deadline, answer)
 
@@ -182,7 +182,7 @@ class AsyncAcquire:
         """Take an idle instance after all, and return it, or queue and have the ticket watched."""
         acquisition, session = self._acquisition, self._session
         try:
-            # Counted as waiting from before it has a ticket until it is watched, which is counted, too.
+            # It counts as waiting before it has a ticket, until it is watched; the watcher counts it, too.
             with session.waiting():
                 copy = acquisition.take_idle(acquisition.left_s()) or acquisition.enqueue()
                 if copy is None:
@@ -204,7 +204,7 @@ class AsyncAcquire:
         return None
 
     def _leave(self, copy: LoadedInstance | None = None) -> None:
-        """Leave the queue; or give back what was taken instead of queueing."""
+        """Leave the queue, or give back what was taken instead of queueing."""
         if copy is not None:
             self._undo_load()
             return
@@ -218,7 +218,7 @@ class AsyncAcquire:
             self._leave(found)
 
     def _undo_load(self, _: Any = None) -> None:
-        """Give back what this acquire holds, and nothing else of the same value, which may be another task's."""
+        """Give back what this acquire holds, and no equal value, which another task may hold."""
         held = self._operation.held
         with contextlib.suppress(MpmmError):
             if held is not None and self._session.held.take_off_hold(held, self._operation):
@@ -231,9 +231,10 @@ class AsyncAcquire:
         undo: Callable[[T], object] = lambda result: None,
         never: Callable[[], object] = lambda: None,
     ) -> T:
-        """Return what a function returns in a thread.
+        """Run a function in a thread, and return its result.
 
-        undo: called with its result if the task is cancelled before it comes. never: called if it was not even begun.
+        undo: called with the result if the task is cancelled before it arrives. never: called if the task is cancelled
+        before the function has begun.
         """
         future = pool.submit(self._unless_abandoned, function)
         future.add_done_callback(functools.partial(self._abandon_if_unheard, asyncio.get_running_loop()))
@@ -244,7 +245,8 @@ class AsyncAcquire:
             if future.cancelled():
                 self._threads.transactions.submit(never)
             else:
-                # Not as a callback itself: where the future is done, the loop's own thread would wait for the lock.
+                # Not as the callback itself: if the future is done, that would run here, in the loop's thread, and
+                # wait for the lock.
                 future.add_done_callback(functools.partial(self._undo_in_thread, undo))
             raise
         finally:
@@ -254,27 +256,27 @@ class AsyncAcquire:
         self._threads.transactions.submit(_undo_result, undo, future)
 
     def _abandon_if_unheard(self, loop: asyncio.AbstractEventLoop, future: Future[Any]) -> None:
-        """Abandon what a thread has got for a task whose loop was closed, or is before it hears of that.
+        """Abandon what a thread got for a task whose loop is closed, or closes before the task hears of it.
 
-        What was cancelled is undone.
+        The result of a cancelled task is undone instead.
         """
         if self._is_cancelled:
             return
-        # First, because the loop may be closed at any time until it has resumed the task.
+        # First, because the loop may be closed at any time before it resumes the task.
         self._operation.unheard_by = weakref.ref(loop)
         if loop.is_closed():
             self.abandon()
 
     def _unless_abandoned(self, function: Callable[[], T]) -> T:
-        """Return what a function returns; once this acquire is abandoned, what it has got meanwhile is, too."""
+        """Return what a function returns; if this acquire is abandoned meanwhile, so is what the function got."""
         self._works_in_thread = True
         try:
             if self._is_abandoned:
                 raise asyncio.CancelledError
             return function()
         except StopIteration as error:
-            # Of a loader's `next()`. No future of asyncio carries it, so the task would wait for ever; and a coroutine
-            # that raises it raises a RuntimeError.
+            # From a loader's `next()`. asyncio's futures cannot carry it, so the task would wait for ever; and in a
+            # coroutine it becomes a RuntimeError anyway.
             raise RuntimeError(f"the loader of {self._acquisition.called} raised StopIteration") from error
         finally:
             self._works_in_thread = False
@@ -291,7 +293,7 @@ class _Threads:
     """The threads of one session."""
 
     def __init__(self, session: Session) -> None:
-        # The session keeps none of this alive, and this must not keep the session alive.
+        # The session does not keep this alive, and this must not keep the session alive.
         self._session = weakref.ref(session)
         self._mutex = new_lock()
         self._watchers: list[Watcher] = []
@@ -310,19 +312,19 @@ class _Threads:
             self._watchers[-1].watch(session, row, deadline, answer)
 
     def forget(self, row: int) -> None:
-        """Have a ticket watched no more."""
+        """Stop watching a ticket."""
         with self._mutex:
             for watcher in self._watchers:
                 watcher.forget(row)
 
 
 _threads: weakref.WeakKeyDictionary[Session, _Threads] = weakref.WeakKeyDictionary()
-# An RLock, because a signal handler may come by while its own thread has it.
+# An RLock, because a signal handler may need it while its own thread has it.
 _threads_guard = new_rlock()
 
 
 def _renew_guard_after_fork() -> None:
-    """Give the child a lock that no vanished thread of the parent holds; the parent's threads are not the child's."""
+    """Give the child a lock that no vanished thread of the parent holds, and forget the parent's threads."""
     global _threads_guard
     _threads_guard = new_rlock()
     _threads.clear()
@@ -341,7 +343,7 @@ def _threads_of(session: Session) -> _Threads:
 
 @dataclass(frozen=True)
 class _Watched:
-    """A ticket whose state is looked at when its signal changes. counted: tells the session that a task waits."""
+    """A ticket whose state is checked when its signal changes. counted: tells the session that a task waits."""
 
     session: Session
     row: int
@@ -359,23 +361,23 @@ class Watcher:
         self._mutex = new_lock()
         self._watched: dict[int, _Watched] = {}
         self._thread: threading.Thread | None = None
-        # A futex word of this process alone: the set of tickets has changed.
+        # A futex word of this process alone, which changes with the set of tickets.
         self._bell = ctypes.c_uint64(0)
 
     def watch(self, session: Session, row: int, deadline: float, answer: Callable[[Outcome], None]) -> bool:
-        """Call `answer`, in the thread, with the ticket's state once it has one; with None at the deadline, with an
-        exception when the session leaves the namespace. Return False if there is no room."""
+        """Call `answer`, in the thread, with the ticket's state once it is answered, with None at the deadline, or
+        with an exception when the session leaves the namespace. Return False if there is no room."""
         with self._mutex:
             if len(self._watched) >= WAITED_FOR_AT_MOST - 1:
                 return False
             if self._thread is None or not self._thread.is_alive():
-                # It waits for the mutex. Where there is no thread to be had, nothing has been noted yet.
+                # It waits for the mutex. If it cannot be started, nothing has been recorded yet.
                 thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
                 thread.start()
                 self._thread = thread
             stale = self._watched.pop(row, None)
             if stale is not None:
-                # Of an acquire that was abandoned, whose ticket's row has become another one's.
+                # It belongs to an abandoned acquire, whose ticket's row is used again.
                 stale.counted.__exit__(None, None, None)
             counted = session.waiting(in_block=False)
             counted.__enter__()
@@ -385,7 +387,7 @@ class Watcher:
         return True
 
     def forget(self, row: int) -> None:
-        """Call no `answer` for a ticket, unless that has begun already."""
+        """Stop watching a ticket: its `answer` is not called, unless that has begun already."""
         with self._mutex:
             watched = self._watched.pop(row, None)
             self._ring()
@@ -409,15 +411,15 @@ class Watcher:
             if not answers and not look_again:
                 wait_for_any(seen, timeout_s)
             with self._mutex:
-                # Rung meanwhile: somebody has come, and found this thread still there.
+                # If it was rung meanwhile, a ticket has been added that relies on this thread.
                 if len(seen) == 1 and not answers and self._bell.value == seen[0][1] and not self._watched:
                     self._thread = None
                     return
 
     def _look(self, seen: list[tuple[int, int]]) -> tuple[float, list[tuple[_Watched, Outcome]], list[LookAgain]]:
-        """Take out the tickets that have an answer, and return these; add to `seen` what to wait for, and how long.
+        """Take out the tickets that have an answer, and add to `seen` what to wait for.
 
-        Return as well the tickets whose back-off is over.
+        Return how long to wait, the answers, and the tickets whose back-off is over.
         """
         now = time.monotonic()
         timeout_s = LINGER_S if not self._watched else float("inf")
@@ -443,10 +445,10 @@ def _look_again(again: LookAgain) -> None:
     try:
         again.look()
     except (ClosedError, ValueError):
-        # It counts as waiting, so the segment is mapped, unless the session did not wait for it any longer.
+        # It counts as waiting, so the segment is still mapped, unless the session gave up waiting for it.
         pass
     except Exception:
-        # One ticket's trouble must not end the thread for all others.
+        # Trouble with one ticket must not end the thread for all others.
         with contextlib.suppress(Exception):
             _LOG.exception("mpmm: a look at a waiting task's ticket failed")
 
@@ -455,19 +457,19 @@ def _look_in_s(watched: _Watched) -> float:
     try:
         return watched.again.in_s()
     except ValueError:
-        # Unmapped meanwhile, which the next look at its state finds.
+        # Unmapped meanwhile: the next look at the ticket's state notices.
         return 0.1
 
 
 def _state(watched: _Watched, now: float) -> tuple[Outcome, tuple[int, int] | None]:
-    """Return the outcome of a ticket, or where to wait for it, and what stands there."""
+    """Return the outcome of a ticket, or the address to wait on for it, and the value seen there."""
     session = watched.session
     try:
-        # Read before the state: what changes afterwards ends the sleep at once.
+        # Read before the state, so that any change after that ends the sleep at once.
         seen = watched.signal.seen()
         state = session.namespace.reads.queue.state(watched.row)
     except ValueError:
-        # Unmapped: the session did not wait any longer for this thread.
+        # Unmapped: the session gave up waiting for this thread.
         return ClosedError("the manager was shut down while a task waited for a model"), None
     if state != Ticket.WAITING:
         return state, None

@@ -29,8 +29,8 @@ __all__ = ["AsyncBlock"]
 class AsyncBlock(AbstractAsyncContextManager[Any]):
     """What `ModelManager.model_async` returns.
 
-    Mostly there is an idle instance, and no request waits: it is taken, and given back, in a few microseconds by the
-    loop's own thread. Whatever takes longer is for an `AsyncAcquire`.
+    Usually there is an idle instance, and no request waits: then the loop's own thread takes it, and gives it back, in
+    a few microseconds. An `AsyncAcquire` does what takes longer.
     """
 
     def __init__(self, attachment: Attachment, tag: str, loader: Callable[[], Any], options: AcquireOptions) -> None:
@@ -56,7 +56,7 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
                 "such as trio, use `model` in one of its threads"
             )
         session = self._session = self._attachment.connected_in_time(tag)
-        # As long as this object is there, it answers for what the operation has in hand.
+        # While this object exists, it is responsible for what the operation holds.
         operation = self._operation = session.begin_for(self)
         operation.loop = weakref.ref(loop)
         try:
@@ -65,11 +65,11 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
                 return taken.value
             return await self._long_way(session, operation).run(self._loader, taken)
         except asyncio.CancelledError:
-            # A task that is cancelled gives back by itself what it has in hand.
+            # A cancelled task gives back by itself what it holds.
             raise
         except BaseException as error:
-            # Now, because the traceback may keep this object for as long as somebody keeps the exception; the task
-            # itself keeps a KeyboardInterrupt.
+            # Now, because the traceback keeps this object alive as long as the exception is kept; the task itself keeps
+            # a KeyboardInterrupt.
             self._abandon(session, operation)
             if isinstance(error, ValueError):
                 expect_mapped(session, error)
@@ -103,11 +103,11 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
 
     async def _leave(self, session: Session, operation: Operation, error: BaseException | None) -> None:
         held = operation.held
-        # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
+        # A child that was forked inside the block leaves it here, too, but its parent holds the instance.
         if held is None or session.namespace.is_inherited:
             return
         if not session.namespace.is_usable:
-            # The session gave it back when it left. An exception on its way out is not to be hidden.
+            # The session gave it back when it left. An exception that leaves the block must not be hidden.
             if error is None:
                 self._attachment.connected()
             return
@@ -118,7 +118,7 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
             await self._give_back(session, operation, held)
 
     async def _give_back(self, session: Session, operation: Operation, held: Held) -> None:
-        # An instance that runs alone is measured at its release, which may take the source of memory figures a while.
+        # An instance that runs alone is measured at its release, and the memory source may take a while for that.
         if not session.namespace.reads.devices.anything_runs_alone():
             with suppress(LockTimeoutError):
                 give_back_hold(session, operation, held, self._tag, LOOP_TIMEOUT_S)

@@ -1,7 +1,7 @@
 """How a manager is attached to its namespace: joining at the first use, sharing, leaving, starting over after a fork.
 
-All managers of one process on one namespace share one session, a `Session`; the first of them makes it, and with the
-last one that shuts down, or at the end of the process, it leaves.
+All managers of one process on one namespace share one `Session`. The first of them makes it; it leaves the namespace
+when the last of them shuts down, or at the end of the process.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ _LOG = printable_logger("mpmm")
 _Key = tuple[Path, str]
 Method = TypeVar("Method", bound=Callable[..., Any])
 _sessions: dict[_Key, Session] = {}
-# An RLock, because a finalizer or signal handler may come by while its own thread has it.
+# An RLock, because a finalizer or signal handler may need it while its own thread has it.
 _guard = new_rlock()
-# What a join has made so far, for the case that an exception from a signal handler ends it: only this knows of it.
+# What a join has made so far: if an exception from a signal handler ends it, nothing else refers to that.
 _joining: dict[_Key, list[Namespace | Session]] = {}
-# Sessions that are shut down, until that has come to its end: an exception may end it before.
+# Sessions that are being shut down. An exception may interrupt a shutdown; it is then completed later.
 _leaving: dict[Session, _Key] = {}
 _leaves_at_exit: set[_Key] = set()
-# Threads that shut forgotten managers down; the last few, because the end of the process has to wait for them.
+# The last threads that shut forgotten managers down; the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
 
 
 @dataclass(frozen=True)
 class JoinsWith:
-    """What a manager was told about its namespace; most of it counts only if this process creates the namespace."""
+    """A manager's arguments about its namespace; most of them count only if this process creates the namespace."""
 
     monitor: GPUMonitor | MonitorProtocol | None
     memory_source: str | MemorySource
@@ -120,19 +120,19 @@ def root_and_name(namespace: str | None, runtime_root: str | os.PathLike[str] | 
         name, given_root = given
         return given_root, name
     name = f"private-{os.getpid()}-{secrets.token_hex(4)}" if namespace is None else namespace
-    # It checks the name, which is all that is wanted of it here.
+    # Made only because it checks the name.
     checked = RuntimeDirectory(name, root)
     return checked.root, checked.name
 
 
 class Attachment:
-    """One manager's tie to its namespace. What still needs the manager's session keeps this alive.
+    """One manager's tie to its namespace. Objects that still need the manager's session keep this alive.
 
-    settings: what the manager was made with, of which `wait_timeout_seconds` is its own. session: None before the first
-    use and after the last; `connected` makes sure that there is one.
+    settings: what the manager was made with; only `wait_timeout_seconds` is its own. session: None before the first use
+    and after the last; `connected` makes sure that there is one.
     """
 
-    # For a finalizer that comes before the end of the constructor.
+    # For a finalizer that runs before the end of the constructor.
     session: Session | None = None
     closed = False
 
@@ -143,20 +143,20 @@ class Attachment:
         self.settings = settings
         self.joins_with = joins_with
         self.bookings = ThreadBookings()
-        # Looked at by every acquire; most programs book nothing by hand.
+        # Every acquire reads this; most programs book nothing by hand.
         self.bookings_made = False
 
     def connected(self, timeout_s: float | None = None) -> Session:
         """Return this process's session, joining the namespace first if need be: at the first use, or after a fork.
 
-        timeout_s: to join raises LockTimeoutError after this time if others have the locks; None for as long as that
-            may take at most, which is for callers that name no limit.
+        timeout_s: joining raises LockTimeoutError after this time if others have the locks; None, for callers that name
+            no limit, stands for `LIFECYCLE_TIMEOUT_S`.
 
         Raises ClosedError, and what `Namespace.join` raises.
         """
         session = self.session
         is_open = session is not None and not self.closed and session.namespace.is_usable
-        # First `is_guest`, because `is_left_behind` is a call, which every acquire and release would pay for.
+        # First `is_guest`: `is_left_behind` is a call, which every acquire and release would pay for.
         if session is not None and is_open and (not session.is_guest or not session.is_left_behind):
             return session
         try:
@@ -164,13 +164,13 @@ class Attachment:
         except ClosedError:
             stand_still_in_daemon()
             raise
-        # Settings that were changed at run time are not what the creator chose.
+        # Settings that were changed at run time are no longer those that the creator chose.
         if not session.namespace.tables.header.settings_changed:
             self._report_differences(session.namespace.settings)
         return session
 
     def _joined(self, timeout_s: float | None) -> Session:
-        """Do `connected` for a manager that has no session, or none of use."""
+        """See `connected`; for a manager that has no session, or none that it can use."""
         if self.closed:
             raise ClosedError("the model manager was shut down")
         with _guard:
@@ -201,13 +201,13 @@ class Attachment:
         return session
 
     def connected_in_time(self, tag: str) -> Session:
-        """Do `connected` for a request: AcquireTimeoutError if that takes all of the time that it may wait."""
+        """Call `connected` for a request; raise AcquireTimeoutError if that takes all the time that it may wait."""
         try:
             return self.connected(self.settings.wait_timeout_seconds)
         except LockTimeoutError as error:
             if error.timeout_seconds >= self.settings.lock_timeout_seconds:
                 raise
-            # The error names the time that the last of several waits had left.
+            # The error itself would name only the time that was left for the last of several waits.
             raise timed_out(tag, self.settings.wait_timeout_seconds, "lock") from error
 
     def acquisition(
@@ -244,9 +244,9 @@ class Attachment:
         return {**values, "namespace": self.name, "runtime_root": str(self.root)}
 
     def _follow_user(self) -> None:
-        """Take the new user's default root, where the old one's was meant and this process has changed its user.
+        """Use the new user's default root if this process has changed its user, and the old root was a default.
 
-        Servers for the web do, in the workers that they fork: gunicorn's `--user` with `--preload`, say.
+        Web servers change it in the workers that they fork: gunicorn's `--user` with `--preload`, say.
         """
         uid = os.getuid()
         if uid != self._made_by_uid:
@@ -257,10 +257,10 @@ class Attachment:
     # ---- joining -------------------------------------------------------------------------------------------
 
     def _join(self, made: list[Namespace | Session], timeout_s: float) -> Session:
-        """Return a new session. made: what there is to be closed if this is interrupted.
+        """Return a new session. made: receives what has to be closed if this is interrupted.
 
-        Raises ClosedError from finalizers that run as the interpreter ends: nothing would leave the namespace again;
-        ProcessLimitError; what `Namespace.join` raises.
+        Raises ClosedError in finalizers that run as the interpreter ends, because nothing would leave the namespace
+        again; ProcessLimitError; what `Namespace.join` raises.
         """
         if sys.is_finalizing() or is_last_to_run():
             raise ClosedError(f"the interpreter is ending, and this process has left namespace {self.name!r}")
@@ -298,8 +298,8 @@ class Attachment:
         return session
 
     def _clear_away(self, key: _Key) -> None:
-        """Remove what a join has made that has failed, unless somebody else is in the namespace."""
-        # What there is no file for, or no thread, either, is left to whoever joins next, or to `mpmm prune`.
+        """Remove what a failed join has made, unless another process is in the namespace."""
+        # If there is no file descriptor or thread for it, the next process that joins, or `mpmm prune`, does it.
         with suppress(OSError, MpmmError, RuntimeError):
             _end_interrupted_join(key)
             remove_deserted(self.root, self.name)
@@ -315,14 +315,14 @@ class Attachment:
     # ---- leaving -------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
-        """Do `ModelManager.shutdown`."""
+        """See `ModelManager.shutdown`."""
         self.closed = True
         session = self.session
         if session is None or session.namespace.is_inherited or session.is_closed:
             self.session = None
             return
         if session.is_busy_here():
-            # The session cannot leave under the feet of a call that its own thread is in the middle of.
+            # The session cannot leave while this thread is in the middle of another call.
             _shut_down_in_thread(self.shutdown)
             return
         with _guard:
@@ -344,7 +344,7 @@ class Attachment:
             MonitorSource(monitor).stop()
 
     def __del__(self) -> None:
-        # Beam's promise. In a thread, because the collector can come by while this one holds a lock that is needed,
+        # Beam promises this. In a thread, because the collector can run while this one holds a lock that is needed,
         # or is in the middle of a shutdown. At exit `run_at_exit` has left by now, and threads no longer start.
         session = self.session
         if session is None or session.closing or not session.namespace.is_usable or sys.is_finalizing():
@@ -352,7 +352,7 @@ class Attachment:
         _shut_down_in_thread(self._forgotten)
 
     def _forgotten(self) -> None:
-        """Shut down, unless this process holds instances: those are in use still, and go with the process.
+        """Shut down, unless this process holds instances: those are still in use, and are kept until the process ends.
 
         Another manager of the namespace can give them back; when that one shuts down, this process leaves.
         """
@@ -366,10 +366,10 @@ class Attachment:
 
 
 def closed_by_shutdown(method: Method) -> Method:
-    """Have a method raise ClosedError when another thread shuts the manager down under it.
+    """Make a method raise ClosedError if another thread shuts the manager down meanwhile.
 
-    For methods of classes that have an `_attachment`. A method also reads the segment without the lock, and finds it
-    unmapped then; see `expect_mapped`. The detour costs 0.1 µs, so what is called often goes without.
+    For methods of classes that have an `_attachment`. Methods also read the segment without the lock, and may find it
+    unmapped; see `expect_mapped`. The wrapper costs 0.1 µs, so methods that are called often do without.
     """
 
     @functools.wraps(method)
@@ -387,9 +387,9 @@ def closed_by_shutdown(method: Method) -> Method:
 
 
 def _is_ours(monitor: object) -> TypeGuard[GPUMonitor]:
-    """Tell whether a monitor is `GPUMonitor` as it is, whose sources can be asked for more than Beam's methods say.
+    """Tell whether a monitor is an unchanged `GPUMonitor`, whose source offers more than Beam's methods.
 
-    One that is derived from it, or made to look like it, with methods of its own is a monitor of the caller's.
+    A subclass or an instance that replaces one of these methods is a monitor of the caller's own.
     """
     kind = type(monitor)
     return issubclass(kind, GPUMonitor) and all(
@@ -413,7 +413,7 @@ def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
             fallback_memory_mb=settings.fallback_memory_mb,
             budget_mb=None if math.isinf(settings.memory_budget_mb) else settings.memory_budget_mb,
             logger=_LOG,
-            # Once for a namespace: its creator has the first slot, and once there is a leader that has chosen.
+            # Once per namespace: its creator has the first slot, and the first leader sets the name.
             warn=namespace.slot == 0 and not namespace.tables.string(Header.SOURCE_NAME),
         )
         if told.devices is not None:
@@ -429,7 +429,7 @@ def _shut_down_in_thread(target: Callable[[], None]) -> None:
 
 
 def _end_interrupted_join(key: _Key) -> None:
-    """Leave what a join by this process has come to that an exception has ended. Hold `_guard`."""
+    """Leave or close what an interrupted join of this process has made. Needs `_guard`."""
     session = _sessions.get(key)
     for one in reversed(_joining.get(key, ())):
         if isinstance(one, Namespace):
@@ -441,7 +441,7 @@ def _end_interrupted_join(key: _Key) -> None:
 
 
 def _end_interrupted_shutdowns(key: _Key) -> None:
-    """Leave what a shutdown has not left, because an exception has ended it. Nothing happens to one that goes on."""
+    """Complete shutdowns that an exception has interrupted. Those that are still running are not disturbed."""
     for session in [one for one, left in list(_leaving.items()) if left == key]:
         if session.namespace.is_usable:
             session.close()
@@ -464,9 +464,9 @@ def _close_at_exit(root: Path, name: str) -> None:
             _leaving[session] = key
     try:
         _end_interrupted_shutdowns(key)
-    # All of them: one that is no Exception would keep the hooks of other namespaces and of servers from running.
+    # Not only Exception, because any other would also keep the hooks of other namespaces and of servers from running.
     except BaseException:
-        _LOG.exception("mpmm %s: pid %d had an exception as it left at its end, of an unload, say", name, os.getpid())
+        _LOG.exception("mpmm %s: pid %d raised an exception as it left at exit, in an unload, say", name, os.getpid())
 
 
 def _forget_sessions_after_fork() -> None:

@@ -1,12 +1,12 @@
 """The background thread: one in every process that is attached to a namespace.
 
-It sleeps on the process's doorbell, and does what nobody waits for:
+It sleeps on the process's doorbell, and does the work for which no caller waits:
 
 - changes that could not be made at once because the lock was taken (`DeferredChanges`);
-- taking back what calls had in hand that an exception has ended (`Reconciler`);
+- giving back what calls held that an exception has ended (`Reconciler`);
 - unloads that this process has been told to do, as the owner or for a waiter; in threads of their own, because an
   unload may hang (`Unloads`);
-- what the elected leader does for everybody, if this is the leader (`Leader`).
+- the elected leader's work for all processes, if this is the leader (`Leader`).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from mpmm.text.printable import printable_logger
 __all__ = ["REPEAT_S", "BackgroundThread", "Jobs"]
 
 _LOG = printable_logger("mpmm")
-# While calls are in progress and awake, what an exception may have left of them is looked for so often; a transaction
-# that was left takes two looks.
+# While calls are in progress and awake, how often the thread looks for calls that an exception has ended; it takes two
+# looks to find an abandoned transaction.
 RECONCILE_S = 0.3
 # Between two attempts to wake a thread that may just be about to sleep.
 REPEAT_S = 0.01
 
 
 class Jobs:
-    """What there is to do in one process. A job returns at once if it has nothing to do.
+    """The jobs of one process. A job returns at once if it has nothing to do.
 
     reconcile_due: when to look for calls that an exception has ended, while there are calls to watch.
     """
@@ -56,7 +56,7 @@ class Jobs:
         leader: Leader,
         operations: set[Operation],
     ) -> None:
-        """operations: the calls in progress that have something in hand."""
+        """operations: the calls in progress that may hold something."""
         self._namespace = namespace
         self._deferred = deferred
         self._reconciler = reconciler
@@ -64,13 +64,13 @@ class Jobs:
         self._unloads = unloads
         self._operations = operations
         self.reconcile_due = 0.0
-        # How often a thread had gone to sleep in the compiled core at the last look for ended calls.
+        # How often threads had gone to sleep in the compiled core at the last look for ended calls.
         self._sleeps_seen = 0
         self._answered: int | None = None
         self.leader = leader
 
     def do_what_came_up(self, rung: int) -> None:
-        """Do what others have left to this thread, or rung for; after each time that it was woken.
+        """Do what others have left to this thread, or rung for; called whenever it wakes up.
 
         rung: see `Doorbell.rung`.
         """
@@ -83,7 +83,7 @@ class Jobs:
         """Do what is done at intervals."""
         self.leader.look_after_files()
         self._free_taken_tickets()
-        # Whoever was to ring may be stopped, an unload may have failed, and a thread may not have been there to be had.
+        # The process that was to ring may be stopped, an unload may have failed, or a thread may have failed to start.
         self._unloads.unload_in_thread()
         self.leader.say_what_it_measures()
         self.leader.elect()
@@ -92,12 +92,12 @@ class Jobs:
 
     @property
     def has_deferred(self) -> bool:
-        """Tell whether there are changes that were left to this thread."""
+        """Tell whether changes have been left to this thread."""
         return bool(self._deferred)
 
     @property
     def unrest(self) -> tuple[set[Operation], Sized]:
-        """Return what ends a long sleep: the calls in progress, and the changes that were left to this thread."""
+        """Return what ends a long sleep: the calls in progress, and the changes that are left to this thread."""
         return self._operations, self._deferred.changes
 
     @property
@@ -108,9 +108,9 @@ class Jobs:
     def is_woken_by_calls(self, bell: int) -> bool:
         """Have the calls in progress ring the bell (word), if all have slept in the compiled core since the last look.
 
-        False if they have not. If they have, the first that leaves its sleep wakes this thread before it runs Python
-        again, and no exception can end it before that. So it need not be looked for: of 32 processes that only wait,
-        the looks took 3 % of a processor.
+        Return False if they have not. If they have, the first call that leaves its sleep wakes this thread before it
+        runs Python again, and no exception can end it before that. So there is no need to look for ended calls, which
+        took 3 % of a processor for 32 processes that only wait.
         """
         core = self._namespace.lock.core
         if core is None or self._unloads.may_be_left or self._namespace.lock.may_be_abandoned:
@@ -126,7 +126,7 @@ class Jobs:
             self.reconcile_due = time.monotonic() + RECONCILE_S
 
     def _unload(self, rung: int) -> None:
-        """Unload what this process has been told to; only after a ring, as a look at the rows takes 0.1 ms."""
+        """Unload what this process has been told to; only after a ring, because reading the rows takes 0.1 ms."""
         if rung != self._answered:
             self._unloads.unload_in_thread()
             self._answered = rung
@@ -138,7 +138,7 @@ class Jobs:
 
 
 class BackgroundThread:
-    """The thread. One a session.
+    """The thread, one for each session.
 
     dozing: it sleeps for longer than `RECONCILE_S`, because no call was in progress, or all slept: a call or a
     transaction that begins wakes it.
@@ -155,8 +155,8 @@ class BackgroundThread:
         self.dozing = False
 
     def start(self) -> None:
-        """Lead if nobody does, so that devices are known before anybody asks; then go on in the background."""
-        # Where the lock is not to be had in time, the thread goes on with it.
+        """Lead if no process does, so that devices are known before the first request; then start the thread."""
+        # If the lock is not free in time, the thread tries again.
         with contextlib.suppress(LockTimeoutError):
             self._leader.lead_if_free(FIRST_SAMPLE_WAIT_S)
         name = f"mpmm-background-{self._namespace.name}"
@@ -166,12 +166,12 @@ class BackgroundThread:
     def stop(self) -> None:
         """End the thread and give up the leadership, without the lock, whose holder may be stopped.
 
-        Not to be called by the thread itself.
+        Not for the thread itself to call.
         """
         self._stopping.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             while self._thread.is_alive():
-                # Again and again, because a thread that has looked at `_stopping` and does not sleep yet misses it.
+                # Repeated, because a thread that has read `_stopping` but does not sleep yet misses one wake-up.
                 self.wake()
                 self._thread.join(REPEAT_S)
         self._leader.close()
@@ -197,7 +197,7 @@ class BackgroundThread:
                 self._report_trouble()
 
     def _round(self, due: float) -> float:
-        """Do what there is to do, then sleep until somebody rings, or for some time.
+        """Do what there is to do, then sleep until the bell rings, or for some time.
 
         due: when to look around. Return when to do so next.
         """
@@ -207,17 +207,17 @@ class BackgroundThread:
             self._jobs.look_around()
             due = time.monotonic() + self._leader.interval()
         self._leader.learn_from_late_sample()
-        # What was left to this thread during these jobs wakes it no more.
+        # A change that was left to this thread during these jobs would not wake it.
         if not self._jobs.has_deferred:
             if self._sleep(rung, due):
                 return 0.0
-            # If we were woken, this process may have become a deputy, or be offered the lead.
+            # If the thread was woken, this process may have become a deputy, or may have been offered the lead.
             due = min(due, time.monotonic() + self._leader.interval())
         return due
 
     def _sleep(self, rung: int, due: float) -> bool:
         """Sleep; return whether to look around at once."""
-        # Set first: a call or a transaction that begins after the look at those in progress wakes us.
+        # Set first, so that a call or a transaction that begins after the look at those in progress wakes this thread.
         self._set_dozing(True)
         until = due
         if self._jobs.has_calls_to_watch and not self._jobs.is_woken_by_calls(self._doorbell.word):
@@ -232,18 +232,18 @@ class BackgroundThread:
         self._namespace.lock.wake_watcher = self.wake if dozing else None
 
     def _report_crowd(self, error: LockTimeoutError) -> None:
-        """Say that the lock was not to be had, which is no fault of this thread: it tries again at once."""
+        """Log that the lock was not free in time, which is no error of this thread: it tries again at once."""
         text = "mpmm %s: the background thread of pid %d tries again: %s"
         self._report(partial(_LOG.warning, text, self._namespace.name, self._namespace.pid, error))
 
     def _report_trouble(self) -> None:
-        text = "mpmm %s: the background thread of pid %d goes on after an error"
+        text = "mpmm %s: the background thread of pid %d continues after an error"
         self._report(partial(_LOG.exception, text, self._namespace.name, self._namespace.pid))
         self._stopping.wait(LONGEST_TICK_S)
 
     def _report(self, log: Callable[[], object]) -> None:
-        """Log an error, but not twice a second."""
-        # Whatever went wrong must not end the thread, nor must a program's own log handler that raises.
+        """Log an error, unless the last round failed, too."""
+        # No error may end the thread, not even one that a program's own log handler raises.
         with contextlib.suppress(Exception):
             if not self._failing:
                 log()

@@ -1,8 +1,8 @@
 """The names under which Beam's manager keeps its state, as views of the shared state.
 
 Beam's own tests, those of other projects, and scripts that people wrote to look into a stuck worker use these. They are
-for looking, but for two things: an entry of `_idle_lru` may be set again to change since when a copy counts as idle,
-and a parameter may be set again, for all processes where it is one of the namespace.
+read-only, except that setting an entry of `_idle_lru` changes since when a copy counts as idle, and that a parameter
+may be set, for all processes if it belongs to the namespace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BeamNames", "Condition", "CopiesByTag"]
 
-# How often `Condition.wait` looks whether another process has changed something.
+# How often `Condition.wait` checks whether another process has changed something.
 LOOK_S = 0.01
 
 
@@ -41,7 +41,7 @@ class _Parameter:
         if manager is None:
             return self
         namespace = manager._connected().namespace
-        # Inside a transaction, because that is where a process notices that they have changed.
+        # Inside a transaction, because a process notices there that settings have changed.
         with namespace.transaction():
             return getattr(namespace.settings, self._name)
 
@@ -50,21 +50,21 @@ class _Parameter:
 
 
 class Condition(threading.Condition):
-    """What Beam's tests hold while they look at a manager, and wait on for a change.
+    """The condition that Beam's tests hold while they look at a manager, and on which they wait for a change.
 
-    It is this process's alone: code of others never runs under the segment's lock. So what a thread looks at while it
-    holds it may change, but the thread may call every method of the manager, as in Beam.
+    It belongs to this process alone: callers' code never runs under the segment's lock. So the state may change while a
+    thread holds this, but the thread may call every method of the manager, as in Beam.
     """
 
     def __init__(self, lock: TransactionLock) -> None:
         super().__init__()
         self.segment_lock = lock
-        # Beam's tests ask it whether anybody has left a lock held; ours would be the segment's.
+        # Beam's tests ask it whether a lock was left held; for us that is the segment's lock.
         owned: Callable[[], bool] = vars(self)["_is_owned"]
         vars(self)["_is_owned"] = lambda: owned() or lock.held_by_this_thread()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until any process has changed anything, or somebody in this one has notified; False at the time-out."""
+        """Wait until any process changes anything, or a thread of this one notifies; False if it times out."""
         before = self.segment_lock.changes
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
@@ -88,8 +88,8 @@ class BeamNames:
     def supersede(self, old: str, new: str) -> None:
         """Have idle copies of `old` evicted before all others, because `new` has taken its place.
 
-        Requests for `old` are served as before. It counts like every other model again once it takes the place of one.
-        Raises InvalidArgumentError, ClosedError, LockTimeoutError.
+        Requests for `old` are served as before. It counts like other models again once it takes the place of one, in a
+        later call. Raises InvalidArgumentError, ClosedError, LockTimeoutError.
         """
         encode_text(new, Model.TAG_BYTES, "model tag")
         encode_text(old, Model.TAG_BYTES, "model tag")
@@ -103,10 +103,10 @@ class BeamNames:
     def set_request_defaults(
         self, tag: str, *, users: int | None = None, expect_mb: float | None = None, priority: int = 0
     ) -> None:
-        """Set what these options of `acquire_model` are for a model where a request of this process does not say them.
+        """Set defaults of these options of `acquire_model` for this process's requests for a model.
 
-        That is for callers whose requests are made by others: by Beam, say. None, and a priority of 0, set nothing.
-        Another call for the model takes the place of this one. Raises InvalidArgumentError, ClosedError.
+        For programs whose requests are made by others: by Beam, say. None, and a priority of 0, set nothing. Another
+        call for the model replaces all of these defaults. Raises InvalidArgumentError, ClosedError.
         """
         encode_text(tag, Model.TAG_BYTES, "model tag")
         session = self._connected()
@@ -160,7 +160,7 @@ class BeamNames:
         self._attachment.settings = replace(self._attachment.settings, wait_timeout_seconds=seconds)
 
     def _demand(self, tag: str) -> int:
-        """Return how many copies are in use, being loaded or waited for; read without the lock, so about as many."""
+        """Return how many copies are in use, being loaded or waited for; read without the lock, so approximate."""
         namespace = self._connected().namespace
         row = namespace.tables.model_row(tag)
         if row is None:
@@ -219,7 +219,7 @@ class CopiesByTag(dict[str, list[Any]]):
 
 
 class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
-    """Idle copies, the one that has been idle longest first: row -> (tag, instance, `time.time()` of its release)."""
+    """Idle copies, longest idle first: row -> (tag, instance, `time.time()` of its release)."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -249,7 +249,7 @@ class _IdleCopies(MutableMapping[int, tuple[str, Any, float]]):
         return len(self._rows())
 
     def __setitem__(self, row: int, entry: tuple[str, Any, float]) -> None:
-        """Change since when an idle copy is idle. Raises KeyError when the row is not idle."""
+        """Change since when an idle copy is idle. Raises KeyError if the row is not idle."""
         session = self._session
         since = time.monotonic_ns() - int((time.time() - entry[2]) * 1e9)
         at = session.namespace.tables.instance(row)

@@ -29,7 +29,7 @@ __all__ = ["Block"]
 class Block(AbstractContextManager[Any]):
     """What `ModelManager.model` returns.
 
-    It is a class and no generator: the interpreter runs a generator's `__enter__` in several steps, and if an exception
+    It is a class, not a generator: the interpreter runs a generator's `__enter__` in several steps, and if an exception
     from a signal handler came between them, an acquired instance would be lost.
     """
 
@@ -57,7 +57,7 @@ class Block(AbstractContextManager[Any]):
             raise
         self._operation = operation
         operation.owner = weakref.ref(self)
-        # From here on this object answers for the instance.
+        # From here on this object is responsible for the instance.
         operation.frame = None
         return value
 
@@ -84,11 +84,12 @@ class Block(AbstractContextManager[Any]):
         # A block may be ended by another thread.
         with suppress(ValueError):
             session.thread.blocks.remove(operation)
-        # A child that was forked inside the block comes by here, too, but the instance is held by its parent.
+        # A child that was forked inside the block leaves it here, too, but its parent holds the instance.
         if held is None or session.namespace.is_inherited:
             return
         if not session.namespace.is_usable:
-            # The session gave it back when it left. An exception on its way out, SystemExit say, is not to be hidden.
+            # The session gave it back when it left. An exception that leaves the block, SystemExit say, must not be
+            # hidden.
             if error is None:
                 self._attachment.connected()
             return

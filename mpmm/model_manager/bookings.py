@@ -1,4 +1,4 @@
-"""Loads that a thread has reserved by hand, by Beam's `should_spawn_model` and `try_enter_isolation_mode`."""
+"""Loads that a thread has reserved by hand, with Beam's `should_spawn_model` and `try_enter_isolation_mode`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["ThreadBookings"]
 
 
 class ThreadBookings(threading.local):
-    """What the calling thread has reserved with one manager: its next `acquire_model` of the same tag loads that."""
+    """The loads that the calling thread has reserved with one manager, for its next `acquire_model` of the same tag."""
 
     def __init__(self) -> None:
         self.by_tag: dict[str, Booking] = {}
 
     def take(self, operation: Operation, tag: str) -> Booking | None:
-        """Take the booking for a tag; `operation` answers for it from now on."""
+        """Take the booking for a tag; `operation` is responsible for it from now on."""
         booking = self.by_tag.get(tag)
         if booking is not None:
             operation.booking = booking.row, booking.generation

@@ -1,11 +1,11 @@
-"""Changes that a process makes as soon as the lock is free: what must not be left out, and cannot be made now.
+"""Changes that must be made, but have to wait until the lock is free.
 
 A waiter that gives up leaves the queue, a load that failed frees its row, a lease ends. If the lock is taken for longer
 than a caller can wait, or the caller is a finalizer or signal handler in the middle of a transaction of its own thread,
 the background thread of the process makes the change later.
 
 On a crowded host such changes come in bursts, and one look at the whole queue takes milliseconds under the lock. So
-they are made in one transaction, as many as fit, and the policy decides once at its end.
+the thread makes as many as fit in one transaction, and the policy decides once at its end.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from mpmm.text.printable import printable_logger
 
 __all__ = ["NOW_S", "Change", "DeferredChanges"]
 
-# Returns whether somebody who waits may profit from it.
+# Returns whether a waiting request may benefit from it.
 Change = Callable[[Transaction], bool]
 
 _LOG = printable_logger("mpmm")
-# A caller that gives up waiting does so on time: if the lock is not free within this, the background thread waits.
+# A caller that gives up waiting must not be late: if the lock is not free within this, the background thread waits.
 NOW_S = 0.05
-# The background thread pauses for a quarter of a second after each error. What fails for two seconds will not work
-# later either, and each attempt holds the others up.
+# The background thread pauses for a quarter of a second after each error. A change that fails for two seconds will fail
+# later, too, and each attempt holds up the others.
 ATTEMPTS = 8
 
 
@@ -46,10 +46,10 @@ class DeferredChanges:
     """The changes of one process that wait for the lock, oldest first.
 
     A change may be made twice, if an exception from a signal handler or finalizer comes right after the commit. So it
-    looks whether there is anything left to do. It returns whether somebody who waits may profit, and does not call
-    `Scheduler.advance` itself: that is done here, once for all changes of a transaction.
+    first checks whether anything is left to do. It returns whether a waiting request may benefit, and does not call
+    `Scheduler.advance` itself: this class does, once for all changes of a transaction.
 
-    changes: what is still to be made; the background thread does not sleep for long while there is any.
+    changes: those that are still to be made; the background thread does not sleep for long while there are any.
     """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, wake: Callable[[], object]) -> None:
@@ -58,7 +58,7 @@ class DeferredChanges:
         self._scheduler = scheduler
         self._wake = wake
         self.changes: deque[_Deferred] = deque()
-        # At most so many together the next time, because the one behind them has failed; 0 for all.
+        # How many to make together at most next time, because the one after them has failed; 0 for all.
         self._at_most = 0
 
     def __bool__(self) -> bool:
@@ -66,11 +66,11 @@ class DeferredChanges:
         return bool(self.changes)
 
     def apply_or_defer(self, change: Change) -> bool | None:
-        """Make a change that must not be left out, and return what it returns.
+        """Make a change that must be made, and return what it returns.
 
-        If the lock is not free within `NOW_S`, or this is a finalizer or signal handler, the background thread makes
-        the change as soon as it is, and the result is None: a ticket or a load that nobody in this process knows of any
-        more would stand until the process ends.
+        If the lock is not free within `NOW_S`, or this is a finalizer or signal handler, the result is None, and the
+        background thread makes the change as soon as the lock is free. Otherwise a ticket or a load that this process
+        no longer knows of would stay until the process ends.
         """
         try:
             with self._namespace.transaction(NOW_S) as t:
@@ -94,8 +94,8 @@ class DeferredChanges:
     def run(self) -> None:
         """Make all changes. For the background thread alone.
 
-        Raises LockTimeoutError, and what a change raises; then everything that was not made is still here. A change
-        that has failed comes last the next time, and is dropped, with a line in the log, after `ATTEMPTS`.
+        Raises LockTimeoutError, and what a change raises; then all changes that were not made are still here. A change
+        that has failed comes last next time, and is dropped, with a line in the log, after `ATTEMPTS`.
         """
         while self.changes:
             self._run_some()
@@ -130,7 +130,7 @@ class DeferredChanges:
             changes.popleft()
 
     def _put_last(self) -> bool:
-        """Put the first change, which has failed by itself, behind all others; return False if it is dropped instead.
+        """Put the first change, which has failed when made alone, behind all others; return False if it is dropped.
 
         Called while its error is handled.
         """
@@ -141,7 +141,7 @@ class DeferredChanges:
             return True
         self.changes.popleft()
         _LOG.exception(
-            "mpmm %s: pid %d gives up a change that was to be made later, after %d attempts",
+            "mpmm %s: pid %d gives up a deferred change after %d attempts",
             *(self._namespace.name, self._namespace.pid, ATTEMPTS),
         )
         return False

@@ -8,9 +8,9 @@ __all__ = ["Doorbell"]
 
 
 class Doorbell:
-    """What others change, and wake the sleeper, when they have something for this process to do.
+    """A word that others change, waking the sleeper, when they have something for this process to do.
 
-    That is in a transaction of theirs (`transitions.members.ring`). `ring` only wakes, without the lock.
+    They change it in a transaction (`transitions.members.ring`). `ring` here only wakes, without the lock.
     """
 
     def __init__(self, namespace: Namespace) -> None:
@@ -26,9 +26,9 @@ class Doorbell:
         return self._bell.word
 
     def wait(self, seen: int, timeout_s: float) -> None:
-        """Sleep until somebody rings, or `ring` is called; not at all if `rung` is no longer what was seen."""
+        """Sleep until another process rings, or `ring` is called; not at all if `rung` no longer returns `seen`."""
         self._bell.wait(seen, timeout_s)
 
     def ring(self) -> None:
-        """End the sleep; without the lock, and so without a ring that would be remembered."""
+        """End the sleep; it takes no lock, so the word does not change, and a thread not yet asleep misses this."""
         self._bell.wake()

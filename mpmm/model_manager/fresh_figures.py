@@ -1,7 +1,7 @@
 """Fresh memory figures for the decisions of one process, and what its loads add to the memory in use.
 
-The elected leader samples for everybody at each `poll_interval`. A process asks for a sample of its own where that is
-too seldom: before it queues, after a load or an unload, and around a model that runs alone to be measured.
+The elected leader samples for all processes every `poll_interval`. Where that is not often enough, a process takes a
+sample of its own: before it queues, after a load or an unload, and around a model that runs alone to be measured.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from mpmm.sources import DeviceInfo, MemorySource, process_knowledge
 
 __all__ = ["FreshFigures", "Growth"]
 
-# No decision waits longer for figures that would only make it a better one. NVML takes a millisecond.
+# How long a decision waits for figures that would only improve it. NVML takes a millisecond.
 ENSURE_FRESH_TIMEOUT_S = 0.25
-# Nor does a load or a release wait longer to be measured. nvidia-smi takes 0.3 s, and may have to be run twice: what is
+# How long a load or a release waits to be measured. nvidia-smi takes 0.3 s, and may have to run twice, because a sample
 # in progress has begun too early.
 SAMPLE_TIMEOUT_S = 1.0
-# A sample of this age is as good as a new one for the next process that asks; the second for one that stands behind
-# others, as every load and unload of theirs brings a new one.
+# A sample of this age is as good as a new one for the next process that asks. The second holds for a request that
+# queues behind others, because each of their loads and unloads brings a new sample.
 FRESH_NS = 20_000_000
 FRESH_BEHIND_OTHERS_NS = 200_000_000
 
 
 class FreshFigures:
-    """What one process does to have fresh figures. Its methods take no lock, unless they say so."""
+    """One process's way to fresh figures. Its methods take no lock unless they say so."""
 
     def __init__(self, namespace: Namespace, monitor: GPUMonitor, samples: SharedSamples) -> None:
         self._namespace = namespace
@@ -44,28 +44,28 @@ class FreshFigures:
 
     @property
     def source(self) -> MemorySource:
-        """Where this process would read memory figures, as leader or on the way."""
+        """Where this process would read memory figures, as the leader or for a decision of its own."""
         return self._monitor.source
 
     @property
     def given_source(self) -> MonitorSource | None:
-        """The monitor of the caller's own that stands for the source, if one was given."""
+        """The caller's own monitor that takes the place of the source, if one was given."""
         source = self.source
         return source if isinstance(source, MonitorSource) else None
 
     def sample_source(self, timeout_s: float | None = None) -> bool:
         """Wait for a sample that begins after this call, and for its publication; return whether that has happened.
 
-        timeout_s: the longest wait; None stands for `SAMPLE_TIMEOUT_S`, which no wait exceeds. What the sample in
-            progress has taken already comes off, so that no caller waits for a source that is known to hang.
+        timeout_s: the longest wait; None stands for `SAMPLE_TIMEOUT_S`, which no wait exceeds. The time that the sample
+            in progress has already taken is subtracted, so that no caller waits for a source that is known to hang.
         """
         limit_s = SAMPLE_TIMEOUT_S if timeout_s is None else min(timeout_s, SAMPLE_TIMEOUT_S)
         return self._monitor.refresh(timeout_s=limit_s - self._monitor.sampling_for_s)
 
     def request_sample(self) -> None:
-        """Have a sample taken and published as soon as possible, and do not wait for it.
+        """Have a sample taken and published as soon as possible, without waiting for it.
 
-        One that is asked for and has not begun serves for this call, too.
+        A sample that has been requested and has not begun serves this call, too.
         """
         if not self._namespace.tables.header.source_accounting_only:
             self._monitor.request_refresh()
@@ -79,9 +79,9 @@ class FreshFigures:
         """Make sure that decisions rest on fresh figures, as far as that takes no noticeable time.
 
         Processes that ask at the same moment share one sample; but a monitor of the caller's own is always asked. If
-        the sample does not come within `timeout_s`, or `ENSURE_FRESH_TIMEOUT_S`, the old figures have to do.
+        the sample does not come within `timeout_s`, or `ENSURE_FRESH_TIMEOUT_S`, the old figures are used.
 
-        age_ns: figures of this age are fresh.
+        age_ns: figures up to this age are fresh.
         """
         if self.source.cheap and (self.given_source is not None or not self._are_fresh(age_ns)):
             self.sample(ENSURE_FRESH_TIMEOUT_S if timeout_s is None else min(timeout_s, ENSURE_FRESH_TIMEOUT_S))
@@ -92,9 +92,9 @@ class FreshFigures:
         return all(device.sampled >= max(oldest, device.configured_at) for device in devices)
 
     def sample_after_load(self, row: int) -> bool:
-        """Take a sample after a load if that is quick or knows processes.
+        """Take a sample after a load if the source is quick, or measures single processes.
 
-        Return whether the figures of the copy's devices are from after the load now; a source may fail.
+        Return whether the copy's devices now have figures from after the load; a source may fail.
         """
         if not (self.source.cheap or self.source.measures_processes):
             return False
@@ -109,7 +109,7 @@ class FreshFigures:
             self.sample_source(timeout_s)
 
     def reset_peak(self) -> None:
-        """Let the peak begin anew in a monitor of the caller's own; one that hangs is waited for only for a moment."""
+        """Reset the peak of a monitor of the caller's own; do not wait long for one that hangs."""
         given = self.given_source
         if given is not None:
             self._monitor.call(given.ask_for_reset(), ENSURE_FRESH_TIMEOUT_S - self._monitor.sampling_for_s)
@@ -117,7 +117,7 @@ class FreshFigures:
     def added_mb(self, row: int) -> tuple[float, ...] | None:
         """Return what the copy that runs alone has added to the memory in use, at its peak, on each of its devices.
 
-        None if that is not known, as one of them could not be read before or since the load.
+        None if that is unknown, because one of them could not be read before or since the load.
         """
         tables, given = self._namespace.tables, self.given_source
         seen_mb = 0.0 if given is None else given.peak_mb
@@ -138,7 +138,7 @@ class FreshFigures:
         return Growth(self, self._namespace, may_measure and self._are_fresh())
 
     def measured_shares(self, row: int, server: int) -> tuple[float, ...]:
-        """Return what a server (reference) was measured to take of each of a copy's devices, nothing if it was not.
+        """Return the measured memory of a server (reference) on each of a copy's devices; empty if it has none.
 
         Needs the lock.
         """
@@ -150,7 +150,7 @@ class FreshFigures:
         return tables.server_shares_mb(server - 1, len(tables.instances[row].devices))
 
     def own_mb(self) -> float:
-        """Return the device memory of this process in the last sample, 0 where it was not seen to have any."""
+        """Return the device memory of this process in the last sample, 0 if the sample showed none."""
         mb = self._namespace.tables.members[self._namespace.slot].measured_mb
         return 0.0 if math.isnan(mb) else mb
 
@@ -164,10 +164,10 @@ class FreshFigures:
 
 
 class Growth:
-    """What a load adds to the device memory of this process, if nothing else of it can have changed that meanwhile."""
+    """What a load adds to this process's device memory, if nothing else in the process can change it meanwhile."""
 
     def __init__(self, figures: FreshFigures, namespace: Namespace, measures: bool) -> None:
-        """Begin; measures: the last sample is fresh, and its source knows processes, or may yet show that it does."""
+        """Begin. measures: the last sample is fresh, and its source measures processes, or may turn out to."""
         self._figures = figures
         self._namespace = namespace
         self._measures = measures
@@ -177,7 +177,7 @@ class Growth:
     def mb(self) -> float:
         """Return how much more it is in the last sample, 0 if that is not known.
 
-        A source that shows this process now, and did not before, has shown that it had nothing then.
+        If the source shows this process only now, the process had no device memory before.
         """
         knows = self._namespace.tables.header.source_measures_processes
         if not self._measures or not knows or self._state() != self._before:
@@ -187,7 +187,7 @@ class Growth:
     def _state(self) -> list[tuple[int, int]]:
         """Return the copies that this process loads, owns or unloads, by row and generation.
 
-        Without the lock, for which a load shall not wait: that these rows come and go is this process's own doing.
+        Takes no lock, because a load should not wait for it, and only this process makes and frees these rows.
         """
         namespace = self._namespace
         tables, layout = namespace.tables, namespace.segment.layout

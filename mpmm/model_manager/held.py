@@ -1,8 +1,8 @@
 """Which instances this process and its threads hold.
 
-The members table knows the process as one member, and an instance row names its holder. Which thread holds what, only
-the process itself knows: here. An acquire and a release pass through `HeldInstances`, by the compiled core where that
-will do (see `shared_state/core.py`).
+In the shared tables the process is one member, and an instance row names the member that holds it. Only the process
+itself knows which of its threads holds what: that is recorded here. An acquire and a release pass through
+`HeldInstances`, in the compiled core where it suffices (see `shared_state/core.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["HeldInstances"]
 class HeldInstances:
     """The instances that this process holds. All of its threads share it.
 
-    holds: what the process holds, by row and generation. Without a mutex: each change is one step of the interpreter,
+    holds: what the process holds, by row and generation. It needs no mutex: each change is one step of the interpreter,
     which neither threads nor finalizers can split.
     """
 
@@ -35,7 +35,7 @@ class HeldInstances:
         self._namespace = namespace
         self._scheduler = scheduler
         self._tenures = tenures
-        # What the warm path would look up again and again.
+        # Kept here, because the warm path would look these up again and again.
         self._lock = namespace.lock
         self._reference = namespace.reference
         self._rows_of_tags = namespace.tables.rows_of_tags
@@ -44,12 +44,12 @@ class HeldInstances:
         self._owned = owned
         self._objects = owned.in_rows
         self._rows_of_model = owned.rows_of_model
-        # Handles that this process has held, by row; the generation tells whether one still stands there.
+        # Handles that this process has held, by row; the generation tells whether the row still holds that copy.
         self._handles: dict[int, LoadedInstance] = {}
         self.holds: dict[tuple[int, int], Held] = {}
-        # Where a value was last seen to be held; without a mutex, too.
+        # Where a value was last seen to be held; also without a mutex.
         self._held_at: dict[Hashable, tuple[int, int]] = {}
-        # Row and number of tickets whose grants this process has acted upon, see `take_granted`.
+        # Row and number of tickets whose grants this process has acted on, see `take_granted`.
         self._taken_grants: set[tuple[int, int]] = set()
 
     def find_idle(self, tag: str, usable_on: int = 0) -> int | None:
@@ -64,20 +64,20 @@ class HeldInstances:
         return self._owned.find_idle(model, usable_on) if shared is None else shared
 
     def add(self, row: int, tag: str, operation: Operation) -> LoadedInstance:
-        """Note that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
+        """Record that this process holds the copy of `tag` in an ACTIVE row, and return it. Needs the lock."""
         generation, uses = self._instances.use(row)
         copy = self._copy_in(row, generation, tag)
         self._note_held(copy, uses, operation)
         return copy
 
     def take_quickly(self, tag: str, operation: Operation, kept: int = 0) -> LoadedInstance | None:
-        """Take an idle copy that this process can use, note that it holds it, and return it, by the compiled core.
+        """Take an idle copy that this process can use, record it as held, and return it, in the compiled core.
 
-        None, with nothing changed, where there is no core, or if it takes Python: somebody waits, a copy runs alone,
-        the lock is not free, there is no such copy, or this is its first use here. Takes the lock itself.
+        Return None, with nothing changed, if there is no core, or if the request needs Python: requests wait, a copy
+        runs alone, the lock is not free, there is no such copy, or this is its first use here. Takes the lock itself.
 
-        kept: generation of a copy, the only one to be taken, that is in this process's tenure: those who wait for it
-        may wait. 0: none.
+        kept: generation of a copy in this process's tenure, the only one that may be taken, although requests wait for
+        it; 0 for none.
         """
         core = self._lock.core
         if core is None:
@@ -98,26 +98,26 @@ class HeldInstances:
         return copy
 
     def may_find_idle(self, tag: str) -> bool:
-        """Tell whether `find_idle` may find a copy; without the lock. False: none is idle, unless in a moment."""
+        """Tell whether `find_idle` may find a copy; takes no lock. If False, none is idle at this moment."""
         model = self._namespace.tables.model_row(tag)
         return model is None or self._namespace.tables.models[model].idle > 0
 
     def take_at_once(self, tag: str, operation: Operation) -> LoadedInstance | None:
-        """Take a copy like `take_quickly`, or where others wait for the model, like `take_kept`."""
+        """Take a copy like `take_quickly`, or, if others wait for the model, like `take_kept`."""
         if not self._scheduler.may_have_to_wait(tag):
             return self.take_quickly(tag, operation)
         return self.take_kept(tag, operation) if self.comes_back(tag) else None
 
     def take_kept(self, tag: str, operation: Operation) -> LoadedInstance | None:
-        """Take the copy that is in this process's tenure like `take_quickly`; None also if there is none."""
+        """Take the copy in this process's tenure like `take_quickly`; None also if there is none."""
         tenure = self._tenures.kept(tag)
         return None if tenure is None else self.take_quickly(tag, operation, tenure.generation)
 
     def give_back_quickly(self, copy: LoadedInstance) -> bool:
-        """Give a copy back, that `take_off` has struck off, by the compiled core; False where it takes Python.
+        """Give back a copy that `take_off` has struck off, in the compiled core.
 
-        It becomes idle, stays with this process for the rest of its tenure, or is handed to the first waiter. Where
-        False is returned, nothing has changed. Takes the lock itself.
+        It becomes idle, stays with this process for the rest of its tenure, or is handed to the first waiter. Return
+        False, with nothing changed, if the release needs Python. Takes the lock itself.
         """
         core = self._lock.core
         if core is None:
@@ -128,7 +128,7 @@ class HeldInstances:
         if done == HANDED_OVER:
             self._tenures.end(copy.tag)
             self._scheduler.wakes.yield_to_waiter()
-            # Not before the waiter was let run on this processor.
+            # Not before the waiter has had a chance to run on this processor.
             self._tenures.leave(copy.tag)
         elif done == KEPT and tenure is not None:
             tenure.called_up = True
@@ -136,25 +136,25 @@ class HeldInstances:
         return done != 0
 
     def _keeping(self, copy: LoadedInstance) -> Tenure | None:
-        """Return this process's tenure of a copy if it mostly comes back at once; else None."""
+        """Return this process's tenure of a copy if the process usually comes back at once; else None."""
         tenure = self._tenures.current(copy.tag)
         if tenure is None or (tenure.row, tenure.generation) != (copy.row, copy.generation):
             return None
         return tenure if self._tenures.comes_back_at_once(copy.tag) else None
 
     def comes_back(self, tag: str) -> bool:
-        """Note that this process asks for a model that others wait for; tell whether a copy is kept for it."""
+        """Record that this process asks for a model that others wait for; tell whether a copy is kept for it."""
         self._tenures.come_back(tag)
         tenure = self._tenures.kept(tag)
         return tenure is not None and self._instances.is_idle(tenure.row, tenure.generation)
 
     def has_tenure(self, tag: str, row: int) -> bool:
-        """Tell whether a copy was handed to this process a moment ago, so that it comes before others."""
+        """Tell whether a copy was handed to this process a moment ago, so that the process comes before others."""
         tenure = self._tenures.kept(tag)
         return tenure is not None and tenure.row == row and self._instances.is_still(row, tenure.generation)
 
     def keeps(self, t: Transaction, copy: LoadedInstance, used: bool) -> bool:
-        """Give a copy back, but leave it idle for this process if it may keep it; else return False."""
+        """Give back a copy, but leave it idle for this process, if the process may keep it; else return False."""
         tenure = self._keeping(copy)
         if tenure is None or not self._scheduler.keep(t, copy.row, used, call_up=not tenure.called_up):
             return False
@@ -169,11 +169,11 @@ class HeldInstances:
         self._held_at[copy.key] = at
 
     def take_granted(self, row: int, tag: str, operation: Operation) -> LoadedInstance | None:
-        """Note that this process holds what its ticket `row` was granted, and return it; without the lock.
+        """Record that this process holds what its ticket `row` was granted, and return it; takes no lock.
 
-        None if that cannot be told, because transactions come too fast or this machine's processors may reorder reads.
-        The ticket is freed later, by `free_taken_tickets`: a transaction of its own would double the waiter's part of a
-        hand-over.
+        Return None if that is not certain, because transactions come too fast, or because this machine's processors may
+        reorder reads. `free_taken_tickets` frees the ticket later: a transaction for that alone would double the
+        waiter's part of a hand-over.
         """
 
         copy = self._take_granted_quickly(row, operation)
@@ -186,7 +186,7 @@ class HeldInstances:
             if answer.state != Ticket.GRANTED:
                 return None
             generation, uses = self._instances.use(answer.instance)
-            # Noted only once it is certain, as the row may be another copy's by now.
+            # Recorded only once it is certain, because another copy may have the row by now.
             return answer.number, uses, self._seen_in(answer.instance, generation, tag)
 
         found = self._queue.unlocked(granted)
@@ -194,14 +194,14 @@ class HeldInstances:
             return None
         number, uses, copy = found
         self._note_handle(copy)
-        # First the hold, so that no transaction finds a copy in use that nobody in this process has.
+        # The hold comes first, so that no transaction finds a copy in use that no thread of this process holds.
         self._note_held(copy, uses, operation)
         self._taken_grants.add((row, number))
         self._tenures.begin(tag, copy.row, copy.generation)
         return copy
 
     def _take_granted_quickly(self, row: int, operation: Operation) -> LoadedInstance | None:
-        """Do what `take_granted` does by the compiled core; None where it takes Python."""
+        """Do what `take_granted` does in the compiled core; return None if that needs Python."""
         core = self._lock.core
         if core is None:
             return None
@@ -210,32 +210,32 @@ class HeldInstances:
         return copy
 
     def free_taken_tickets(self, t: Transaction) -> None:
-        """Free the tickets whose grants were acted upon without the lock.
+        """Free the tickets whose grants this process acted on without the lock.
 
-        To be called before anything else in a transaction in which this process gives up a copy.
+        A transaction in which this process gives up a copy must call this first.
         """
         if not self._taken_grants:
             return
         grants = tuple(self._taken_grants)
         for row, number in grants:
-            # If not, another thread has just done so, and is about to take it off the list.
+            # If not, another thread has just freed it, and is about to take it off the list.
             if self._queue.is_still(row, number):
                 self._namespace.transitions.hand_over.consume_answer(t, row)
         t.after.append(partial(self._forget_freed, grants))
 
     def _forget_freed(self, grants: Sequence[tuple[int, int]]) -> None:
-        """Strike tickets off that are free. Looks, as calls after a transaction that was undone may be made, too."""
+        """Strike off tickets that are free; checks, because `after` calls are also made if a transaction is undone."""
         for grant in grants:
             if not self._queue.is_still(*grant):
                 self._taken_grants.discard(grant)
 
     @property
     def has_taken_tickets(self) -> bool:
-        """Tell whether there is something to settle."""
+        """Tell whether `free_taken_tickets` has anything to do."""
         return bool(self._taken_grants)
 
     def _copy_in(self, row: int, generation: int, tag: str) -> LoadedInstance:
-        """Return what this process knows, or can read, of the copy of this generation in a row; note it."""
+        """Return the copy of this generation in a row, as this process knows it or can read it; record it."""
         copy = self._seen_in(row, generation, tag)
         self._note_handle(copy)
         return copy
@@ -251,7 +251,7 @@ class HeldInstances:
             self._handles[copy.row] = copy
 
     def add_loaded(self, row: int, tag: str, value: Any, operation: Operation) -> LoadedInstance:
-        """Note a copy that this process has just loaded and holds; an object is its own from now on."""
+        """Record a copy that this process has just loaded and holds, and owns from now on if it is an object."""
         generation, uses = self._instances.use(row)
         copy = LoadedInstance(row, generation, tag, value)
         if not isinstance(value, str):
@@ -260,7 +260,7 @@ class HeldInstances:
         return copy
 
     def take_off(self, value: Any, tag: str, operation: Operation) -> LoadedInstance | None:
-        """Strike a held copy off the list and return it; None when this process holds no such thing.
+        """Strike a held copy off the list and return it; None if this process holds no such copy.
 
         Several copies can have equal handles, or be the same object: one of `tag` is preferred.
         """
@@ -282,7 +282,7 @@ class HeldInstances:
             return True
         operation.held, operation.gives_back = None, False
         if found is not None:
-            # Another hold of the same copy, which has begun since.
+            # This is another hold of the same copy, which has begun since.
             self.holds[at] = found
         return False
 
@@ -302,7 +302,7 @@ class HeldInstances:
 
     @property
     def has_any(self) -> bool:
-        """Tell whether this process holds copies of models; without the lock."""
+        """Tell whether this process holds copies of models; takes no lock."""
         return bool(self.holds)
 
     def is_held(self, copy: LoadedInstance) -> bool:
@@ -310,7 +310,7 @@ class HeldInstances:
         return self._instances.is_held(copy.row, copy.generation, self._namespace.reference)
 
     def handle_is_alive(self, copy: LoadedInstance) -> bool:
-        """Tell whether what a handle stands for still lives; a handle that never named a server is taken on trust."""
+        """Tell whether the server behind a handle is alive; a handle that never named a server is taken on trust."""
         if not self._instances.named_server(copy.row):
             return True
         server = self._instances.server(copy.row)

@@ -1,4 +1,4 @@
-"""Unloads that take too long: the leader has another process do them, or counts on their memory no more."""
+"""Unloads that take too long: the leader has another process do them, or stops counting on their memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG = printable_logger("mpmm")
 
 
 class LateUnloads:
-    """Finds them; for the leader, or the process that stands in for it."""
+    """Finds late unloads; for the leader, or the process that stands in for it."""
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, unloads: Unloads) -> None:
         """unloads: those of this process."""
@@ -27,11 +27,11 @@ class LateUnloads:
         self._unloads = unloads
 
     def hand_over(self) -> None:
-        """Find unloads that take longer than `memory_return_seconds`; have others do them, or count on them no more.
+        """Find unloads that take longer than `memory_return_seconds`; have others do them, or stop counting on them.
 
         Any process can unload a handle, so the leader tells the next one to: itself, if it has not tried yet. Only its
-        owner can unload an object. What has been late for so long that another process would have unloaded it meanwhile
-        counts as memory in use, so that other copies are evicted instead.
+        owner can unload an object. When an unload is so late that another process would have done it meanwhile, its
+        memory counts as in use, so that other copies are evicted instead.
         """
         if not any(self._overdue(time.monotonic_ns())):
             return
@@ -58,14 +58,14 @@ class LateUnloads:
             _LOG.warning("mpmm %s: pid %d has not unloaded %s in time; %s", namespace.name, pids[holder], which, then)
 
     def _overdue(self, now_ns: int) -> Iterator[tuple[int, bool]]:
-        """Find the rows whose HOLDER has not unloaded them in time; tell whether their memory counts as in use."""
+        """Find the rows that their HOLDER has not unloaded in time; tell whether their memory counts as in use."""
         namespace = self._namespace
         tables = namespace.tables
         limit_ns = max(namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S) * 1e9
         for row in tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.UNLOADING):
             instance = tables.instances[row]
             if instance.device_bits & tables.header.steady or instance.seats:
-                # It has to wait.
+                # This unload has to wait.
                 continue
             since, is_object = instance.since, instance.owner is not None
             told = max(since, instance.handed_at)
@@ -74,9 +74,9 @@ class LateUnloads:
                 yield row, late
 
     def _successor_of(self, row: int, holder: int) -> int | None:
-        """Return the worker (slot) that takes an unload over from `holder` (slot): this one, unless it is unloading it.
+        """Return the worker (slot) that takes over an unload from `holder` (slot): this one, unless it is unloading it.
 
-        Then the next in the table, so that each has its turn; None if there is none. Needs the lock.
+        Then it is the next worker in the table, so that each has its turn; None if there is none. Needs the lock.
         """
         namespace = self._namespace
         at_it = self._unloads.is_at(row)
@@ -84,6 +84,6 @@ class LateUnloads:
             return namespace.slot
         workers = namespace.tables.rows_where(namespace.segment.layout.members, Member.STATE, Member.WORKER)
         others = [slot for slot in workers if slot not in (holder, namespace.slot)]
-        # While this process is at other unloads, this one is merely in line.
+        # While this process does other unloads, this one just waits for them.
         last_resort = None if self._unloads.is_busy else namespace.slot
         return next((slot for slot in others if slot > holder), others[0] if others else last_resort)

@@ -1,31 +1,31 @@
-"""The leader: one process of a namespace, which does what has to be done for everybody.
+"""The leader: one process of a namespace, which works for all of them.
 
-It polls memory, takes back what dead members had, records observations and solves for the estimates, unloads what
-nobody has used for long, and finds loads and unloads that take too long. The leader lock is a kernel file lock, so a
-dead leader's place is free at once. No process has to announce that: each has a `Leader`, which tries to take the lock
-whenever it is free.
+It polls memory, reaps dead members, records observations and solves for the estimates, unloads copies that have been
+idle for too long, and finds loads and unloads that take too long. The leader lock is a kernel file lock, so it is free
+as soon as the leader dies. No process has to announce that: each has a `Leader`, which tries to take the lock whenever
+it is free.
 
-If the leader lives but its last poll is too long ago (it is stopped, or stuck in a native call), another process polls
-and takes back in its place, unless one has just set out to. It leaves solving to the leader: SciPy takes a second of a
-processor to import, and where processors are so scarce that the leader is late, a crowd that imports it, and is late
-for that, would keep it so. Decisions do without the newest solution, but not without fresh figures.
+If the leader is alive, but its last poll is too long ago (it is stopped, or stuck in a native call), another process
+polls and reaps in its place, unless one has just begun to. It leaves solving to the leader: importing SciPy takes a
+second of processor time, and if processors are so scarce that the leader is late, many processes that import it, and
+are late because of that, would keep them scarce. Decisions can do without the newest solution, but not without fresh
+figures.
 
-The leader asks for samples, but another thread takes them (`mpmm.memory.sampler`): a source that hangs must not keep
-the dead from being reaped. What comes after `POLL_WAIT_S` is learnt from when it comes.
+The leader asks for samples, but another thread takes them (`mpmm.memory.sampler`), because a source that hangs must not
+keep dead members from being reaped. The leader learns from figures that come after `POLL_WAIT_S` when they arrive.
 
-The process that can measure most leads: one whose source knows single processes comes before one that sees whole
-devices only, and that one before one that only does accounting. A leader hands over to a better one that joins, and
-leaves a free lead to it for a second. If only processes are left that can measure nothing, one of them takes back what
-the dead had, and the accounts decide; it does not replace the devices while they are in use, whose last figures stand
-and age.
+The process that can measure most leads: one whose source measures single processes comes before one that sees only
+whole devices, and that one before one that only does accounting. A leader hands over to a better one that joins, and
+leaves a free lead to it for a second. If only processes remain that can measure nothing, one of them reaps the dead,
+and the accounts decide; it does not replace devices that are in use, whose last figures stand and age.
 
-The leader looks around four times a second. Two deputies, the workers in the lowest slots of those that measure most,
-look as often whether it leads and polls, and everybody else does so every four seconds, in case all of those die
-together; a new leader wakes those that are its deputies now. Whoever has to stand in for the leader while they are
-stopped, or has left the lead to them, looks as often as they. What counts is how often a process that has slept runs
-Python: each time takes a third of a millisecond to a whole one, although the same code takes 11 us when it is run over
-and over. So the compiled core looks for those that do not lead (`Core.doze`), and Python where something is amiss, and
-every few seconds for what else there is to do.
+The leader looks around four times a second. Two deputies, the workers in the lowest slots among those that measure
+most, check as often whether it leads and polls. All other processes check every four seconds, in case these three die
+together; a new leader wakes its deputies. A process that stands in for the leader while the deputies are stopped, or
+that has left the lead to others, checks as often as a deputy. The cost is how often a process that has slept runs
+Python: each time takes between a third of a millisecond and a whole one, although the same code takes 11 µs when it
+runs over and over. So in processes that do not lead, the compiled core checks (`Core.doze`), and Python runs only if
+something is wrong, and every few seconds for the other jobs.
 """
 
 from __future__ import annotations
@@ -58,36 +58,35 @@ from mpmm.text.printable import printable_logger
 __all__ = ["FIRST_SAMPLE_WAIT_S", "LONGEST_TICK_S", "POLL_WAIT_S", "Leader"]
 
 _LOG = printable_logger("mpmm")
-# What the dead had is given back so soon at the latest, whatever the poll interval is.
+# The longest pause between two looks for dead members, whatever the poll interval is.
 LONGEST_TICK_S = 0.25
-# With STALE_AFTER_S, so late a poll is at the latest if the leader is stuck. A dead one is replaced earlier.
+# Together with STALE_AFTER_S, the longest delay of a poll if the leader is stuck. A dead leader is replaced earlier.
 DEPUTY_TICK_S = 0.25
-# So often those that do not lead do the rest, where the compiled core looks for the leader.
+# How often processes that do not lead do their other jobs, where the compiled core checks on the leader.
 DEPUTY_REST_S = 4.0
 RESERVE_REST_S = 12.0
 RESERVE_TICK_S = 4.0
-# After so long a process without the compiled core, which does the same in `Core.doze`, looks for what it may have been
-# woken for just before it slept.
+# When a process without the compiled core first checks for a wake-up that came just before it slept; with it,
+# `Core.doze` does the same.
 FIRST_REST_S = 0.5
 DEPUTIES = 2
-# So long a poll waits for its figures. Those that come later are learnt from when they come: the
-# dead are reaped, and everything else goes on, whatever the source does.
+# How long a poll waits for its figures. The leader learns from later ones when they arrive: members are reaped, and
+# everything else continues, whatever the source does.
 POLL_WAIT_S = 0.1
-# The process that leads from the start waits somewhat longer, so that devices are known before anybody asks.
+# The process that leads from the start waits somewhat longer, so that devices are known before the first request.
 FIRST_SAMPLE_WAIT_S = 1.0
 STALE_AFTER_S = 0.6
-# A process that has set out to poll in the leader's place may be stopped or killed on the way; then it is the next
-# one's turn.
+# A process that has begun to poll in the leader's place may be stopped or killed; after this long the next one may.
 STANDING_IN_NS = 1_000_000_000
-# A free lead is left to those that can measure more for so long.
+# How long a free lead is left to processes that can measure more.
 BETTER_LEADS_WITHIN_S = 1.0
 LONGEST_OFFER_PAUSE_S = 60.0
 
 
 class Leader:
-    """One process as the leader, or as one of those that may take its place. leading: it is the leader.
+    """One process as the leader, or as one that may take the leader's place. leading: it is the leader.
 
-    For the background thread alone, but for `note_sample`.
+    For the background thread alone, except for `note_sample`.
     """
 
     def __init__(
@@ -115,26 +114,27 @@ class Leader:
         self._learning = Learning(namespace)
         self._lock_file = namespace.open_lock_file("leader.lock")
         self._poll_due = 0.0
-        # How many dead members' belongings a plan of this process has seen come free.
+        # The count of reaps at this process's last plan after one.
         self._reaps_seen = -1
-        # How many samples this process has published; and how many it had when a poll did not wait for its own, None if
-        # it did. Counted here, because the thread that takes them counts one as ended only after it has told us.
+        # How many samples this process has published, and how many it had when a poll stopped waiting for its own; None
+        # if the last poll got its sample. Counted here, because the sampling thread counts a sample as ended only after
+        # it has called `note_sample`.
         self._published = 0
         self._late_since: int | None = None
         # Since when the lead has been seen to be free, while it was left to a process that can measure more.
         self._free_since: float | None = None
-        # When this process has polled in the leader's place, as it stands for all to see until another one polls.
+        # When this process polled in the leader's place; the header has this time until another process polls.
         self._stood_in: int | None = None
-        # The processes to which this one has offered the lead last, when it offers it again, and the pause until then.
+        # The processes to which this one last offered the lead, when it offers it again, and the pause until then.
         self._offered_to: set[tuple[int, int]] = set()
         self._offer_due = 0.0
         self._offer_pause_s = 0.0
         self.leading = False
-        # The slots of those that were the deputies at this leader's last look.
+        # The slots of the deputies at this leader's last look.
         self._deputies: set[int] = set()
 
     def close(self) -> None:
-        """Give up the leadership, without the lock of the segment, whose holder may be stopped."""
+        """Give up the leadership; takes no segment lock, whose holder may be stopped."""
         self._lock_file.close()
         self.leading = False
 
@@ -144,11 +144,11 @@ class Leader:
         self.leading = False
 
     def look_after_files(self) -> None:
-        """Make the namespace's files anew if somebody has removed them; the leader lock may be another file then."""
+        """Recreate the namespace's files if they were removed; the leader lock may be a new file then."""
         self.leading = self._namespace.look_after_files(self._lock_file, self.leading)
 
     def elect(self) -> None:
-        """Lead if nobody does, or hand over to a process that can measure more."""
+        """Lead if no process does, or hand over to a process that can measure more."""
         if self.leading:
             self._hand_over_to_better()
         else:
@@ -166,37 +166,37 @@ class Leader:
         self._suspender.end_overdue()
         if time.monotonic() >= self._poll_due:
             self._poll_due = time.monotonic() + self._namespace.settings.poll_interval
-            # Before the poll, which may have to wait for the lock.
+            # Done before the poll, which may have to wait for the lock.
             self._namespace.tables.wake_all_with_news()
             self._poll()
             self._suspender.heed_host_memory()
 
     def _tell_deputies(self) -> None:
-        """Wake those that are the deputies now, because others have died, left or come: they look more often then."""
+        """Wake processes that have become deputies, because others died, left or joined: they now look more often."""
         deputies = set(self._first_in_line())
         for slot in deputies - self._deputies:
             self._namespace.tables.bell(slot).wake()
         self._deputies = deputies
 
     def _reap(self) -> None:
-        """Take back what dead members had, and decide what becomes of it."""
+        """Reap dead members, and have the policy decide about what they held."""
         namespace = self._namespace
         reaped = namespace.reap_dead_members()
         reaps = namespace.segment.words[Header.REAPS]
-        # A newcomer takes it back, too, but decides nothing.
+        # A process that joins reaps them, too, but without a plan.
         if reaped or reaps != self._reaps_seen:
             with namespace.transaction() as t:
                 self._scheduler.advance(t)
             self._reaps_seen = reaps
 
     def note_sample(self) -> None:
-        """Have the figures learnt from that a poll did not wait for; called by the thread that has published some."""
+        """Wake this thread to learn from figures that a poll did not wait for; the sampling thread calls this."""
         self._published += 1
         if self._late_since is not None:
             self._doorbell.ring()
 
     def interval(self) -> float:
-        """Return how long to sleep until the next look around; one that does not lead looks in its sleep, too."""
+        """Return how long to sleep until the next look around; the core checks on the leader even in that sleep."""
         if self.leading:
             return min(self._namespace.settings.poll_interval, LONGEST_TICK_S)
         if self._namespace.lock.core is None:
@@ -204,24 +204,23 @@ class Leader:
         return DEPUTY_REST_S if self._is_deputy() else RESERVE_REST_S
 
     def _is_deputy(self) -> bool:
-        """Tell whether this process is one of those that look for the leader often.
+        """Tell whether this process checks on the leader often.
 
-        One that is not next in line is, too, as long as those that are do not do it: it stands in for the leader, or
-        has left the lead to others.
+        One that is not next in line does, too, while those that are fail to: while it stands in for the leader, or has
+        left the lead to others.
         """
         stands_in = self._namespace.segment.words[Header.POLLED] == self._stood_in
         return stands_in or self._free_since is not None or self._namespace.slot in self._first_in_line()
 
     def _tick_s(self) -> float:
-        """Return how often one that does not lead looks for the leader."""
+        """Return how often a process that does not lead checks on the leader."""
         return DEPUTY_TICK_S if self._is_deputy() else RESERVE_TICK_S
 
     def doze(self, rung: int, until: float, unrest: tuple[set[Operation], Sized] | None) -> bool:
         """Sleep on the doorbell until a time (monotonic, s); return whether this process is to look around at once.
 
-        rung: see `Doorbell.wait`. unrest: the calls in progress and the changes to be made later, if the sleep is to
-        end where not all calls sleep in the compiled core, one has left a transaction, or there is a change; else
-        None.
+        rung: see `Doorbell.wait`. unrest: the calls in progress and the deferred changes, if the sleep is to end once a
+        call does not sleep in the compiled core, one has left a transaction, or there is a change; else None.
         """
         core = self._namespace.lock.core
         if self.leading or core is None:
@@ -237,9 +236,9 @@ class Leader:
         )
 
     def _has_rested(self, rung: int, until: float, operations: set[Operation], changes: Sized) -> bool:
-        """Sleep for a moment at first; return whether nobody rang, and there is nothing that a ring would have told of.
+        """Sleep for a moment first; return whether the bell did not ring, and there is nothing that it would ring for.
 
-        A ring without news that comes when this thread is just about to sleep ends no sleep.
+        A ring that changes no word has no effect if it comes just before this thread sleeps.
         """
         rest_until = min(until, time.monotonic() + FIRST_REST_S)
         self._doorbell.wait(rung, rest_until - time.monotonic())
@@ -247,9 +246,9 @@ class Leader:
         return not (rang or operations or changes or self._namespace.lock.may_be_abandoned)
 
     def _first_in_line(self) -> list[int]:
-        """Return the slots of the deputies, and one more, because the leader is mostly one of them.
+        """Return the slots of the deputies, and one more, because the leader is usually one of them.
 
-        Those that can measure most come first.
+        Processes that can measure most come first.
         """
         workers = self._namespace.tables.measures_of_workers()
         return sorted(workers, key=workers.__getitem__, reverse=True)[: DEPUTIES + 1]
@@ -261,8 +260,8 @@ class Leader:
     def _hand_over_to_better(self) -> None:
         """Leave the lead to a process that can measure more, and wake it.
 
-        If none takes it, because they are stopped, this one takes it back. It offers it again after 2 s, then 4 s and
-        so on up to a minute, and at once to a newcomer.
+        If none takes it, because they are stopped, this process takes it back. It offers it again after 2 s, then 4 s
+        and so on up to a minute, and at once to a process that joins.
         """
         better = self._better_members()
         now = time.monotonic()
@@ -286,13 +285,13 @@ class Leader:
         return now - self._free_since < BETTER_LEADS_WITHIN_S
 
     def lead_if_free(self, sample_wait_s: float = POLL_WAIT_S) -> None:
-        """Become the leader if nobody is, and wait for a first sample."""
-        # A manager inside a model server does not: its server ends without notice, and may be busy with one long call.
+        """Become the leader if there is none, and wait for a first sample."""
+        # A manager in a model server never leads: the server ends without notice, and may be busy with one long call.
         if self._namespace.kind == Member.GUEST or not self._lock_file.try_exclusive():
             self._free_since = None
             return
         if self._lock_file.is_replaced():
-            # The leader has put it back after somebody had removed it, and has given up this one. `look_after_files`
+            # The file was removed, and the leader has made a new one, and has given up this one. `look_after_files`
             # opens the new one.
             self._lock_file.unlock()
             return
@@ -315,24 +314,24 @@ class Leader:
     def _stands_in(self) -> bool:
         """Tell whether to poll in the leader's place, and if so, tell the others that this process does.
 
-        That is if the last poll is too long ago, or the last look at a device that this process sees: those that poll
-        may not see it.
+        It is to poll if the last poll is too long ago, or the last sample of a device that this process sees, because
+        the processes that poll may not see that device.
         """
         tables = self._namespace.tables
         return claim_late_polls(tables, self._devices_to_poll(), self._late_ns(), STANDING_IN_NS)
 
     def _devices_to_poll(self) -> Sequence[int]:
-        """Return the devices (rows) that this process may look at in others' place."""
-        # Without a source that measures, a claim on devices would only keep those from it that have one.
+        """Return the devices (rows) that this process may sample in others' place."""
+        # Without a source that measures, its claim would only keep away the processes that have one.
         sees = what_it_measures(self._figures.source) > Measures.NOTHING
         return self._samples.rows() if sees and not self._namespace.tables.header.source_accounting_only else ()
 
     def _late_ns(self) -> int:
-        """Return after how long without a poll somebody else polls."""
+        """Return after how long without a poll another process polls."""
         return to_ns(self._namespace.settings.poll_interval + STALE_AFTER_S)
 
     def say_what_it_measures(self) -> None:
-        """Tell the others if this process's source has turned out to measure more, or less, than it said."""
+        """Publish what this process's source measures, if that has turned out to be more, or less, than was said."""
         namespace = self._namespace
         measures = what_it_measures(self._figures.source)
         if namespace.tables.members[namespace.slot].measures != measures:
@@ -340,7 +339,7 @@ class Leader:
                 namespace.transitions.members.note_source(t, namespace.slot, measures)
 
     def _expire_returns(self) -> None:
-        """Count unloaded memory as free that no sample has told about for a while."""
+        """Count unloaded memory as free once no sample has shown its return for a while."""
         namespace = self._namespace
         tables = namespace.tables
         rows = tables.used_rows(namespace.segment.layout.devices)
@@ -352,7 +351,7 @@ class Leader:
     def _poll(self) -> None:
         source = self._figures.source
         published = self._published
-        # What a sample in progress has taken so far comes off the wait: a source that hangs is not waited for again.
+        # The time that a sample in progress has taken is subtracted, so that a source that hangs causes only one wait.
         came = self._figures.sample_source(POLL_WAIT_S)
         self._late_since = None if came else published
         knowledge = process_knowledge(source) if self.leading else None
@@ -361,14 +360,14 @@ class Leader:
             self._give_up_slow_loads(t)
             self._unload_expired(t)
             self._scheduler.count_requests(t)
-            # Time alone changes plans, too.
+            # Plans change with time, too.
             self._scheduler.advance(t)
             estimates = self._learning.learn(t)
             self._stood_in = None if self.leading else t.now
         self._report(estimates)
 
     def learn_from_late_sample(self) -> None:
-        """Learn from the sample that a poll has asked for, once it is there."""
+        """Learn from the sample that a poll has asked for, once it has arrived."""
         late_since = self._late_since
         if late_since is None or self._published == late_since:
             return
@@ -400,9 +399,9 @@ class Leader:
                 t.after.append(partial(_LOG.warning, text, namespace.name, taken))
 
     def _unload_expired(self, t: Transaction) -> None:
-        """Have copies unloaded that nobody has used for as long as they are kept: by their owner, or by this process.
+        """Have copies unloaded that have been idle for longer than they are kept: by their owner, or by this process.
 
-        That is `keep_alive_seconds` of their model, else `idle_ttl_seconds`.
+        They are kept for their model's `keep_alive_seconds`, else for `idle_ttl_seconds`.
         """
         namespace = self._namespace
         tables, layout = namespace.tables, namespace.segment.layout
@@ -410,7 +409,7 @@ class Leader:
         if math.isinf(ttl_s) and not tables.model_columns().keep_alive.any():
             return
         rows = tables.idle_copies()
-        # These have been idle before; in the host they are kept for as long again.
+        # These were idle before they were suspended; suspended, they are kept for as long again.
         rows += tables.rows_where(layout.instances, Instance.STATE, Instance.SUSPENDED)
         for row in rows:
             copy = tables.instances[row]

@@ -1,6 +1,6 @@
-"""Leases: memory of a device for whatever its holder does with it, counted like a model by all processes.
+"""Leases: device memory for any use, which all processes count like a model's.
 
-`reserve` queues for one like an acquire: with a ticket, and with the policy making room for it.
+`reserve` queues for one like an acquire: with a ticket, and the policy makes room for it.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Lease", "reserve"]
 
-# Known models have this priority in the queue, too.
+# The priority of known models in the queue.
 PRIORITY = 1
 
 
 class Lease:
     """Memory that this process has been given, until `release`, the end of a `with` block, or the end of the process.
 
-    A lease that is garbage-collected ends, too, with a warning, because it could not be released any more.
-    `ModelManager.reserve` makes leases. name, mb: as asked for. placement: where it is, see `mpmm.memory.placement`.
+    A lease that is garbage-collected ends, too, with a warning, because it could no longer be released.
+    `ModelManager.reserve` makes leases. name, mb: as requested. placement: where it is, see `mpmm.memory.placement`.
     """
 
     def __init__(self, session: Session, row: int, name: str, mb: float, attachment: object = None) -> None:
         """Take possession of a LEASED row. Needs the lock.
 
-        attachment: kept alive for as long as the lease is, because one that is collected leaves the namespace.
+        attachment: kept alive as long as the lease, because an attachment that is collected leaves the namespace.
         """
         instance = session.namespace.tables.instances[row]
         self.name = name
@@ -63,7 +63,7 @@ class Lease:
         return self._row, self._generation
 
     def answer_for(self, operation: Operation) -> None:
-        """Own what the call that has made this lease has in hand.
+        """Take over what the call that made this lease holds.
 
         Once this object is collected, the background thread ends the lease.
         """
@@ -73,13 +73,13 @@ class Lease:
             "as long as its memory is in use"
         )
         operation.owner = weakref.ref(self)
-        # From here on this object answers for the lease.
+        # From here on this object is responsible for the lease.
         operation.frame = None
 
     def release(self) -> None:
-        """Give the memory back. Again, after `shutdown`, or in a forked child, which has no part in it: nothing.
+        """Give the memory back. A second call, one after `shutdown`, or one in a forked child does nothing.
 
-        When the lock is not to be had at once, it is given back as soon as it is.
+        If the lock is not free, the memory is given back as soon as it is.
         """
         session = self._session
         if not session.namespace.is_usable:
@@ -87,10 +87,10 @@ class Lease:
         operation = self._operation or session.begin(sys._getframe())
         operation.booking = self.reference
         operation.thread = threading.get_ident()
-        # From here on the background thread ends it if this cannot.
+        # From here on the background thread ends the lease if this call cannot.
         operation.frame = sys._getframe()
         self._operation = None
-        # It is given back: no warning if this object is collected before the background thread has ended the lease.
+        # It is being given back: no warning if this object is collected before the background thread ends the lease.
         operation.warning = ""
         try:
             session.deferred.apply_or_defer(self._end)
@@ -105,11 +105,11 @@ class Lease:
         return is_ours
 
     def used_by(self, pid: int) -> None:
-        """Say which process is going to use the memory, this one or another.
+        """Say which process will use the memory, this one or another.
 
-        Where a source measures single processes, what that one takes, and what it starts, is then not counted beside
-        the lease. Neither may hold objects of this namespace's models: their memory would pass for the lease's. (Model
-        servers are told apart.) Raises InvalidArgumentError for an impossible pid.
+        If a source measures single processes, the memory of that process, and of those that it starts, is then not
+        counted beside the lease. None of them may hold objects of this namespace's models: their memory would count as
+        the lease's. (Model servers are told apart.) Raises InvalidArgumentError for an impossible pid.
         """
         pid = checked_whole(f"lease {self.name!r}: pid", pid, 1, LARGEST_PID, "the number of a process")
         session = self._session
@@ -139,14 +139,14 @@ class Lease:
         after `shutdown`, and in a forked child, which has no part in the lease; LockTimeoutError.
         """
         namespace = self._session.namespace
-        # Under the lock, without which this process does not leave: its descriptor might be another file's by then.
+        # Under the lock, so that this process cannot leave meanwhile: the descriptor might then be another file's.
         with namespace.transaction():
             return os.dup(namespace.life_fd)
 
     def settled(self) -> None:
-        """End the quiet of a lease that was asked for with `steady=True`: others load and unload there again.
+        """End the quiet of a lease that was requested with `steady=True`: others may load and unload there again.
 
-        Again, or without that: nothing. When the lock is not to be had at once, it ends as soon as it is.
+        A second call, or one for another lease, does nothing. If the lock is not free, the quiet ends as soon as it is.
         """
         if self._session.namespace.is_usable:
             self._session.deferred.apply_or_defer(self._settle)
@@ -158,19 +158,19 @@ class Lease:
         return is_ours
 
     def environment(self) -> dict[str, str]:
-        """Return what a program should know that uses the memory, as variables for its environment.
+        """Return the environment variables that tell a program about the memory.
 
-        See `Placement.environment`; the share of each device is missing once the lease is over. Raises ClosedError.
+        See `Placement.environment`; once the lease is over, they lack the share of each device. Raises ClosedError.
         """
         session = self._session
         with session.namespace.transaction():
             bits = session.namespace.tables.instances[self._row].device_bits if self._is_ours() else 0
-            # As of now: the totals may not have been known when the lease was given.
+            # Read now, because the totals may have been unknown when the lease was granted.
             fraction = session.samples.memory_fraction(bits, self.mb)
         return replace(self.placement, memory_fraction=fraction).environment()
 
     def _is_ours(self) -> bool:
-        """Tell whether the row still is this lease; the lock must be held."""
+        """Tell whether the row still stands for this lease. Needs the lock."""
         namespace = self._session.namespace
         instance = namespace.tables.instances[self._row]
         return instance.state == Instance.LEASED and instance.generation == self._generation
@@ -198,7 +198,7 @@ def reserve(
 ) -> Lease:
     """Wait for a lease on `mb` MB, and return it; see `ModelManager.reserve`.
 
-    attachment: what keeps the session from leaving; the lease keeps it alive. encoded: the name as the tables hold it.
+    attachment: keeps the session from leaving; the lease keeps it alive. encoded: the name as the tables hold it.
     """
     operation = session.begin(sys._getframe())
     try:
@@ -241,7 +241,7 @@ class _LeaseRequest(QueuedRequest[Lease]):
     def wait(self) -> Lease:
         """Queue, and sleep until the lease is granted."""
         firm, alone = self.session.thread.rows()
-        # What this thread has to run alone does so until the thread asks for more.
+        # A copy of this thread that runs alone does so only until the thread asks for more.
         end_isolation(self.session, (*firm, *alone))
         try:
             making_room(self.session, self.name, self.deadline, self._enqueue)
@@ -275,7 +275,7 @@ class _LeaseRequest(QueuedRequest[Lease]):
         limit_mb, device = largest_limit(self.session, self.request)
         return LeaseTooLargeError(
             f"{self.called}: the limit of {device!r} is {limit_mb:.0f} MB, so it can never be "
-            "had; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
+            "granted; slack_percentage, and memory_budget_mb (host) or fallback_memory_mb (booked), set the limit",
             name=self.name,
             need_mb=self._mb,
             limit_mb=limit_mb,

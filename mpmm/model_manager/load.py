@@ -1,6 +1,6 @@
-"""Making an instance of what the queue has granted: one run of a loader, or one resume of a suspended instance.
+"""Making the instance that the queue has granted: one run of a loader, or one resume of a suspended instance.
 
-No lock is held while the loader runs. Only its outcome is written down: how large the instance is, or that it failed.
+No lock is held while the loader runs. Only its outcome is recorded: how large the instance is, or that the load failed.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from mpmm.text.printable import printable_logger
 __all__ = ["LoadAttempt", "give_up_booking", "resume"]
 
 _LOG = printable_logger("mpmm")
-# What ends a load without being a failure of its loader.
+# Errors that end a load without being a failure of its loader.
 _NOT_THE_LOADERS = (ClosedError, LockTimeoutError, NamespaceResetError)
 
 
 class _Size(NamedTuple):
-    """What an instance is taken for, in MB.
+    """How much memory an instance is assumed to take, in MB.
 
-    shares_mb: of each device, if measured. learnt: what that says of the model.
+    shares_mb: on each device, if measured. learnt: what that says about the model.
     """
 
     mb: float
@@ -63,7 +63,7 @@ class _Size(NamedTuple):
 
 
 class LoadAttempt:
-    """One run of a loader. last: there is no other one behind it.
+    """One run of a loader. last: there is no further turn after it.
 
     devices: bits of those on which it loads; places: of those on which it might. again: it has run out of memory, and
     may find more in another turn.
@@ -82,11 +82,11 @@ class LoadAttempt:
         self._loader = loader
         self._last = last
         self._steady = acquisition.request.steady
-        # What the devices had for it when it began.
+        # The memory that the devices had for it when it began.
         self._free: FreeMemory | None = None
 
     def run(self) -> LoadedInstance:
-        """Run the loader, and return the instance that it has made, which this process holds.
+        """Run the loader, and return the instance that it made, which this process holds.
 
         Raises what the loader raises, LoadTimeoutError, NamespaceResetError, ClosedError, LockTimeoutError.
         """
@@ -98,7 +98,7 @@ class LoadAttempt:
             session.thread.loads.append((booking.row, booking.generation))
             try:
                 placement = session.samples.placement_of_instance(booking.row)
-                # Otherwise servers might be told the share of this process's lease, or of a load around this one.
+                # Otherwise servers might inherit the share of this process's lease, or of an enclosing load.
                 tells_share = self._steady or bool(served_namespaces() or os.environ.keys() & {*SHARE_VARIABLES})
                 context = server_context(
                     session.namespace, session.source, placement, booking.row, tells_share=tells_share
@@ -109,7 +109,7 @@ class LoadAttempt:
                 session.thread.loads.remove((booking.row, booking.generation))
             if isinstance(value, str):
                 self._wake(value)
-            # The load has taken seconds, which would be lost if a crowded lock were given up after one.
+            # The load has taken seconds; giving up on a crowded lock after one second would waste them.
             with session.namespace.lock.patient_here():
                 copy = self._book_in(value, growth)
         except BaseException as error:
@@ -124,14 +124,14 @@ class LoadAttempt:
             _LOG.info(text, name, pid, shown, seconds, type(error).__name__)
             if not in_time:
                 self._expect_not_given_up(resets, error)
-            # Only now: what a signal handler raises meanwhile ends the call, and is no reason for another turn.
+            # Set only now: an exception from a signal handler until here ends the call, without another turn.
             self.again = self._could_gain
             raise
         self._log_loaded(copy, time.monotonic() - began)
         return copy
 
     def _wake(self, handle: str) -> None:
-        """Resume the suspended copy for which the handle stands that the loader has returned, if there is one."""
+        """Resume the suspended copy whose handle the loader has returned, if there is one."""
         session = self._session
         waking = session.begin(sys._getframe())
         try:
@@ -144,15 +144,15 @@ class LoadAttempt:
     # ---- before the loader runs ----------------------------------------------------------------------------
 
     def _begin(self) -> Growth:
-        """Take the figures that the load is going to be measured against."""
+        """Take the figures against which the load will be measured."""
         session, booking = self._session, self._booking
         if inspect.iscoroutinefunction(self._loader):
             raise InvalidArgumentError(
-                f"loader {self._loader!r} of {self._tag!r}: expected a callable that is no coroutine"
+                f"loader {self._loader!r} of {self._tag!r}: expected a callable that is no coroutine function"
             )
         self._log_begin()
         if booking.alone:
-            # What it adds is measured against this figure, so it must be one from now, whatever that takes.
+            # What the load adds is measured against this figure, so it must be a new one, however long that takes.
             session.figures.sample()
             session.figures.reset_peak()
             with session.namespace.transaction() as t:
@@ -164,7 +164,7 @@ class LoadAttempt:
         return growth
 
     def _log_begin(self) -> None:
-        """Say that a load begins, for how much, where and why."""
+        """Log that a load begins, with how much memory, where and why."""
         if says_more(_LOG):
             namespace, row = self._session.namespace, self._booking.row
             mb = namespace.tables.instances[row].reserved_mb
@@ -176,14 +176,14 @@ class LoadAttempt:
     # ---- after it has returned -----------------------------------------------------------------------------
 
     def _book_in(self, value: Any, growth: Growth) -> LoadedInstance:
-        """Write down what the loader has made, and how large it is; this process holds it from then on."""
+        """Record the instance that the loader has made, and its size; this process holds it from then on."""
         session, namespace, row, tag = self._session, self._session.namespace, self._booking.row, self._tag
         tables = namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
-        # None for an object, too, or a handle without a server.
+        # None also for an object, or for a handle without a server.
         record = record_of(value) if isinstance(value, str) else None
         server_pid = record.pid if record is not None and record.is_running() else None
-        # Here, because an object's attribute may be code, which does not run under the lock.
+        # Read here, because an object's attribute may be code, which must not run under the lock.
         own_mb = declared_mb(record if isinstance(value, str) else value)
         seen = session.figures.sample_after_load(row)
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
@@ -215,9 +215,9 @@ class LoadAttempt:
         return copy
 
     def _size_of(self, t: Transaction, own_mb: float | None, server: int, grown_mb: float) -> _Size:
-        """Return what the instance takes: as its server was measured, or this process has grown, or by what is known.
+        """Return the instance's size: its server's if measured, else this process's growth, else what is expected.
 
-        own_mb: what its object says. server: a reference, 0 if it has none. Needs the lock.
+        own_mb: what its object declares. server: a reference, 0 if it has none. Needs the lock.
         """
         session, namespace = self._session, self._session.namespace
         instance = namespace.tables.instances[self._booking.row]
@@ -230,11 +230,11 @@ class LoadAttempt:
         if own_mb is not None:
             namespace.transitions.estimates.expect(t, model, own_mb)
             return _Size(session.scheduler.expected_mb(model), shares_mb)
-        # No more than the policy has found room for: the default is cut where a device is smaller.
+        # At most what the policy has found room for: on a smaller device the default is reduced.
         return _Size(min(session.scheduler.expected_mb(model), instance.reserved_mb), shares_mb)
 
     def _warn_of_twins(self, t: Transaction, handle: str) -> None:
-        """Say, once a tag, that a loader has returned a handle that another one has returned before."""
+        """Log, once per tag, that a loader has returned a handle that was returned before."""
         session, tag = self._session, self._tag
         if tag not in session.tags_with_twins:
             session.tags_with_twins.add(tag)
@@ -258,7 +258,7 @@ class LoadAttempt:
             return size.learnt.mb
         if not namespace.tables.header.source_accounting_only:
             return None
-        # Without a measurement, what is assumed of a model counts, whatever leases have left of the device this time.
+        # Without a measurement the assumed size counts, even if leases have left less of the device this time.
         devices = instance.devices
         most_mb = min(map(session.scheduler.limit_mb, devices)) * len(devices)
         mb = min(session.scheduler.expected_mb(model), max(size.mb, most_mb))
@@ -278,7 +278,7 @@ class LoadAttempt:
     def _give_up(self, error: BaseException) -> bool:
         """Free the row, and learn from the failure; return False if others have freed it already.
 
-        A failure of the loader itself is remembered, unless there is another turn; see `policy.backoff`.
+        A failure of the loader itself is recorded, unless there is another turn; see `policy.backoff`.
         """
         session, row = self._session, self._booking.row
         ran_out = is_out_of_memory(error)
@@ -300,26 +300,26 @@ class LoadAttempt:
         return in_time
 
     def _others_have(self, value: Any) -> bool:
-        """Tell whether another instance stands for the handle that the loader has returned; looks without the lock.
+        """Tell whether another instance has the handle that the loader has returned; takes no lock.
 
-        A loader may return the handle of a server that is there already, which others use.
+        A loader may return the handle of an existing server, which others use.
         """
         namespace = self._session.namespace
         if not isinstance(value, str) or not namespace.is_usable:
             return False
-        # No row can have what is no text for it, and another thread may leave the namespace meanwhile.
+        # No row has a handle that cannot be encoded; and another thread may leave the namespace meanwhile.
         with suppress(InvalidArgumentError, ValueError):
             handle = encode_text(value, Instance.HANDLE_BYTES, "handle")
             return bool(namespace.transitions.twins.of(handle, self._booking.row))
         return False
 
     def _expect_not_given_up(self, resets: int, error: BaseException) -> None:
-        """Raise LoadTimeoutError if the row was taken away, and not by a reset: nothing else takes it.
+        """Raise LoadTimeoutError if the row was taken away, unless by a reset: nothing else takes it.
 
         resets: how many there had been when the load began.
         """
         namespace = self._session.namespace
-        # It counts from when the load was allowed, not from when the loader was called.
+        # The limit counts from when the load was granted, not from when the loader was called.
         limit_s = namespace.settings.load_timeout_seconds
         if limit_s < math.inf and namespace.is_usable and namespace.tables.header.resets == resets:
             raise LoadTimeoutError(
@@ -331,7 +331,7 @@ class LoadAttempt:
 
 
 def resume(acquisition: Acquisition, booking: Booking) -> LoadedInstance | None:
-    """Resume a suspended instance, and return it; None if that fails, and it is unloaded."""
+    """Resume a suspended instance, and return it; if that fails, it is unloaded, and None is returned."""
     session, operation = acquisition.session, acquisition.operation
     resumed = session.suspender.resume(booking.row, booking.generation)
     copy: LoadedInstance | None = None
@@ -340,7 +340,7 @@ def resume(acquisition: Acquisition, booking: Booking) -> LoadedInstance | None:
             copy = session.held.add(booking.row, acquisition.tag, operation)
             session.owned.add_seats(booking.row)
             session.scheduler.advance(t)
-    # Not in the transaction: where that is undone, the booking is all that is known of the resume.
+    # Not in the transaction: if that is undone, only the booking still tells of the resume.
     operation.booking = None
     return copy
 
@@ -348,10 +348,10 @@ def resume(acquisition: Acquisition, booking: Booking) -> LoadedInstance | None:
 def give_up_booking(
     session: Session, booking: Booking, learn: Callable[[Transaction], object] = lambda t: None
 ) -> bool:
-    """Free the row of a load that came to nothing, or suspend again what was to be resumed.
+    """Free the row of a load that came to nothing, or suspend again an instance that was to be resumed.
 
-    Return False if others have done so already. learn: called in the same transaction, while the row still stands;
-    that is at once, or as soon as the lock is free.
+    Return False if others have done so already. learn: called in the same transaction, before the row is freed: at
+    once, or as soon as the lock is free.
     """
     namespace = session.namespace
     if not namespace.is_usable:
@@ -372,7 +372,7 @@ def give_up_booking(
 
 
 def _is_ours(session: Session, booking: Booking) -> bool:
-    """Tell whether the row of a booking still is this process's to load, or to resume. Needs the lock."""
+    """Tell whether a booking's row is still for this process to load, or to resume. Needs the lock."""
     instance = session.namespace.tables.instances[booking.row]
     return (
         instance.state == (Instance.RESUMING if booking.resumes else Instance.LOADING)

@@ -105,8 +105,8 @@ class ModelManager(BeamNames):
     ) -> None:
         """Attach to a namespace, creating it if need be.
 
-        A model server imports the program, and so makes its managers, too. There, attaching waits for the first use,
-        and the manager neither leads nor keeps servers alive.
+        A model server imports the program, and so makes its managers, too. There, a manager attaches at its first use,
+        and neither leads nor keeps servers alive.
 
         monitor: takes the place of the memory source: a `GPUMonitor`, or any object with the methods of Beam's monitor.
         slack_percentage (share, 0 to 0.99): the share of a device that is never filled.
@@ -192,10 +192,10 @@ class ModelManager(BeamNames):
         if autoscaling_metric is not None:
             choose_autoscaling_metric(autoscaling_metric)
         self._attachment = Attachment(*root_and_name(namespace, runtime_root), settings, joins_with)
-        # Bound here, so that a call takes no longer than one of a method of this class.
+        # Bound here, so that a call takes no longer than that of a method of this class.
         self._connected = self._attachment.connected
         self._connected_in_time = self._attachment.connected_in_time
-        # A model server imports the program, and so makes its managers, too. Mostly they are not used there.
+        # A model server imports the program, and so makes its managers, too. Most are never used there.
         if not is_server_process():
             self._connected()
 
@@ -238,25 +238,24 @@ class ModelManager(BeamNames):
         devices: indices or uuids of the devices on which the copy has to be; by default all that this process sees.
         span: the number of devices of which a copy takes an equal share, if one has to be loaded.
         expect_mb: the memory that a copy takes, on all its devices together, as far as the caller knows. It replaces
-            `default_estimate_mb` until the model is measured, and saves the model from being loaded alone for that.
-            Where nothing can be measured it is used for good, and the latest value counts. An attribute of this name on
-            a loaded object, here or in a model server, means the same.
+            `default_estimate_mb` until the model is measured, and the model need not be loaded alone for that. Where
+            nothing can be measured it is used for good, and the latest value counts. An attribute of this name on a
+            loaded object, here or in a model server, means the same.
         max_waiting: how many requests may wait for the model, this one included; None allows any number, and with 0
             this request does not wait. The setting of this name applies as well, except to preloads.
         keep_alive_seconds: how long idle copies of the model are kept from now on, in all processes: -1 for ever, 0 to
             unload them as soon as no process uses or waits for one; None keeps what the last request said, else
-            `idle_ttl_seconds`. A request that needs their memory has them evicted nevertheless; `pin` prevents that,
-            too.
+            `idle_ttl_seconds`. A request that needs their memory still has them evicted; `pin` prevents that, too.
         priority: how urgent the request is, from -10 to 10, 0 by default. In the queue each step counts like 10 s of
-            waiting, so no request starves; of a preload, among preloads. See `mpmm.policy.fairness`.
+            waiting, so no request starves; preloads are ranked among themselves. See `mpmm.policy.fairness`.
         steady: while it loads, nothing else is loaded or unloaded on its devices, for engines that size themselves by
             the free memory. Copies there may be used meanwhile. The load waits for loads and unloads that have begun
             there, and further unloads wait for it. A model server that it starts finds its share of the memory in its
             environment, and a loader finds it in `current_placement()`.
         users: how many may use a copy at a time, from 1 to 128: for objects that take calls from several threads at a
             time, thread-safe servers and engines that batch. Their memory counts once, and a copy is evicted, or
-            unloaded, only once none of its users is left. It counts for copies that are loaded, or resumed, from now
-            on; of requests that had to load or to wait the last one's word counts, None keeps it, and at first it is 1.
+            unloaded, only once none of its users is left. It applies to copies that are loaded, or resumed, from now
+            on. The last request that had to load or to wait decides; None keeps the number, which is 1 at first.
 
         Raises AcquireTimeoutError, QueueFullError, LoadTimeoutError, ModelTooLargeError, NamespaceResetError,
         TableFullError, DeadlockError (see `model`), InvalidArgumentError, ClosedError, LockTimeoutError, and what the
@@ -268,7 +267,7 @@ class ModelManager(BeamNames):
         operation = session.begin(sys._getframe())
         try:
             value = acquire(self._attachment, session, operation, tag, loader_func, options, began)
-            # Inside of the `try`: after an exception behind it, nothing would know of the instance any more.
+            # Inside the `try`, because nothing would know of the instance after an exception that came later.
             session.end(operation)
             return value
         except BaseException:
@@ -308,8 +307,8 @@ class ModelManager(BeamNames):
     def shutdown(self) -> None:
         """Release all that this process has; the last process to leave unloads everything. A second call is harmless.
 
-        In a signal handler or finalizer that interrupts a call of the same thread, a thread shuts down once the call
-        has ended; the end of the process waits for it.
+        If a signal handler or finalizer calls it in the middle of another call of its thread, a new thread shuts down
+        once that call has ended; the process does not exit before it has.
         """
         self._attachment.shutdown()
 
@@ -335,12 +334,12 @@ class ModelManager(BeamNames):
         model waits for more room than this copy had, and idle copies on its device are unloaded, so that another
         attempt finds more.
 
-        Blocks may be nested, and loaders may use other models. A copy that runs alone to be measured does so until its
-        thread asks for another copy, which is then not measured alone. Raises DeadlockError if the thread would wait
-        for something that only it can release, because it holds it in blocks or loads it: another copy of its model
-        while all `max_model_copies` are its own, its own tag in a loader, memory that its own copies take, or something
-        to load, or to be unloaded, where it keeps devices quiet itself (`steady=True`, in a loader, or by a lease if
-        the program has no other thread, which could settle it). Tasks (`model_async`) are not checked for that.
+        Blocks may be nested, and loaders may use other models. A copy that runs alone to be measured stops running
+        alone when its thread asks for another copy. Raises DeadlockError if the thread would wait for something that
+        only it can release, because it holds it in blocks or is loading it: another copy of its model when all
+        `max_model_copies` are its own; its own tag, in a loader; memory that its own copies take; or a load or unload
+        on devices that it keeps quiet itself (`steady=True`, in a loader, or by a lease if the program has no other
+        thread that could settle it). Tasks (`model_async`) are not checked for that.
         """
         check_names(options)
         return Block(self._attachment, tag, loader_func, options)
@@ -350,16 +349,16 @@ class ModelManager(BeamNames):
     ) -> AbstractAsyncContextManager[Any]:
         """Acquire a copy for the length of an `async with` block, without a thread for each task that waits.
 
-        Otherwise it is like `model`: the same queue, the same errors. The loader is no coroutine, and runs in a thread.
-        A task that is cancelled while it waits leaves the queue. If it is cancelled while it loads, the load goes on,
-        and the copy is idle afterwards. See `mpmm.model_manager.async_acquire`.
+        Otherwise it is like `model`: the same queue, the same errors. The loader is not a coroutine function, and runs
+        in a thread. A task that is cancelled while it waits leaves the queue. If it is cancelled while it loads, the
+        load continues, and the copy is idle afterwards. See `mpmm.model_manager.async_acquire`.
         """
         if not isinstance(tag, str) or not callable(loader_func) or inspect.iscoroutinefunction(loader_func):
             raise InvalidArgumentError(
                 f"model {tag!r}, loader {loader_func!r}: expected a str and a callable that is no coroutine function"
             )
         check_names(options)
-        # Imported here, because asyncio takes longer to import than all of this package.
+        # Imported here, because importing asyncio takes longer than importing all of this package.
         from mpmm.model_manager.async_block import AsyncBlock
 
         return AsyncBlock(self._attachment, tag, loader_func, options)
@@ -405,11 +404,11 @@ class ModelManager(BeamNames):
         priority: int = 0,
         steady: bool = False,
     ) -> Lease:
-        """Wait for a lease on `mb` MB, for memory of something that is no model, and return it.
+        """Wait for a lease on `mb` MB, for something other than a model, and return it.
 
         It is admitted like a load: it waits its turn, idle copies are evicted for it, and its memory counts as used
         until it is given back, by `release` or the end of a `with` block, or until this process ends. Keep the lease:
-        one that nothing refers to any more ends, with a warning.
+        if nothing refers to it any more, it ends, with a warning.
 
         mb: the most memory that will be used. name: for people; several leases may have the same one.
         timeout_seconds: None stands for `wait_timeout_seconds`; `math.inf` waits for as long as it takes, and 0 takes
@@ -451,12 +450,12 @@ class ModelManager(BeamNames):
         timeout_seconds: for each load, and for the suspension; None stands for `wait_timeout_seconds`, and 0 evicts
             nothing. Options are those of `acquire_model`.
         if_free: load only what fits beside everything that is loaded now: nothing is evicted for it, and it does not
-            wait. What does not fit is not loaded, which is no error.
+            wait. Copies that do not fit are not loaded, and that is no error.
         state: `idle`, or `suspended` to have the idle copies of the model suspended once all are loaded, as `suspend`
-            does: they take memory of the host, and are resumed when somebody asks for the model. Suspended copies count
-            then. What cannot be suspended stays idle.
+            does: they take memory of the host, and are resumed when a request asks for the model. Suspended copies
+            count then. Copies that cannot be suspended stay idle.
 
-        Raises what `acquire_model` and `suspend` do; ModelTooLargeError also if so many copies can never be loaded at
+        Raises what `acquire_model` and `suspend` do; ModelTooLargeError also if this many copies can never be loaded at
         once.
         """
         if not isinstance(tag, str) or not callable(loader_func):
@@ -491,7 +490,7 @@ class ModelManager(BeamNames):
 
     @closed_by_shutdown
     def pin(self, tag: str, *, for_all: bool = False) -> None:
-        """Keep all idle copies of a model, present and future ones, from eviction and `idle_ttl_seconds`.
+        """Protect all idle copies of a model, present and future, from eviction and `idle_ttl_seconds`.
 
         The pin belongs to this process, whichever of its threads or managers asks. It lasts until `unpin`, or until the
         process leaves or dies: no other process could tell whether a dead one would still want it. A second pin changes
@@ -570,9 +569,9 @@ class ModelManager(BeamNames):
         """Change settings of the namespace, under their names in `ModelManager(…)`, for all its processes.
 
         They are checked as at creation, and either all of them change or none; None means no limit. Every process
-        follows them from its next transaction on. The policy decides at once again for all waiting requests. Nothing
-        loaded is unloaded for a change, except copies beyond a lower `max_model_copies`: idle ones at once, others when
-        they are released. Those of pinned models stay, and there will be no more of them.
+        follows them from its next transaction on, and the policy decides at once anew for all waiting requests. No copy
+        is unloaded for a change, except those beyond a lower `max_model_copies`: idle ones at once, others when they
+        are released. Pinned models keep their copies, but get no more.
 
         Raises InvalidArgumentError, also for `wait_timeout_seconds`, which is each manager's own, and for settings that
         the memory source was made with; ClosedError, LockTimeoutError.
@@ -590,11 +589,11 @@ class ModelManager(BeamNames):
         """Suspend the idle copies of a model, if they can be suspended; return how many are. See `mpmm.suspend`.
 
         The next request for the model resumes one, and so does `resume`. Copies in use stay as they are; so do those
-        for which the host has no room, unless other suspended copies can be dropped for them. Where something starts
-        undisturbed (`steady=True`), a copy is suspended once that has started.
+        for which the host has no room, unless other suspended copies can be dropped for them. A copy on a device where
+        something starts undisturbed (`steady=True`) is suspended after that.
 
         timeout_seconds: how long to wait until they are suspended; None stands for `wait_timeout_seconds`, and 0 does
-            not wait, and returns how many are going to be.
+            not wait, and returns how many will be suspended.
 
         Raises SuspendTimeoutError if some are still to be suspended then; DeadlockError (see `model`), with nothing
         changed, if the calling thread keeps the device of one quiet itself; InvalidArgumentError, ClosedError,
@@ -633,7 +632,7 @@ class ModelManager(BeamNames):
 
     @closed_by_shutdown
     def tickets(self) -> list[QueueTicket]:
-        """Return the tickets of all requests that wait now, first one first."""
+        """Return the tickets of all requests that wait now, in the order of the queue."""
         return waiting_tickets(self._connected())
 
     def __enter__(self) -> ModelManager:
@@ -655,5 +654,5 @@ class ModelManager(BeamNames):
         return checked_timeout("timeout_seconds", timeout_seconds)
 
 
-# Where users import it from, which pickles, tracebacks and documentation are to name.
+# Pickles, tracebacks and documentation name the module that users import it from.
 ModelManager.__module__ = "mpmm.model_manager"

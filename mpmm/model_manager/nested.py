@@ -1,4 +1,4 @@
-"""What a thread that asks for an instance holds or loads itself: it must not wait for that, nor spoil its measurement.
+"""A thread that asks for an instance must not wait for one that it holds or loads itself, nor spoil its measurement.
 
 Only `with` blocks and loaders count as held for certain, because they end in the thread that began them.
 """
@@ -23,7 +23,7 @@ __all__ = ["end_isolation", "expect_no_deadlock", "expect_not_held", "expect_not
 
 
 def end_isolation(session: Session, rows: Sequence[int]) -> None:
-    """End the isolation of what the calling thread holds or loads, as it asks for something else; measure it first."""
+    """End the isolation of what the calling thread holds or loads, because it asks for more; measure it first."""
     namespace = session.namespace
     for row in rows:
         if not (namespace.tables.header.isolated and namespace.transitions.isolation.runs_alone(row)):
@@ -40,7 +40,7 @@ def end_isolation(session: Session, rows: Sequence[int]) -> None:
 
 
 def learn_alone(session: Session, t: Transaction, row: int, cost_mb: float) -> None:
-    """Record what the instance that runs alone has added to the memory in use, all its devices together."""
+    """Record what the instance that runs alone has added to the memory in use, on all its devices together."""
     namespace = session.namespace
     model = namespace.tables.instances[row].model
     namespace.transitions.estimates.estimate(t, model, cost_mb, measured=False, sd_mb=ALONE_SD * cost_mb)
@@ -48,7 +48,7 @@ def learn_alone(session: Session, t: Transaction, row: int, cost_mb: float) -> N
 
 
 def expect_no_deadlock(request: QueuedRequest[Any], firm: Sequence[int]) -> None:
-    """Take a request out of the queue that waits for its own thread. Raises DeadlockError.
+    """Raise DeadlockError if a request waits for its own thread, after taking it out of the queue.
 
     firm: the rows that the thread holds or loads, see `ThreadHolds.rows`.
     """
@@ -73,7 +73,7 @@ def expect_no_deadlock(request: QueuedRequest[Any], firm: Sequence[int]) -> None
 
 
 def _named(session: Session, rows: Iterable[int]) -> tuple[tuple[str, ...], str]:
-    """Return the tags of rows, or the names of leases, and how an error names them all."""
+    """Return the tags (or lease names) of rows, and a text that names them all for an error."""
     tables, held, called = session.namespace.tables, [], []
     for row in rows:
         instance = tables.instances[row]
@@ -83,7 +83,7 @@ def _named(session: Session, rows: Iterable[int]) -> tuple[tuple[str, ...], str]
 
 
 def expect_not_held(session: Session, tag: str) -> None:
-    """Raise DeadlockError if the calling thread holds, or loads, an instance of a model that it is to see unloaded."""
+    """Raise DeadlockError if the calling thread waits for an unload of a model that it holds, or loads, itself."""
     tables = session.namespace.tables
     held_rows, _ = session.thread.rows()
     if any(tables.instances[row].model == tables.model_row(tag) for row in held_rows):
@@ -96,9 +96,9 @@ def expect_not_held(session: Session, tag: str) -> None:
 
 
 def expect_not_kept_quiet(session: Session, tag: str, what: str, rows: Iterable[int] | None = None) -> None:
-    """Raise DeadlockError if the calling thread is to wait until copies have gone, and keeps them from it itself.
+    """Raise DeadlockError if the calling thread is to wait for unloads or suspensions that it delays itself.
 
-    It does where it loads something that starts undisturbed, or has a lease that is not settled, see
+    It does so while it loads something that starts undisturbed, or has a lease that is not settled, see
     `ThreadHolds.quiet`. what: the name of the call. rows: of the copies, None for all of the model.
     """
     tables, layout = session.namespace.tables, session.namespace.segment.layout

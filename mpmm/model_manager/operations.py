@@ -1,15 +1,15 @@
-"""What a public call has in hand while it runs, so that an exception from a signal handler leaves nothing behind.
+"""A record of what each public call holds while it runs: an exception from a signal handler must leave nothing behind.
 
 Such an exception may come between any two bytecodes: after a copy was taken in shared state, say, and before the caller
 has it. So each call that takes or gives back something has an `Operation` in its session's `operations` for as long as
-it runs, and notes there what it is about to have before it has it. The background thread looks at them a few times a
-second: a frame that is no longer on its thread's stack cannot go on, and the background thread gives back what its
-operation has in hand (`Reconciler.reconcile`). What is noted but was never had, because the transaction was undone,
-does not stand in the rows, and nothing is done.
+it runs, and records there what it is about to take before it takes it. The background thread checks them a few times a
+second: a call whose frame is no longer on its thread's stack cannot continue, so the background thread gives back what
+its operation holds (`Reconciler.reconcile`). If something was recorded but never taken, because the transaction was
+undone, the rows do not show it, and nothing is done.
 
-At its end a call takes its operation off. What a `with` block or a lease holds stays noted without a frame: its object
-is the owner, and it goes back when that is collected without having come to its end. (No finalizer does that: an
-exception that a signal handler raises in one is lost to the program.)
+When a call ends, it removes its operation. The operation of a `with` block or a lease stays, without a frame: its
+object is the owner, and if that is collected before it has ended, the background thread gives back what it holds. (No
+finalizer does that: an exception that a signal handler raises in one is lost to the program.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "forget_closed_
 class LoadedInstance:
     """A copy of a model as this process knows it: its row, and the row's generation to tell it from later ones.
 
-    key: by what its value is told from others, see `key_of`.
+    key: distinguishes its value from others, see `key_of`.
     """
 
     row: int
@@ -48,13 +48,13 @@ class LoadedInstance:
 
 
 def key_of(value: Any) -> Hashable:
-    """Return by what a copy is told from others: by the text of its handle, and an object by its identity."""
-    # The text of a handle of a class of its own, so that no code of such a class runs where keys are compared: the
-    # compiled core does that with the lock held.
+    """Return what distinguishes a copy's value from others: the text of a handle, or the identity of an object."""
+    # Plain text even for a subclass of `str`, so that no code of such a class runs when keys are compared: the compiled
+    # core does that with the lock held.
     return str.__str__(value) if isinstance(value, str) else id(value)
 
 
-# One hold of a copy, and which use of the copy it is; told by identity from earlier and later holds of the same copy.
+# One hold of a copy, and which use of the copy it is. Its identity distinguishes it from other holds of the same copy.
 Held = tuple[LoadedInstance, int]
 
 
@@ -62,10 +62,10 @@ class Operation:
     """One call. held: what it has taken, or if `gives_back`, has struck off the list of what this process holds.
 
     ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
-    frame: where it runs; None if it does not, because an object, its `owner`, answers for it. warning: logged if that
-    is collected meanwhile. abandoned: it will not go on. unheard_by: the event loop that has not resumed the task yet
-    for which a thread has something in hand; a loop that was closed never does. loop: the event loop of the call's
-    task, until it is seen to be closed.
+    frame: where it runs; None if an object, its `owner`, is responsible instead. warning: logged if the owner is
+    collected meanwhile. abandoned: it will not continue. unheard_by: the event loop that has yet to resume the task for
+    which a thread has taken something; a closed loop never does. loop: the event loop of the call's task, until it is
+    seen to be closed.
     """
 
     held: Held | None = None
@@ -84,12 +84,12 @@ class Operation:
 
     @property
     def has_something(self) -> bool:
-        """Tell whether something may have to be given back for it."""
+        """Tell whether it may hold something that has to be given back."""
         return self.held is not None or self.ticket is not None or self.booking is not None
 
     @property
     def is_orphaned(self) -> bool:
-        """Tell whether the object that answers for it has been collected, or never hears of it."""
+        """Tell whether its owner has been collected, or will never hear of it."""
         if self.frame is not None or self.owner is None:
             return False
         if self.owner() is None:
@@ -100,10 +100,10 @@ class Operation:
 
 
 def forget_closed_loops(operations: set[Operation]) -> bool:
-    """Return whether a loop was closed, since the last look, in which a call has something in hand.
+    """Return whether an event loop with a call in progress was closed since the last look.
 
-    Its task never goes on. But somebody else may give back what it holds, as long as the object is not collected that
-    answers for that; and a task that waited is in a cycle with what it has waited for.
+    The call's task never continues. But until the call's owner is collected, something else may still give back what it
+    holds; and a task that waited is in a reference cycle with what it waited for.
     """
     closed = [operation for operation in list(operations) if operation.loop is not None and _is_closed(operation.loop)]
     for operation in closed:
@@ -117,7 +117,7 @@ def _is_closed(reference: weakref.ref[asyncio.AbstractEventLoop]) -> bool:
 
 
 def ended_calls(operations: set[Operation]) -> list[Operation]:
-    """Return the calls that cannot go on, by what all threads are at."""
+    """Return the calls that cannot continue, by looking at the stacks of all threads."""
     running = [(operation, operation.frame) for operation in list(operations)]
     tops = current_frames() if running else {}
     try:
@@ -125,12 +125,12 @@ def ended_calls(operations: set[Operation]) -> list[Operation]:
             operation
             for operation, frame in running
             if operation.abandoned
-            # Looked at again, because the call may have come to its end before the stacks were seen.
+            # Checked again, because the call may have ended before the stacks were read.
             or (_has_ended(operation, frame, tops) and operation.frame is frame and operation in operations)
         ]
     finally:
-        # This function's own frame is among them: a cycle, which would keep what the variables of all threads refer to,
-        # models and managers too, until the collector comes by.
+        # This function's own frame is among them: a cycle, which would keep alive what the variables of all threads
+        # refer to, even models and managers, until the next garbage collection.
         tops.clear()
 
 
@@ -143,5 +143,5 @@ def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, Fr
         return False
     if operation.thread == threading.get_ident():
         return True
-    # A frame that has returned leads nowhere, so the look counts only if the other thread has not gone on during it.
+    # A frame that has returned leads nowhere, so the result counts only if the other thread has not moved meanwhile.
     return current_frames().get(operation.thread) is top and (top is None or top.f_lasti == at)

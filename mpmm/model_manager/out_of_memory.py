@@ -1,7 +1,7 @@
-"""What a process does when a load, or the use of a model, has run out of device memory.
+"""How a process reacts when a load, or the use of a model, has run out of device memory.
 
-It learns that the model needs more than there was, says whether another try may find more, and makes room. What is
-learnt counts for all processes; see `mpmm.policy.out_of_memory`.
+It records that the model needs more than there was, tells whether another try may find more, and makes room. The record
+counts for all processes; see `mpmm.policy.out_of_memory`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _LOG = printable_logger("mpmm")
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """What the devices of a copy had for it when its load began.
+    """The memory that the devices of a copy had for it when its load began.
 
-    mb: as much as the one that had least, times the devices; physically, whatever slack says. room_mb: what they could
-    have had for it at best, within their limits, if everything else of the namespace were gone. alone: there was
-    nothing of it, idle copies of pinned models aside, nor was anything on its way back.
+    mb: the free memory of the device that had least, times the number of devices; physically free, regardless of slack.
+    room_mb: what they could have had for it at best, within their limits, with nothing else of the namespace there.
+    alone: nothing else of the namespace was there, except idle copies of pinned models, and no memory was coming back.
     """
 
     mb: float
@@ -45,7 +45,7 @@ class FreeMemory:
 
 
 class OutOfMemory:
-    """One process's part in running out of memory."""
+    """How one process handles running out of memory."""
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, samples: SharedSamples, unloads: Unloads) -> None:
         self._namespace = namespace
@@ -67,7 +67,7 @@ class OutOfMemory:
             return bits
 
     def free_for_load(self, row: int) -> FreeMemory | None:
-        """Return what the devices have for a copy that is about to load; None if there is nothing to measure it with.
+        """Return what the devices have for a copy that is about to load; None if nothing measures memory.
 
         None as well if the lock is not free at once: a load does not wait for it.
         """
@@ -87,7 +87,7 @@ class OutOfMemory:
         return None
 
     def could_gain(self, row: int, free: FreeMemory | None, places: int) -> bool:
-        """Tell whether a load that has run out of memory could find more, once others have gone. Needs the lock.
+        """Tell whether a load that has run out of memory could find more once others are unloaded. Needs the lock.
 
         row: the copy that was to be loaded. places: bits of the devices where it may load, 0 for all.
         """
@@ -109,7 +109,7 @@ class OutOfMemory:
         return others
 
     def _roomiest_mb(self, places: int, span: int, here: int = 0, here_mb: float = 0.0) -> float:
-        """Return what a copy can be given at best on `span` of these devices (bits, 0 for all) beside what is not ours.
+        """Return what a copy could get at best on `span` of these devices (bits, 0 for all), beside external memory.
 
         here: bits of the devices that are known to have no more than `here_mb` for it together.
         """
@@ -121,15 +121,16 @@ class OutOfMemory:
         return min(sorted(rooms)[-span:], default=0.0) * span
 
     def _room_mb(self, device: int, copies: Copies) -> float:
-        """Return how much of a device one copy could have, if it had the device to itself: see `admission.widened`."""
+        """Return how much of a device one copy could have, with the device to itself: see `admission.widened`."""
         view = next(view for view in self._scheduler.device_views(copies) if view.device == device)
         return min(self._scheduler.limit_mb(device), view.total_mb - max(0.0, view.external_least_mb))
 
     def learn_from_load(self, t: Transaction, row: int, free: FreeMemory | None, places: int, first: bool) -> None:
         """Record that a load has run out of memory, before its row is freed.
 
-        row, free, places: see `could_gain`. first: it may get a second turn. Where nothing can be measured, it is taken
-        for a quarter more in that; else for more than was free, less what others have begun to take since.
+        row, free, places: see `could_gain`. first: it may get a second turn. If nothing can be measured, the model's
+        estimate is raised by a quarter for that turn; else the model is taken to need more than was free, less what
+        others have begun to take since.
         """
         namespace = self._namespace
         tables = namespace.tables
@@ -148,7 +149,7 @@ class OutOfMemory:
         self._say_ran_out(t, model)
 
     def _raise_by_a_quarter(self, t: Transaction, model: int, devices: int) -> None:
-        """Raise a model's estimate by a quarter, where no source measures."""
+        """Raise a model's estimate by a quarter, because no source measures it."""
         need_mb = self._scheduler.need_mb(model)
         limit_mb = max(map(self._scheduler.limit_mb, device_rows(devices)), default=need_mb)
         raised_mb = raised_estimate_mb(need_mb, limit_mb)
@@ -166,11 +167,11 @@ class OutOfMemory:
         t.after.append(partial(_LOG.warning, text, namespace.name, namespace.pid, shown, mb))
 
     def make_room_after_use(self, tag: str) -> None:
-        """Learn from a use of a model that has run out of memory, and unload what is idle on its devices.
+        """Learn from a use of a model that has run out of memory, and unload idle copies on its devices.
 
-        A copy of this process had what it took and all that was free besides: it needs more than that, and a quarter
-        more than it is taken for, as its work space may not be in the figures. Its estimate stays: that is what a copy
-        takes, whatever it was asked to do.
+        A copy of this process had what it takes and all that was free besides: it needs more than that, and at least a
+        quarter more than its estimate, because its work space may not be in the figures. The estimate itself stays: it
+        is what a copy takes, whatever it was asked to do.
         """
         namespace = self._namespace
         tables = namespace.tables
@@ -197,14 +198,14 @@ class OutOfMemory:
         self.make_room(devices)
 
     def make_room(self, devices: int) -> None:
-        """Take back what admission believed: unload what is idle on these devices (bits), pinned models aside."""
+        """Admission was wrong, so unload idle copies on these devices (bits), except those of pinned models."""
         namespace = self._namespace
         tables = namespace.tables
         with namespace.transaction() as t:
             for row in tables.idle_copies():
                 instance = tables.instances[row]
                 pinned = tables.models[instance.model].pins
-                # A twin has gone with the one before it.
+                # A twin is unloaded together with an earlier row.
                 if instance.state == Instance.IDLE and instance.device_bits & devices and not pinned:
                     cause = Cause(Reason.OUT_OF_MEMORY)
                     namespace.transitions.unloads.begin(t, row, namespace.slot, evicted=True, cause=cause)

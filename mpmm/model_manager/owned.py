@@ -1,7 +1,7 @@
-"""The objects that this process has loaded for itself, and which rows stand for them.
+"""The objects that this process has loaded for itself, and the rows that stand for them.
 
-A handle can be used by every process; an object only by the one that has it. The instances table knows a copy of the
-latter kind, and whose it is, but not the object.
+Every process can use a handle, but only its owner can use an object. The instances table knows of such a copy, and to
+which process it belongs, but does not contain the object.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["OwnedObjects"]
 class OwnedObjects:
     """The objects of this process. All of its threads share it.
 
-    in_rows: what stands in a row, seats, too. rows_of_model: those rows by the model's row. `HeldInstances` and
-    the compiled core look into both; only this class changes them.
+    in_rows: the objects by row, including seats. rows_of_model: those rows by the model's row. `HeldInstances` and the
+    compiled core read both; only this class changes them.
     """
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         self._instances = namespace.reads.instances
-        # An RLock, because a finalizer or signal handler may come by while its own thread has it.
+        # An RLock, because a finalizer or signal handler may need it while its own thread has it.
         self._mutex = new_rlock()
         self.in_rows: dict[int, LoadedInstance] = {}
         self.rows_of_model: dict[int, list[int]] = defaultdict(list)
-        # Of the rows those that are seats.
+        # Those of the rows that are seats.
         self._seats: set[int] = set()
 
     def find_idle(self, model: int, usable_on: int = 0) -> int | None:
@@ -44,12 +44,12 @@ class OwnedObjects:
         return None
 
     def add(self, copy: LoadedInstance) -> None:
-        """Note an object that this process has just loaded, with its seats. Needs the lock."""
+        """Record an object that this process has just loaded, with its seats. Needs the lock."""
         self._put(copy, self._instances.held(copy.row).model)
         self.add_seats(copy.row)
 
     def add_seats(self, row: int) -> None:
-        """Note the seats of a copy in a row that has just become ACTIVE, if it is an object of this process.
+        """Record the seats of a copy in a row that has just become ACTIVE, if it is an object of this process.
 
         Needs the lock.
         """
@@ -62,7 +62,7 @@ class OwnedObjects:
             self._seats.add(seat)
 
     def forget(self, row: int, generation: int) -> LoadedInstance | None:
-        """Strike an object off the list and return it; None if the row is no longer that copy's."""
+        """Strike an object off the list and return it; None if the row no longer stands for that copy."""
         with self._mutex:
             copy = self.in_rows.get(row)
             if copy is None or copy.generation != generation:
@@ -73,25 +73,25 @@ class OwnedObjects:
             return copy
 
     def all(self) -> list[LoadedInstance]:
-        """Return what this process has loaded, each object once."""
+        """Return the objects that this process has loaded, each once."""
         return [copy for row, copy in list(self.in_rows.items()) if row not in self._seats]
 
     def value_of(self, row: int) -> Any:
-        """Return the object or handle of a row as far as this process can know it, else None."""
+        """Return the object or handle of a row if this process can know it, else None."""
         owned = self.in_rows.get(row)
-        # A seat's row may be another copy's by now.
+        # A seat's row may belong to another copy by now.
         is_ours = owned is not None and self._instances.is_still(row, owned.generation)
         return owned.value if owned is not None and is_ours else (self._namespace.tables.handle_of(row) or None)
 
     def _put(self, copy: LoadedInstance, model: int) -> None:
         with self._mutex:
-            # A seat leaves its row without a word, and another model may have that row by now.
+            # A seat's row is freed without telling this process, and another model may have had that row before.
             self._strike_off(copy.row)
             self.in_rows[copy.row] = copy
             self.rows_of_model[model].append(copy.row)
 
     def _strike_off_seats(self, copy: LoadedInstance) -> None:
-        """Strike off the seats of a copy, whose rows are free by now or somebody else's."""
+        """Strike off the seats of a copy whose rows are free by now, or belong to another copy."""
         for other in [other for other in self.in_rows.values() if other.value is copy.value]:
             instance = self._namespace.tables.instances[other.row]
             if not instance.state or instance.generation != other.generation:

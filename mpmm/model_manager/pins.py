@@ -17,7 +17,7 @@ __all__ = ["pin", "unpin"]
 
 
 def pin(session: Session, tag: str, for_all: bool, deadline: float) -> None:
-    """Pin a model for this process, or for the namespace; nothing if it is pinned so already.
+    """Pin a model for this process, or for the namespace; does nothing if that one has pinned it already.
 
     deadline: on `time.monotonic()`, for a row in the table of models to come free. Raises TableFullError,
     AcquireTimeoutError, InvalidArgumentError, LockTimeoutError.
@@ -27,7 +27,7 @@ def pin(session: Session, tag: str, for_all: bool, deadline: float) -> None:
 
 
 def unpin(session: Session, tag: str) -> None:
-    """End this process's pin on a model. Raises NotAcquiredError when there is none, LockTimeoutError."""
+    """End this process's pin on a model. Raises NotAcquiredError if there is none, LockTimeoutError."""
     namespace = session.namespace
 
     def unpin(t: Transaction) -> bool:
@@ -43,7 +43,7 @@ def unpin(session: Session, tag: str) -> None:
             if found:
                 session.scheduler.advance(t)
     except ReentrantCallError:
-        # A finalizer or signal handler gives it back, so it is pinned for all that can be seen.
+        # Called by a finalizer or signal handler in a transaction: assume that there is a pin.
         session.deferred.defer(unpin)
         found = True
     if not found:

@@ -1,6 +1,6 @@
 """Instances ahead of use, or without a use: preloads, resumes, and loads that are reserved by hand.
 
-They queue like an acquire, and what they have made is idle afterwards.
+They queue like an acquire, and the instances that they make are idle afterwards.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def preload(acquisition: Acquisition, loader: Callable[[], Any]) -> int:
         try:
             load_booked(acquisition, answer, loader)
         except NothingFree:
-            # What was to be resumed could not be, and there is no room to load another one.
+            # The instance could not be resumed, and there is no room to load another one.
             return loaded
         if operation.held is not None and session.held.take_off_hold(operation.held, operation):
             give_back(session, tag, operation.held[0], used=False)
@@ -52,11 +52,11 @@ def resume_all(acquisition: Acquisition) -> int:
     session, operation, tag = acquisition.session, acquisition.operation, acquisition.tag
     resumed = 0
     acquisition.preload = Ticket.ONLY_RESUMES
-    # No more than there are now: others may suspend them again as quickly, to have theirs resumed.
+    # No more than there are now: other processes may suspend them again as quickly, to resume their own.
     for _ in range(session.suspender.suspended_of(tag)):
         answer = _queue_in_time(acquisition)
         if not isinstance(answer, Booking):
-            # Others have resumed what was left, or dropped it.
+            # Others have resumed or dropped those that were left.
             break
         if not session.suspender.resume(answer.row, answer.generation):
             operation.booking = None
@@ -73,7 +73,7 @@ def resume_all(acquisition: Acquisition) -> int:
 def book(attachment: Attachment, tag: str, alone: bool) -> bool:
     """Book a load for the calling thread, waiting up to `lock_timeout_seconds`; return whether it has one.
 
-    alone: the load is to have its devices to itself. An answer of the other kind, or an idle instance, is given back.
+    alone: the load is to have its devices to itself. A booking of the other kind, or an idle instance, is given back.
     """
     session, bookings = attachment.connected(), attachment.bookings
     operation = session.begin(sys._getframe())
@@ -102,7 +102,7 @@ def book(attachment: Attachment, tag: str, alone: bool) -> bool:
 
 
 def _queue_in_time(acquisition: Acquisition) -> LoadedInstance | Booking | None:
-    """Queue with the whole time for it, and have the end of that be the end of the wait for the lock, too."""
+    """Queue with the full waiting time, which also limits the wait for the lock."""
     acquisition.begin_anew()
     try:
         return queue(acquisition)

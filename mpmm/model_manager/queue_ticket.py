@@ -35,7 +35,7 @@ class QueueTicket:
         return f"QueueTicket(priority={self.priority}, ticket_num={self.ticket_num}, tag={self.tag!r})"
 
 
-# Where users import it from, which pickles, tracebacks and documentation are to name.
+# Pickles, tracebacks and documentation name the module that users import it from.
 QueueTicket.__module__ = "mpmm.model_manager"
 
 

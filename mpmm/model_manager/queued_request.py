@@ -1,7 +1,7 @@
 """A request that waits in the queue of the namespace: its ticket, the answer to it, and leaving.
 
-What is asked for, and what is made of the answer, are a subclass's: an instance of a model (`acquisition.py`) or a
-lease on memory (`lease.py`). No method here sleeps. `acquire.py` does between them, and `async_acquire.py` awaits.
+Subclasses know what is requested, and what the answer gives: an instance of a model (`acquisition.py`) or a lease on
+memory (`lease.py`). No method here sleeps: `acquire.py` sleeps between the calls, and `async_acquire.py` awaits.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ T = TypeVar("T")
 
 
 class GrantRolledBack(Exception):
-    """A ticket waits on: the process that answered it was killed before its transaction was committed.
+    """A ticket still waits: the process that answered it was killed before its transaction was committed.
 
-    The waiter had seen the answer already, because it looks without the lock.
+    The waiter saw the answer nevertheless, because it reads without the lock.
     """
 
 
 class QueuedRequest(Generic[T]):
     """One request of one call. T is what `act` returns for an answer that gives something.
 
-    operation: notes what the request has in hand, for the case that an exception ends the call between two bytecodes.
-    name: of the model or lease. deadline: on `time.monotonic()`. row: of its ticket, once it has one.
+    operation: records what the request holds, in case an exception ends the call between two bytecodes. name: of the
+    model or lease. deadline: on `time.monotonic()`. row: of its ticket, once it has one.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class QueuedRequest(Generic[T]):
         self.began = began
         self.deadline = began + timeout_s
         self.row = -1
-        #: Whether a plan was made for its ticket, in which something may have been evicted, or its model back off.
+        #: Whether a plan was made for its ticket: it may have evicted something, or the model may back off.
         self.planned = True
 
     def begin_anew(self) -> None:
-        """Let the time for the wait begin now: the request queues once more."""
+        """Restart the time for the wait, because the request queues once more."""
         self.began = time.monotonic()
         self.deadline = self.began + self.timeout_s
 
@@ -77,20 +77,20 @@ class QueuedRequest(Generic[T]):
     def deadline_ns(self) -> int:
         """Return the deadline for the ticket.
 
-        A request that does not wait is given what is free now. Tickets whose time is over are given nothing.
+        A request that does not wait is given what is free now; the policy gives nothing to tickets past their deadline.
         """
         return to_ns(max(self.deadline, time.monotonic() + NOW_S))
 
     @property
     def called(self) -> str:
-        """What it asks for, as errors call it."""
+        """The name of the requested model or lease in errors."""
         raise NotImplementedError
 
     @property
     def takes_only_free(self) -> bool:
-        """Tell whether it is served at once or not at all, so that nothing is evicted, nor otherwise disturbed, for it.
+        """Tell whether it is served at once or not at all, so that nothing is evicted or otherwise disturbed for it.
 
-        Its ticket never waits: what it could not use in time would be unloaded for nothing.
+        Its ticket never waits: an eviction would come too late for it, and be in vain.
         """
         return self.timeout_s <= 0 or self.request.if_free
 
@@ -104,7 +104,7 @@ class QueuedRequest(Generic[T]):
             scheduler.turn_away(t, self.row, why)
 
     def note_ticket(self, row: int) -> None:
-        """Note the ticket that was made in the transaction in progress."""
+        """Record the ticket that was made in the transaction in progress."""
         self.operation.ticket = (row, self.session.namespace.reads.queue.number(row))
         self.row = row
 
@@ -113,14 +113,14 @@ class QueuedRequest(Generic[T]):
         return None
 
     def take_grant(self) -> T | None:
-        """Take what the ticket was granted, without the lock; None where that takes `act`."""
+        """Take what the ticket was granted, without the lock; None if that needs `act`."""
         return None
 
     def act(self) -> T | None:
         """Act on the ticket's answer, in a transaction that frees the ticket.
 
-        Return what was given, which the operation has noted; None if there is nothing to be given any more, which only
-        a preload is told. Raises GrantRolledBack if the ticket waits after all, and what the answer says otherwise.
+        Return what was granted, which the operation has recorded; None if nothing more is needed, which only a preload
+        is told. Raises GrantRolledBack if the ticket still waits, and the error that the answer stands for.
         """
         namespace = self.session.namespace
         try:
@@ -132,7 +132,7 @@ class QueuedRequest(Generic[T]):
                 if state in (Ticket.GRANTED, Ticket.LOAD):
                     return self._take(state, instance)
         except LockTimeoutError:
-            # Otherwise this process would hold what was granted until it ends, without knowing of it.
+            # Otherwise this process would unknowingly hold what was granted until it ends.
             self.session.deferred.defer(functools.partial(leave_if_there, namespace, self.operation.ticket))
             raise
         if state == Ticket.ENOUGH:
@@ -144,17 +144,17 @@ class QueuedRequest(Generic[T]):
         )
 
     def _take(self, state: int, instance: int) -> T:
-        """Note what the answer gives, an instance row, and return it. Needs the lock."""
+        """Record what the answer grants, an instance row, and return it. Needs the lock."""
         raise NotImplementedError
 
     def _refused(self, need_mb: float) -> MpmmError:
-        """Return the error for what can never be given."""
+        """Return the error for a request that can never be granted."""
         raise NotImplementedError
 
     def leave(self, timed_out: bool = False) -> tuple[str, float | None]:
-        """Leave the queue, and give up what the ticket may have been given.
+        """Leave the queue, and give up what the ticket may have been granted.
 
-        Return why it waited, and if it has timed out, for how many seconds more it would.
+        Return why it waited, and, if it has timed out, how many seconds more it was expected to wait.
         """
         session, row, ticket = self.session, self.row, self.operation.ticket
         if not session.namespace.is_usable:
@@ -175,7 +175,7 @@ class QueuedRequest(Generic[T]):
             return moves_somebody
 
         session.deferred.apply_or_defer(leave)
-        # A change that was deferred need not find the reason any more: to expect a wait takes a look at all instances.
+        # A deferred change need not find the reason any more: an expected wait takes a look at all instances.
         is_asked = False
         self.operation.ticket = None
         held = "" if wanted is None or left[0] == "lock" else held_by(session.namespace, wanted)
@@ -188,10 +188,9 @@ class QueuedRequest(Generic[T]):
 
 
 def making_room(session: Session, name: str, deadline: float, enter: Callable[[], T]) -> T:
-    """Return what `enter` returns, a transaction that needs a row; free one, or wait for one, if all are in use.
+    """Return what `enter`, a transaction that needs a row, returns; free one, or wait for one, if all are in use.
 
-    Raises TableFullError when every row is in use, held or waited for, AcquireTimeoutError when none has come free in
-    time.
+    Raises TableFullError if every row is in use, held or waited for, AcquireTimeoutError if none comes free in time.
     """
     began = time.monotonic()
     while True:
@@ -200,13 +199,13 @@ def making_room(session: Session, name: str, deadline: float, enter: Callable[[]
         except TableFullError as error:
             left_s = max(NOW_S, deadline - time.monotonic())
             if error.table == "tickets" and session.held.has_taken_tickets:
-                # The rows of grants that this process has acted upon are not needed any more.
+                # The rows of grants that this process has acted on are no longer needed.
                 with session.namespace.transaction(left_s) as t:
                     session.held.free_taken_tickets(t)
                 continue
             if error.table != "models":
                 raise
-            # Before room is made: a model would be unloaded for a request that gives up.
+            # Checked first: otherwise a model would be unloaded for a request that gives up.
             if time.monotonic() >= deadline:
                 shown = session.namespace.tables.shown_for(name)
                 reason = "no row in the table of models"

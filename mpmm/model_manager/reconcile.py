@@ -1,4 +1,4 @@
-"""Takes back what calls had in hand that an exception has ended; see `mpmm.model_manager.operations`."""
+"""Takes back what was held by calls that an exception has ended; see `mpmm.model_manager.operations`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG = printable_logger("mpmm")
 
 
 class Reconciler:
-    """For the background thread of a process, which looks a few times a second while calls are in progress.
+    """Takes back; for the background thread, which looks a few times a second while calls are in progress.
 
     has_abandoned: a call was abandoned since the last look.
     """
@@ -26,7 +26,7 @@ class Reconciler:
     def __init__(
         self, namespace: Namespace, scheduler: Scheduler, held: HeldInstances, operations: set[Operation]
     ) -> None:
-        """operations: the calls that have something in hand."""
+        """operations: the calls that may hold something."""
         self._namespace = namespace
         self._scheduler = scheduler
         self._held = held
@@ -34,18 +34,18 @@ class Reconciler:
         self.has_abandoned = False
 
     def reconcile(self) -> None:
-        """Take back what calls had in hand that an exception has ended, and end a transaction that it has left.
+        """Take back what was held by calls that an exception has ended, and end a transaction that one has left.
 
         Raises LockTimeoutError.
         """
         self.has_abandoned = False
         if self._namespace.lock.end_abandoned():
-            # This process may have nothing else to do for a long time, and keeps everybody else out until then.
+            # This process may have nothing else to do for a long time, and would keep all others out until then.
             with self._namespace.transaction():
                 pass
         self._namespace.lock.finish_calls()
         if forget_closed_loops(self._operations):
-            # A process that does little else would not do so for long.
+            # In a process that does little else, the next collection could be a long time off.
             gc.collect()
         for operation in ended_calls(self._operations):
             self._take_back(operation)
@@ -63,10 +63,10 @@ class Reconciler:
         operation.frame = None
 
     def _leave_abandoned(self, t: Transaction, operation: Operation) -> None:
-        """Give up ticket and load of a call, if the rows still have them."""
+        """Give up the ticket and the load of a call, if the rows still have them."""
         namespace, transitions = self._namespace, self._namespace.transitions
         others = [other.ticket for other in list(self._operations) if other is not operation]
-        # Where the transaction that queued it was undone, the next one was given the same number.
+        # If the transaction that queued it was undone, the next ticket got the same number.
         if operation.ticket not in others:
             leave_if_there(namespace, operation.ticket, t)
         if operation.booking is not None:
@@ -81,13 +81,13 @@ class Reconciler:
                     transitions.leases.end(t, row)
 
     def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
-        """Give back the copy of a call, unless that has been done, or another call has it by now."""
+        """Give back the copy of a call, unless that has been done, or another call holds it by now."""
         held = operation.held
         if held is None:
             return
         copy, use = held
         if self._is_granted(copy.row):
-            # Another waiter has it by now, and may be about to put it on the list, without the lock.
+            # Another waiter has it by now, and may be about to record it, without the lock.
             return
         at = (copy.row, copy.generation)
         if self._held.holds.get(at) is held:
@@ -103,7 +103,7 @@ class Reconciler:
             self._held.holds.pop(at)
 
     def _is_granted(self, row: int) -> bool:
-        """Tell whether a ticket was granted the copy in a row, and its waiter has not taken it for certain."""
+        """Tell whether a ticket was granted the copy in a row, and its waiter may not have taken it yet."""
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         tickets = tables.rows_where(layout.tickets, Ticket.INSTANCE, row + 1)
         return any(tables.tickets[ticket].state == Ticket.GRANTED for ticket in tickets)

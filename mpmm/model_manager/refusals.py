@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["expect_mapped", "expect_own_time_left", "largest_limit", "taken_away", "timed_out"]
 
-# What Python says of a memoryview that was released.
+# Part of Python's error about a released memoryview.
 _UNMAPPED = "released memoryview"
 
 
@@ -25,7 +25,7 @@ def timed_out(
 ) -> AcquireTimeoutError:
     """Return the error for a request that has waited as long as it may.
 
-    reason: what it last waited for. shown: what people are shown for the tag; None for what this process knows.
+    reason: what it last waited for. shown: how the tag is shown to people; None for the name that this process knows.
     """
     shown = shown_tag(tag, display_name(tag)) if shown is None else shown
     more = "" if expected_s is None else f"; about {expected_s:.1f} s more are expected"
@@ -39,21 +39,21 @@ def timed_out(
 
 
 def expect_own_time_left(session: Session, tag: str, error: LockTimeoutError) -> None:
-    """Raise AcquireTimeoutError if the lock was waited for no longer than because the caller would wait no longer."""
+    """Raise AcquireTimeoutError if the wait for the lock ended only because the caller's time was up."""
     if error.timeout_seconds < session.namespace.settings.lock_timeout_seconds:
         shown = session.namespace.tables.shown_for(tag)
         raise timed_out(tag, error.timeout_seconds, "lock", shown=shown) from error
 
 
 def taken_away(session: Session, what: str, tag: str) -> MpmmError:
-    """Return the error for what a reset has taken away, whether others asked for it or this process's shutdown did."""
+    """Return the error for an instance or ticket that a reset, or this process's shutdown, has taken away."""
     if session.closing:
         return ClosedError(f"the model manager was shut down, which {what}")
     return NamespaceResetError(f"a reset of namespace {session.namespace.name!r} {what}", tag=tag)
 
 
 def largest_limit(session: Session, request: PlacementRequest) -> tuple[float, str]:
-    """Return what the roomiest devices that an instance may span take together in MB, and their names."""
+    """Return how many MB the roomiest devices that an instance may span can hold together, and their names."""
     namespace, limit_mb = session.namespace, session.scheduler.limit_mb
     with namespace.transaction():
         rows = device_rows(request.loadable_on) or session.samples.rows()
@@ -63,7 +63,7 @@ def largest_limit(session: Session, request: PlacementRequest) -> tuple[float, s
 
 
 def expect_mapped(session: Session | None, error: ValueError) -> None:
-    """Raise ClosedError if this is what Python says of a segment that another thread has unmapped."""
+    """Raise ClosedError if this is Python's error about a segment that another thread has unmapped."""
     if _UNMAPPED in str(error) and (session is None or session.closing or not session.namespace.is_usable):
         stand_still_in_daemon()
         raise ClosedError("the model manager was shut down by another thread") from None

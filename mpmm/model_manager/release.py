@@ -1,6 +1,6 @@
 """Giving an instance back: its row becomes idle, is handed over to a waiter, or is unloaded, as the policy decides.
 
-An instance that has run alone is measured first. Most releases are made by the compiled core, without any of that.
+An instance that has run alone is measured first. The compiled core makes most releases, without any of that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def release(session: Session, tag: str, instance: Any) -> None:
 
 
 def not_acquired(session: Session, tag: str, instance: Any) -> NotAcquiredError:
-    """Return the error for the release of what this process does not hold."""
+    """Return the error for a release of something that this process does not hold."""
     what = repr(instance) if isinstance(instance, str) else f"this {type(instance).__name__}"
     return NotAcquiredError(
         f"release of {session.namespace.tables.called(tag)}: this process does not hold {what}; it was never acquired "
@@ -53,11 +53,11 @@ def not_acquired(session: Session, tag: str, instance: Any) -> NotAcquiredError:
 def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: float | None = None) -> None:
     """Give back what an operation has struck off the list of what this process holds.
 
-    If the lock is not to be had, or this is a finalizer or signal handler that comes in a transaction of its thread,
-    the background thread does so as soon as it can. The end of a block comes once, and most callers would not try
-    again: the instance would be lost to all as long as this process lives.
+    If the lock is not free in time, or this is a finalizer or signal handler in a transaction of its own thread, the
+    background thread gives it back as soon as it can. A block ends only once, and most callers would not try again:
+    the instance would be lost to all processes until this one ends.
 
-    timeout_s: to wait for the lock for so long only, and raise LockTimeoutError then; the instance is held as before.
+    timeout_s: how long to wait for the lock; then LockTimeoutError is raised, and the instance is held as before.
     """
     held = operation.held
     if held is None:
@@ -74,7 +74,7 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
     except LockTimeoutError as error:
         if timeout_s is not None:
             session.held.put_back(held)
-            # The operation still answers for it.
+            # The operation is still responsible for it.
             operation.gives_back = False
             raise
         session.abandon(operation)
@@ -97,10 +97,10 @@ def give_back_hold(
 ) -> None:
     """Give back what a block holds, at its end. timeout_s: as in `give_back_held`.
 
-    Raises NotAcquiredError if the block itself has given it back.
+    Raises NotAcquiredError if the code in the block has given it back.
     """
     here = session.held
-    # It may also have acquired it once more.
+    # That code may also have acquired it once more.
     if not here.take_off_hold(held, operation) and here.take_off(held[0].value, tag, operation) is None:
         raise not_acquired(session, tag, held[0].value)
     give_back_held(session, operation, tag, timeout_s)
@@ -109,9 +109,9 @@ def give_back_hold(
 def give_back(
     session: Session, tag: str, copy: LoadedInstance, used: bool = True, timeout_s: float | None = None
 ) -> None:
-    """Give an instance back in a transaction, and measure it if it has run alone.
+    """Give back an instance in a transaction, and measure it if it has run alone.
 
-    used: somebody has used it since it was loaded. Raises NamespaceResetError if a reset has taken it away meanwhile,
+    used: it has been used since it was loaded. Raises NamespaceResetError if a reset has taken it away meanwhile,
     ClosedError, LockTimeoutError.
     """
     namespace, here = session.namespace, session.held
@@ -136,7 +136,7 @@ def give_back(
         if session.unload_on_release:
             session.unloads.unload_if_not_kept(t, copy)
     if contended:
-        # Not before the waiter was let run on this processor.
+        # Not before the waiter has had a chance to run on this processor.
         session.tenures.leave(copy.tag)
     if copy.tag != tag:
         copy_of, released_as = map(namespace.tables.called, (copy.tag, tag))
@@ -153,7 +153,7 @@ def _added_alone_mb(session: Session, copy: LoadedInstance) -> float | None:
 
 
 def discard(session: Session, operation: Operation, copy: LoadedInstance) -> None:
-    """Free the row of an instance that an operation holds, and whose server turned out to be dead."""
+    """Free the row of an instance that an operation holds, because its server turned out to be dead."""
     if operation.held is not None:
         session.held.take_off_hold(operation.held, operation)
 

@@ -1,4 +1,4 @@
-"""What a request for a model or a lease asks for: the caller's options, and what they mean in the shared tables."""
+"""The options of a request for a model or a lease, as the caller gives them and as the shared tables hold them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class AcquireOptions(TypedDict, total=False):
-    """What a request for a model may say besides tag and loader; see `ModelManager.acquire_model`."""
+    """The options of a request for a model, besides tag and loader; see `ModelManager.acquire_model`."""
 
     devices: Sequence[int | str] | None
     span: int
@@ -45,12 +45,12 @@ class AcquireOptions(TypedDict, total=False):
 class PlacementRequest(NamedTuple):
     """The options of a request as the tables hold them. Devices are bits, 0 for all.
 
-    loadable_on: where an instance may be loaded. usable_on: where one that is loaded already may be used. span: over
-    how many devices a new one is spread. expect_mb: what it takes, as the caller says; 0 if the caller says nothing.
-    max_waiting: how many requests may wait for the model, this one among them. keep_alive: the word for
-    `Model.KEEP_ALIVE`, 0 to leave it as it is. urgency: see `policy.fairness`. steady: nothing else may be loaded or
-    unloaded on the devices while it loads. users: how many may use a copy at a time that is loaded from now on, 0 to
-    leave that as it is. if_free: a preload that is not to wait, nor to have anything evicted.
+    loadable_on: where an instance may be loaded. usable_on: where one that is already loaded may be used. span: over
+    how many devices a new one is spread. expect_mb: the memory it takes, 0 if the caller does not say. max_waiting: how
+    many requests may wait for the model, this one included. keep_alive: the word for `Model.KEEP_ALIVE`, 0 to leave it
+    as it is. urgency: see `policy.fairness`. steady: nothing else may be loaded or unloaded on the devices while it
+    loads. users: how many may use a copy at a time if it is loaded from now on, 0 to leave that as it is. if_free: a
+    preload that neither waits nor evicts.
     """
 
     loadable_on: int = 0
@@ -66,11 +66,11 @@ class PlacementRequest(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Tell whether any copy anywhere will do, loaded or waited for in the usual way."""
+        """Tell whether any copy on any device will do, loaded and waited for in the usual way."""
         return self is ANYWHERE or self._replace(users=0) == ANYWHERE
 
     def with_defaults(self, defaults: PlacementRequest) -> PlacementRequest:
-        """Return the request with what it does not say itself of `users`, `expect_mb` and `priority`."""
+        """Return the request with defaults for `users`, `expect_mb` and `priority` where it does not give them."""
         return self._replace(
             users=self.users or defaults.users,
             expect_mb=self.expect_mb or defaults.expect_mb,

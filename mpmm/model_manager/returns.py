@@ -1,8 +1,8 @@
-"""Watching for memory that is on its way back: a sample soon after an unload may come before the driver has freed it.
+"""Watching for memory that is coming back: a sample soon after an unload may be taken before the driver has freed it.
 
-On an H100 (driver 580.159.04) the memory of a process is back while the process still ends, 0.11 s after it was killed.
-A sample that comes a moment too early shows nothing, and the next one would be the leader's, up to `poll_interval`
-later, while waiters stand before a device that is free.
+On an H100 (driver 580.159.04) the memory of a process is back while the process still exits, 0.11 s after it was
+killed. A sample that is a moment too early shows nothing, and the leader takes the next one up to `poll_interval`
+later, while requests wait for a device that is already free.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from mpmm.text.printable import printable_logger
 __all__ = ["ReturnWatch"]
 
 _LOG = printable_logger("mpmm")
-# Between two samples: nvidia-smi takes 25 ms of a processor, and 0.3 s on a slow host.
+# Pauses between two samples: nvidia-smi takes 25 ms of processor time, and 0.3 s on a slow host.
 FIRST_PAUSE_S = 0.03
 LONGEST_PAUSE_S = 0.25
-# What has not come back by then, the leader's polls will find.
+# After that, the leader's polls find the memory that comes back.
 WATCHED_FOR_S = 1.0
-# Of many processes that watch one looks at a time: a crowd that unloads would be busy with nothing but looks.
+# Of many processes that watch, one samples at a time; otherwise a crowd that unloads would do nothing but sample.
 LATE_NS = int(FIRST_PAUSE_S * 1e9)
 CLAIM_LASTS_NS = 500_000_000
 
 
 class ReturnWatch:
-    """Has samples taken until they show what was unloaded, or a second has passed; one thread a process at most."""
+    """Takes samples until they show the unloaded memory, or a second has passed; at most one thread per process."""
 
     def __init__(
         self, namespace: Namespace, figures: FreshFigures, waiting: Callable[[], AbstractContextManager[None]]
@@ -43,13 +43,13 @@ class ReturnWatch:
         self._waiting = waiting
         self._until = 0.0
         self._thread: threading.Thread | None = None
-        # The process leaves the namespace.
+        # Set when the process leaves the namespace.
         self.ended = threading.Event()
 
     def begin(self) -> None:
         """Watch from now on, if there is anything to watch for. Takes no lock, and does not wait.
 
-        A thread that is just ending may miss it; then the leader's next poll has to do.
+        A thread that is just ending may miss it; then it is left to the leader's next poll.
         """
         if not self._awaiting() or self._namespace.tables.header.source_accounting_only:
             return
@@ -59,7 +59,7 @@ class ReturnWatch:
             try:
                 start_thread(thread)
             except RuntimeError:
-                # There is no thread to be had: the leader's next poll has to do.
+                # No thread can be started: it is left to the leader's next poll.
                 return
             self._thread = thread
 
@@ -75,12 +75,12 @@ class ReturnWatch:
                         self._figures.sample()
                     pause = min(2 * pause, LONGEST_PAUSE_S)
         except Exception:
-            # Otherwise the process has left meanwhile, and nobody in it waits for memory any more.
+            # Otherwise the process has left meanwhile, and none of its threads waits for memory any more.
             if self._namespace.is_usable:
-                _LOG.exception("mpmm %s: pid %d watches for no memory", self._namespace.name, self._namespace.pid)
+                _LOG.exception("mpmm %s: pid %d stops watching for memory", self._namespace.name, self._namespace.pid)
 
     def _awaiting(self) -> list[int]:
-        """Return the devices (rows) that wait for memory to come back. Without the lock."""
+        """Return the devices (rows) that wait for memory to come back. Takes no lock."""
         tables = self._namespace.tables
         rows = tables.used_rows(self._namespace.segment.layout.devices)
         return [row for row in rows if tables.devices[row].return_count]

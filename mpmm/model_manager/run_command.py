@@ -8,16 +8,16 @@ environment also says which share of the memory it has, see `Lease.environment`,
 
 This process waits its turn, stays in the namespace as long as the program runs, and ends as the program does.
 
-Whichever of the two is killed, the lease stands exactly as long as the program does:
+Whichever of the two is killed, the lease lasts exactly as long as the program:
 
 - The program ends or dies: this process gives the lease back and leaves.
 - This process dies, by `kill -9` say: the kernel kills the program as well (Linux: PR_SET_PDEATHSIG), and the other
-  members take the lease back once the program is gone. The kernel may not offer that, the program may take its time to
-  die, or it may leave children behind. All of them have inherited the descriptor that holds the lock by which other
-  members tell that this one lives, so no process is given memory that is still in use.
+  members take the lease back once the program is gone. The kernel may not support that, the program may take its time
+  to die, or it may leave children behind. But all of these have inherited the descriptor of the lock that tells other
+  members that this one is alive, so no process is given memory that is still in use.
 
-This process passes on signals that are sent to it. Signals of keys, which a terminal sends to the whole group, reach
-the program directly. While this process waits for its turn, a signal ends it as usual. On a terminal it says what it
+This process passes on signals that are sent to it. Signals from keys, which a terminal sends to the whole group, reach
+the program directly. While this process waits for its turn, a signal ends it as usual. On a terminal it prints what it
 waits for: after a second, and then at growing intervals.
 """
 
@@ -42,11 +42,11 @@ from mpmm.model_manager.waits import say_at_terminal
 
 __all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
 
-# As `env`, `nohup` and shells have them; a program that a signal has ended counts as 128 + its number there.
+# As in `env`, `nohup` and shells, where the status of a program that a signal ended is 128 + the signal's number.
 EXIT_CANNOT_RUN = 126
 EXIT_NOT_FOUND = 127
 EXIT_BY_SIGNAL = 128
-# What ends this process while it waits, and what it passes on once the program runs.
+# The signals that end this process while it waits, and those that it passes on once the program runs.
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _PASSED_ON = frozenset((*_ENDING, signal.SIGUSR1, signal.SIGUSR2))
 _FROM_KEYS = (signal.SIGINT, signal.SIGQUIT)
@@ -68,15 +68,16 @@ def run_on_lease(
 ) -> int:
     """Run a program on a lease of `mb` MB; return the exit status. wait_seconds: the longest wait for the lease.
 
-    steady_seconds: for so long from its start on nothing else is loaded or unloaded on its devices. says: is given what
-    the lease waits for; None where nobody sits there who wants to know.
+    steady_seconds: how long after its start nothing else is loaded or unloaded on its devices. says: receives messages
+    about what the lease waits for; None if no one reads them.
 
-    To be called in the main thread of a process that has no other one. Raises what `ModelManager.reserve` does, and
-    SystemExit when a signal ends the wait.
+    Only for the main thread of a process that has no other threads. Raises what `ModelManager.reserve` does, and
+    SystemExit if a signal ends the wait.
     """
-    # Blocked before there are other threads, which inherit that: so signals come to this one.
+    # Blocked before there are other threads, which inherit the mask, so that signals come to this one.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
-    # Where the starter ignores it, so would this process, and the program's end would wake nobody, and be lost.
+    # If the parent ignored it, this process would inherit that, and would neither wake up nor learn the exit status
+    # when the program ends.
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
@@ -94,7 +95,7 @@ def run_on_lease(
 
 @contextlib.contextmanager
 def _quiet_for(lease: Lease, seconds: float) -> Iterator[None]:
-    """End the quiet of a lease after so long, in a thread; `inf` leaves it until the lease ends."""
+    """End the quiet of a lease after this time, in a thread; with `inf` it lasts until the lease ends."""
     if not 0 < seconds < threading.TIMEOUT_MAX:
         yield
         return
@@ -110,7 +111,7 @@ def _quiet_for(lease: Lease, seconds: float) -> Iterator[None]:
 def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
     life = lease.descriptor()
     try:
-        # Safe beside the background thread: in the child, mpmm starts over and holds no lock.
+        # Safe despite the background thread: in the child, mpmm starts over and holds no lock.
         program = subprocess.Popen(
             command,
             env=with_share(os.environ, lease.environment()),
@@ -131,15 +132,15 @@ def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
 
 
 def _prepare_child(parent: int, mask: Collection[int]) -> Callable[[], None]:
-    """Return what the child does before it becomes the program: it ties its life to ours, and unblocks signals."""
-    # Looked up here, because between fork and exec nothing should be that might need a lock.
+    """Return what the child runs before it becomes the program: it ties its life to ours, and unblocks signals."""
+    # Looked up here, because between fork and exec nothing should run that might need a lock.
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
         if prctl is not None:
             prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
-                # It died in between, so the kernel is not going to tell us.
+                # The parent died in between, so the kernel will not kill this child.
                 os._exit(EXIT_BY_SIGNAL + signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -147,10 +148,10 @@ def _prepare_child(parent: int, mask: Collection[int]) -> Callable[[], None]:
 
 
 def _next_signal() -> tuple[int, bool]:
-    """Wait for one of the watched signals; return it, and whether it was for a key, so that the whole group got it."""
+    """Wait for one of the watched signals; return it, and whether a key caused it, so that the whole group got it."""
     if sys.platform == "linux":
         info = signal.sigwaitinfo(_WATCHED)
-        # Above 0 it is from the kernel. The SIGHUP of a lost terminal comes from there, too, but only to one of us.
+        # Above 0 it is from the kernel. The kernel also sends the SIGHUP of a lost terminal, but not to both of us.
         return info.si_signo, info.si_code > 0 and info.si_signo in _FROM_KEYS
     return signal.sigwait(_WATCHED), False
 

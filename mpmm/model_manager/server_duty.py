@@ -1,4 +1,4 @@
-"""What a model server does first, and last: it joins the namespace of the process that started it, and cleans up."""
+"""The start and the end of a model server: it joins the namespace of the process that started it, and cleans up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOG = printable_logger("mpmm")
 
 @dataclass(frozen=True)
 class ServerDuty:
-    """What a new model server does first: join the namespace, and tie itself to the copy it is about to hold."""
+    """The first task of a new model server: to join the namespace, and tie itself to the copy it is about to hold."""
 
     root: str
     name: str
@@ -31,9 +31,9 @@ class ServerDuty:
     placement: Placement
 
     def __call__(self, tag: str) -> Namespace | None:
-        """Return the server's membership, or None when the namespace is gone already.
+        """Return the server's membership, or None if the namespace is already gone.
 
-        Raises ServerStartError when the load is over: then no process would use the server.
+        Raises ServerStartError if the load is over: then no process would use the server.
         """
         try:
             namespace = self._join(tag)
@@ -41,7 +41,7 @@ class ServerDuty:
                 self._link(namespace, tag)
                 place_for_good(self.placement)
         except LockTimeoutError as error:
-            # Unknown to the namespace, it would live on if its loader died now.
+            # The namespace would not know the server, which would live on if its loader died now.
             raise ServerStartError(f"the server of {tag!r} cannot join its namespace: {error}", tag=tag) from error
         return namespace
 
@@ -55,10 +55,10 @@ class ServerDuty:
             return None
 
     def _link(self, namespace: Namespace, tag: str) -> None:
-        """Tie this process to the copy, or leave. Raises ServerStartError if nobody loads it any more."""
+        """Tie this process to the copy, or leave. Raises ServerStartError if the load is over."""
         instance = namespace.tables.instances[self.row]
         try:
-            # The load was decided, and has a process by now: a lock that is taken for seconds is no reason to give up.
+            # The load has been granted, and its process started: a lock that is taken for seconds is no reason to stop.
             with namespace.lock.patient_here(), namespace.transaction() as t:
                 if instance.state != Instance.LOADING or instance.generation != self.generation:
                     # Its loader died or was reset meanwhile. No row would ever name this server, so it would live for
@@ -72,7 +72,7 @@ class ServerDuty:
 
 @dataclass(frozen=True)
 class _Farewell:
-    """What the last model server does when no worker is left."""
+    """The last task of the last model server, if no worker is left."""
 
     root: str
     name: str
@@ -84,7 +84,7 @@ class _Farewell:
 def server_context(
     namespace: Namespace, source: MemorySource, placement: Placement, row: int, *, tells_share: bool
 ) -> ServerContext:
-    """Return what a model server should know that the loader of `row` starts.
+    """Return what a model server that the loader of `row` starts has to know.
 
     tells_share: its environment also says which share of the memory it has.
     """
@@ -92,16 +92,16 @@ def server_context(
     generation = namespace.tables.instances[row].generation
     uuids = placement.uuids
     setting = server_setting(source, uuids)
-    # In the server they are all that there is, so CUDA and HIP count them from 0.
+    # The server sees only these devices, so CUDA and HIP count them from 0.
     if setting:
         placement = replace(placement, indices=tuple(range(len(uuids))))
-    # What is not known is taken out, lest that of a share around this one be taken for it.
+    # Unknown figures are removed, so that those of an enclosing share are not taken for this server's.
     share = {**dict.fromkeys(SHARE_VARIABLES), **with_share({}, placement.environment())} if tells_share else {}
     return ServerContext(
         alive_lock=str(namespace.runtime.file("alive.lock")),
         namespace=namespace.name,
         environment=(*((setting,) if setting else ()), *share.items()),
         on_start=ServerDuty(*place, row, generation, placement),
-        # A manager inside a server is still there when no worker is left.
+        # A manager in a server may still be there when no worker is left.
         on_last=None if namespace.kind == Member.GUEST else _Farewell(*place),
     )

@@ -1,7 +1,7 @@
 """This process attached to one namespace: a `Session` has what its managers share, and the calls in progress.
 
-All managers of one process on one namespace share one session. The members table knows the process as one member.
-What it does there is parted among the session's objects, each of which has one job:
+All managers of one process on one namespace share one session, and the process is one row of the members table. The
+work is divided among the session's objects, each of which has one job:
 
     held           which instances the process holds, and which objects it owns     held.py
     thread         what the calling thread holds                                    thread_holds.py
@@ -9,11 +9,11 @@ What it does there is parted among the session's objects, each of which has one 
     deferred       changes to make as soon as the lock is free                      deferred.py
     figures        fresh memory figures                                             fresh_figures.py
     out_of_memory  what it learns from a load that has run out of memory            out_of_memory.py
-    reconciler     takes back what calls had in hand that an exception has ended    reconcile.py
+    reconciler     takes back what was held by calls that an exception has ended    reconcile.py
     tenures        which instances were handed to it a moment ago                   tenure.py
     suspender      suspends and resumes instances                                   mpmm/suspend/
-    leader         what the elected leader does for everybody                       leader.py
-    background     the one thread, which does what nobody waits for                 background.py
+    leader         what the elected leader does for all processes                   leader.py
+    background     the one thread, for work that no caller waits for                background.py
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from mpmm.sources import MemorySource
 
 __all__ = ["Session"]
 
-# A waiter that is sent away needs the lock once, to leave the queue.
+# How long to wait for waiters that are sent away; each needs the lock once, to leave the queue.
 WAITERS_LEAVE_TIMEOUT_S = 5.0
-# Calls in progress in other threads, which take microseconds where they do not load.
+# How long to wait for calls of other threads, which take microseconds unless they load.
 CALLS_END_TIMEOUT_S = 0.5
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _inherited: list[Session] = []
@@ -84,8 +84,8 @@ class _Waiting(contextlib.AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self._waiting.discard(self._call)
         self._call.frame = None
-        # Not `with self._left`, which is a Python function: an exception in it, from a signal handler, would leave the
-        # mutex taken for ever, and the end of the process waits for a thread that wants it.
+        # Not `with self._left`, which runs Python: an exception from a signal handler in it would leave the mutex taken
+        # for ever, and the process could not exit while a thread waits for it.
         with self._mutex:
             self._left.notify_all()
 
@@ -94,9 +94,9 @@ class Session:
     """One process in one namespace. Threads share it.
 
     unload_on_release: tags whose instances this process was last told to unload as soon as they are idle.
-    request_defaults: by tag, what a request asks for where it does not say it, see `PlacementRequest.with_defaults`.
-    tags_with_twins: those whose loaders were seen to return handles of others.
-    warn_after_s: when the log says that somebody waits.
+    request_defaults: by tag, the values of options that a request does not give, see `PlacementRequest.with_defaults`.
+    tags_with_twins: those whose loaders have returned handles of other instances.
+    warn_after_s: after how many seconds the log says that a request waits.
     """
 
     def __init__(
@@ -112,18 +112,18 @@ class Session:
         self.estimates_file = estimates_file
         self.monitor = monitor
         self.warn_after_s: tuple[float, ...] = WARN_AFTER_S
-        # By identity: a manager that an exception kept from being taken off is taken off once all the same.
+        # By identity, so that a manager is counted, and taken off, once, even if an exception makes a call run twice.
         self.manager_ids: set[int] = set()
-        # An RLock, because a finalizer or signal handler may come by while its own thread has it.
+        # An RLock, because a finalizer or signal handler may need it while its own thread has it.
         self._mutex = new_rlock()
         # Threads in the queue; `close` sends them away before the segment is unmapped under them.
         self._waiting: set[Operation] = set()
         self._thread_left = threading.Condition(self._mutex)
         self.closing = False
-        # The call that closes, and whether it came to its end.
+        # The call that closes, and whether it has been completed.
         self._closer = Operation(None)
         self.is_closed = False
-        # The calls that have something in hand, see `mpmm.model_manager.operations`.
+        # The calls that may hold something, see `mpmm.model_manager.operations`.
         self.operations: set[Operation] = set()
         self.unload_on_release: set[str] = set()
         self.request_defaults: dict[str, PlacementRequest] = {}
@@ -154,21 +154,21 @@ class Session:
 
     @property
     def managers(self) -> int:
-        """How many managers share this."""
+        """How many managers share this session."""
         return len(self.manager_ids)
 
     @property
     def is_left_behind(self) -> bool:
-        """Tell whether the last worker has left and removed the namespace of this manager, which is inside a server."""
+        """Tell whether this process is a server, and the last worker has left and removed the namespace."""
         return self.is_guest and self.namespace.is_removed
 
     @property
     def source(self) -> MemorySource:
-        """Where this process would read memory figures, as leader or on the way."""
+        """Where this process would read memory figures, as the leader or for a decision of its own."""
         return self.monitor.source
 
     def start(self) -> None:
-        """Begin to work: take part in the leadership, unload on demand."""
+        """Begin to work: lead if need be, unload on demand."""
         self.samples.describe(self.source, self.monitor.devices())
         if self.estimates_file is not None:
             self.estimates_file.load()
@@ -177,9 +177,9 @@ class Session:
     def close(self) -> None:
         """Leave the namespace: unload what only this process can use, and everything if it is the last.
 
-        Calling it again does nothing, also while the first call is at work, unless an exception has ended that.
-        What an object's own unload raises, or a signal handler during that, keeps nothing else from being done, and is
-        raised in the end.
+        A second call does nothing, even while the first is still running, unless an exception has ended that one. If an
+        object's own unload, or a signal handler during it, raises, everything else is still done, and the exception is
+        raised at the end.
         """
         call = Operation(sys._getframe())
         with self._mutex:
@@ -205,7 +205,7 @@ class Session:
             del copy
             objects.clear()
             collect_garbage()
-        # From here on no sample, not even the one in progress, is published to memory that is about to be unmapped.
+        # From here on no sample, not even one in progress, is published to memory that is about to be unmapped.
         self.monitor.bind(None)
         self.namespace.leave(self._unload_everything)
         self.monitor.close_source()
@@ -216,9 +216,9 @@ class Session:
             raise trouble
 
     def keep_estimates(self, at_last: bool = False) -> None:
-        """Write the estimates to their file, if there is one and they were not just taken for granted.
+        """Write the estimates to their file, if there is one and a source measures.
 
-        at_last: not only when it is time again.
+        at_last: write even if it is not yet time.
         """
         if self.estimates_file is None or self.namespace.tables.header.source_accounting_only:
             return
@@ -228,7 +228,7 @@ class Session:
             self.estimates_file.save_if_due()
 
     def begin(self, frame: FrameType | None) -> Operation:
-        """Note that a call begins, which runs in `frame`, and return what it has in hand.
+        """Record that a call begins, which runs in `frame`, and return its operation.
 
         See `mpmm.model_manager.operations`.
         """
@@ -239,7 +239,7 @@ class Session:
         return operation
 
     def begin_for(self, owner: object) -> Operation:
-        """Note that a call begins, which goes on for as long as `owner` is not collected."""
+        """Record that a call begins, which lasts as long as `owner` is not collected; return its operation."""
         operation = Operation(None)
         operation.owner = weakref.ref(owner)
         self.operations.add(operation)
@@ -248,19 +248,19 @@ class Session:
         return operation
 
     def end(self, operation: Operation) -> None:
-        """Note that a call has ended, and that what it has in hand is its caller's, or has been given back."""
+        """Record that a call has ended, and that its caller has what it holds, or that has been given back."""
         operation.frame = None
         if not operation.abandoned:
             self.operations.discard(operation)
 
     def abandon(self, operation: Operation) -> None:
-        """Leave to the background thread what a call has in hand that does not go on.
+        """Leave to the background thread what is held by a call that does not continue.
 
-        From finalizers and signal handlers, too.
+        Finalizers and signal handlers may call this, too.
         """
         operation.frame = None
         if operation.has_something:
-            # It may have been taken off just before.
+            # It may have been removed just before.
             self.operations.add(operation)
             operation.abandoned = self.reconciler.has_abandoned = True
             if self.namespace.is_usable:
@@ -271,13 +271,13 @@ class Session:
     def waiting(self, in_block: bool = True) -> contextlib.AbstractContextManager[None]:
         """Count the calling thread among those that wait in the queue, for the length of a `with` block.
 
-        in_block: an exception that has left the block's function ends it, too. Else `__exit__` is sure to be called.
+        in_block: an exception that leaves the block's function also ends it. Else `__exit__` is sure to be called.
         """
         call = Operation(sys._getframe(1) if in_block else None)
         return _Waiting(self._waiting, self._mutex, self._thread_left, call)
 
     def _waits(self, calls: set[Operation]) -> bool:
-        """Tell whether another thread is at one of these calls."""
+        """Tell whether another thread still runs one of these calls."""
         others = [call for call in list(calls) if call.thread != threading.get_ident()]
         return bool(others) and not set(others).issubset(ended_calls(set(others)))
 
@@ -291,7 +291,7 @@ class Session:
         return self.namespace.lock.is_busy_here() or not here.issubset(ended_calls(here))
 
     def _send_waiters_away(self) -> None:
-        """Have the threads that wait find out that they are to go; without the lock, whose holder may be stopped."""
+        """Wake waiting threads so that they leave; takes no lock of the segment, whose holder may be stopped."""
         namespace = self.namespace
         tables = namespace.tables
         deadline = time.monotonic() + WAITERS_LEAVE_TIMEOUT_S
@@ -299,17 +299,18 @@ class Session:
             for row in tables.rows_where(namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference):
                 namespace.reads.queue.signal(row).wake()
             with self._mutex:
-                # Again and again, because one that does not sleep yet misses it.
+                # Repeated, because a thread that does not sleep yet misses the wake-up.
                 self._thread_left.wait(REPEAT_S)
-        # Those that do not wait are about to end, unless a loader runs.
+        # Calls that do not wait are about to end, unless a loader runs.
         deadline = time.monotonic() + CALLS_END_TIMEOUT_S
         while self._waits({call for call in list(self.operations) if call.frame}) and time.monotonic() < deadline:
             time.sleep(UNLOAD_LOOK_S)
 
     def forget_after_fork(self) -> None:
-        """In a forked child: claim nothing of the parent's, and do not destroy it either.
+        """In a forked child: neither use nor destroy anything of the parent's.
 
-        The parent's objects stay referenced: what their finalizers let go of, a device's memory say, is the parent's.
+        The parent's objects stay referenced, because their finalizers would free what belongs to the parent, device
+        memory say.
         """
         self.leader.forget_after_fork()
         _inherited.append(self)
@@ -319,7 +320,7 @@ class Session:
         self.unloads.unload_assigned()
 
     def look_again(self, ticket: int) -> LookAgain:
-        """Return when a waiter of this process looks at its ticket (row), although nobody has woken it."""
+        """Return what decides when a waiter of this process looks at its ticket (row) without being woken."""
         return LookAgain(self.namespace, self.scheduler, self.warn_after_s, ticket)
 
 

@@ -1,4 +1,4 @@
-"""Suspending by hand: all idle copies of a model, and what that waits for."""
+"""Suspending all idle copies of a model by hand, and waiting for that."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["suspend_all"]
 
-# As the waits of requests.
+# The logger that also reports waiting requests.
 _LOG = printable_logger("mpmm.waits")
-# How often it looks whether the copies are suspended.
+# How often it checks whether the copies are suspended.
 LOOK_S = 0.01
 
 
 def suspend_all(session: Session, tag: str, timeout_s: float) -> int:
     """Have the idle copies of a model suspended, and return how many are.
 
-    timeout_s: how long to wait until they are; 0 does not wait, and returns how many are going to be. Raises
+    timeout_s: how long to wait until they are; 0 does not wait, and returns how many will be suspended. Raises
     SuspendTimeoutError; DeadlockError, with nothing changed, if the thread would wait for itself; ClosedError,
     LockTimeoutError.
     """
@@ -46,7 +46,7 @@ def _wait(session: Session, tag: str, chosen: Sequence[tuple[int, int]], began: 
     to_say = list(session.warn_after_s)
     while True:
         left = suspender.moving_among(chosen)
-        # Looked at after that: who shuts down has them suspended at once, and this is a call that it ends.
+        # Checked after that, because a shutdown suspends them at once, and has to end this call.
         if session.closing:
             called = tables.called(tag)
             raise ClosedError(f"the model manager was shut down while a thread waited for {called} to be suspended")
@@ -56,7 +56,7 @@ def _wait(session: Session, tag: str, chosen: Sequence[tuple[int, int]], began: 
         if waited_s >= timeout_s:
             model, why = f"model {printable(tables.shown_for(tag))}", suspender.why_moving(left[0])
             raise SuspendTimeoutError(
-                f"{model}: after {waited_s:.1f} s, {len(left)} of {len(chosen)} copies are to be suspended yet, which "
+                f"{model}: after {waited_s:.1f} s, {len(left)} of {len(chosen)} copies are yet to be suspended, which "
                 f"{why}; they are suspended as soon as that is possible",
                 tag=tag,
                 left=len(left),

@@ -1,4 +1,4 @@
-"""What the calling thread holds, so that a request which its own thread keeps from being served fails at once."""
+"""The instances that the calling thread holds, so that a request that its own thread blocks fails at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mpmm.shared_state.namespace import Namespace
 
 __all__ = ["ThreadHolds"]
 
-# Threads of mpmm that run no code of the program's, by the beginnings of their names. Those that load, unload or serve
-# do: a loader may settle a lease.
+# The threads of mpmm that never run the program's code, by the beginnings of their names. Threads that load, unload or
+# serve do run it: a loader may settle a lease.
 _OWN_THREADS = (
     *("mpmm-background", "mpmm-sampler", "mpmm-gpu-monitor"),
     *("mpmm-returns", "mpmm-watcher", "mpmm-transaction"),
@@ -22,14 +22,14 @@ _OWN_THREADS = (
 
 
 class ThreadHolds(threading.local):
-    """What the calling thread holds or loads in one namespace; each thread sees its own.
+    """The instances that the calling thread holds or loads in one namespace; each thread sees its own.
 
-    blocks: the operations of its `with manager.model(...)` blocks, innermost last. loads: what the loaders load that it
-    is running, row and generation. alone: what it has loaded to run alone, in a block or not.
+    blocks: the operations of its `with manager.model(...)` blocks, innermost last. loads: row and generation of what
+    the loaders that it runs are loading. alone: what it has loaded to run alone, in a block or not.
     """
 
     def __init__(self, namespace: Namespace, held: HeldInstances, operations: Set[Operation]) -> None:
-        """operations: the calls of the process that have something in hand. Runs once in each thread."""
+        """operations: the calls of the process that may hold something. Runs once in each thread."""
         self._namespace = namespace
         self._held = held
         self._operations = operations
@@ -38,10 +38,10 @@ class ThreadHolds(threading.local):
         self.alone: tuple[int, int] | None = None
 
     def rows(self) -> tuple[list[int], list[int]]:
-        """Return the rows that the calling thread holds in blocks or is loading, and that which it holds alone.
+        """Return the rows that the calling thread holds in blocks or is loading, and the row that it has run alone.
 
-        Only its `with` blocks and its loaders are sure to end in this very thread: what it has acquired otherwise,
-        another one may release. Without the lock, as all of these are this process's own.
+        Only its `with` blocks and its loaders are sure to end in this very thread: another one may release what it has
+        acquired otherwise. Takes no lock, because all of these rows are this process's own.
         """
         if not (self.loads or self.blocks or self.alone):
             return [], []
@@ -62,10 +62,10 @@ class ThreadHolds(threading.local):
         return firm, alone
 
     def quiet(self, firm: Sequence[int]) -> list[int]:
-        """Return the rows for which devices are quiet until the calling thread goes on: what it loads, and its leases.
+        """Return the rows that keep devices quiet until the calling thread continues: what it loads, and its leases.
 
-        firm: its rows, see `rows`. Any thread may settle or release a lease, a timer's say. So leases are among them
-        only while the program has no other thread. Without the lock, as `rows`.
+        firm: its rows, see `rows`. Any thread, a timer's say, may settle or release a lease, so leases count only while
+        the program has no other thread. Takes no lock, like `rows`.
         """
         tables = self._namespace.tables
         if not tables.header.steady:
@@ -76,10 +76,10 @@ class ThreadHolds(threading.local):
         return found
 
     def _steady_leases(self) -> list[int]:
-        """Return the rows of the leases that somebody in this process has yet to settle, or to release."""
+        """Return the rows of the leases that this process has yet to settle, or to release."""
         instances, found = self._namespace.tables.instances, []
         for operation in list(self._operations):
-            # A lease whose object has been collected is about to be ended by the background thread.
+            # If a lease's object has been collected, the background thread is about to end the lease.
             owner = None if operation.owner is None else operation.owner()
             if owner is None or operation.booking is None:
                 continue
@@ -90,11 +90,11 @@ class ThreadHolds(threading.local):
         return found
 
     def waits_for_itself(self, ticket: int, firm: list[int]) -> bool:
-        """Tell whether a waiter can be served only by rows that its own thread will not let go of. Needs the lock.
+        """Tell whether a waiter can be served only by rows that its own thread does not release. Needs the lock.
 
-        It waits for a copy of its model and has all there are; or for one to be loaded, by a loader that asks for it;
-        or for what its loader, or a lease of its own, keeps quiet, with nothing else loaded meanwhile; or for copies in
-        use to be idle, so that there is room, and all that are in use anywhere are its own.
+        It waits for a copy of its model, and has all there are; or for a copy to be loaded, and is the loader that
+        loads it; or for devices that its loader, or a lease of its own, keeps quiet, with no other device open; or for
+        copies in use to become idle and make room, and all that are in use anywhere are its own.
         """
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         waiter = tables.tickets[ticket]
@@ -110,13 +110,13 @@ class ThreadHolds(threading.local):
         if reason in (Reason.COPIES, Reason.ONLY_COPY):
             return ours.issuperset(rows)
         if reason == Reason.QUIET:
-            # What starts quietly has started once its loader has returned, or its lease is settled, and that is what
-            # waits, unless another device opens.
+            # The quiet ends once the loader returns, or the lease is settled; but the thread that has to do so waits
+            # here, unless another device opens.
             closed = {device for row in self.quiet(firm) for device in tables.instances[row].devices}
             everywhere = tables.used_rows(layout.devices)
             allowed = device_rows(waiter.loadable_on) or everywhere
             if waiter.preload == Ticket.ONLY_RESUMES:
-                # It is for what is suspended where the reason says.
+                # It waits for suspended copies, on the devices that the reason names.
                 allowed = waiter.on or everywhere
             return len(set(allowed) - closed) < max(1, waiter.span)
         if reason == Reason.SHARING:
@@ -130,6 +130,6 @@ class ThreadHolds(threading.local):
 
 
 def _other_threads() -> list[threading.Thread]:
-    """Return the threads of this process but for the calling one, as far as Python knows them."""
+    """Return the threads of this process except the calling one, as far as Python knows them."""
     ours = threading.get_ident()
     return [thread for thread in threading.enumerate() if thread.ident != ours]

@@ -2,7 +2,7 @@
 
 The process that decides on an unload writes into the instance's row which process has to do it: the owner of an object,
 and for a server the waiter that needs the room, or any other worker. That process finds the row here, unloads without
-the lock, and frees the row. If it is not done in time, the leader hands it to another one
+the lock, and frees the row. If it does not do so in time, the leader hands the unload to another one
 (`mpmm.model_manager.late_unloads`).
 """
 
@@ -43,21 +43,21 @@ __all__ = [
 ]
 
 _LOG = printable_logger("mpmm")
-# How an object that is not a handle lets go of what garbage collection does not see; the second is Beam's name.
+# The methods by which an object frees what garbage collection does not see; the second is Beam's name.
 _UNLOAD_METHODS = ("unload_model", "mock_model_unsafe_hard_delete")
-# Servers to end at a time; each takes a thread that mostly waits.
+# How many servers are ended at a time; each takes a thread that mostly waits.
 UNLOADS_AT_A_TIME = 8
-# However short `memory_return_seconds` is: another process is not told to do what may be done in a moment.
+# An unload gets this much time even if `memory_return_seconds` is shorter, before another process is told to do it.
 SHORTEST_UNLOAD_LIMIT_S = 0.5
-# A server that has not left by itself within so long is killed.
+# A server that has not left by itself within this time is killed.
 ENDS_WITHIN_S = 10.0
-# A thread that waits for memory looks so often whether there is more.
+# How often a thread that waits for memory checks whether there is more.
 UNLOAD_LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One unload. model: a row. ends_server: of the handle. server: its slot, if it is a member."""
+    """One unload. model: a row. ends_server: it ends the handle's server. server: its slot, if it is a member."""
 
     model: int
     tag: str
@@ -70,22 +70,22 @@ class _Task:
 
 @dataclass(frozen=True, eq=False)
 class _AtIt:
-    """Where a thread unloads a copy. An exception may take it out of there at any moment, and the thread lives on."""
+    """Where a thread unloads a copy. An exception may end that at any moment while the thread lives on."""
 
     thread: int
     frame: FrameType
 
     @property
     def is_there(self) -> bool:
-        """Tell whether it still is."""
+        """Tell whether the thread is still unloading."""
         return is_on_stack(self.frame, current_frames().get(self.thread))
 
 
 class Unloads:
-    """What one process has to unload. Its threads share it.
+    """The unloads of one process. Its threads share this object.
 
     leaving: the process leaves the namespace, and unloads even where something starts that should not be disturbed.
-    may_be_left: a thread has begun to unload something since all was found to be done, and an exception may end that.
+    may_be_left: a thread has begun an unload, which an exception may end, since the last check for unfinished ones.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Unloads:
 
     @property
     def suspender(self) -> Suspender:
-        """Suspends what is to be suspended instead."""
+        """Suspends the copies that are suspended instead of being unloaded."""
         return self._suspender
 
     @property
@@ -124,22 +124,22 @@ class Unloads:
         return at_it is not None and at_it.is_there
 
     def begin(self, rows: Iterable[int], frame: FrameType) -> None:
-        """Note that the calling thread unloads the copies of rows, as long as it runs `frame`, or calls `end`."""
+        """Record that the calling thread unloads the copies of rows, while it runs `frame`, or until it calls `end`."""
         at_it = _AtIt(threading.get_ident(), frame)
         self.may_be_left = True
         self._in_progress.update((row, at_it) for row in rows)
 
     def end(self, row: int) -> None:
-        """Note that the calling thread does not unload the copy of a row any more."""
+        """Record that the calling thread no longer unloads the copy of a row."""
         at_it = self._in_progress.get(row)
-        # Another thread may be at the next copy in that row by now.
+        # Another thread may be unloading the next copy in that row by now.
         if at_it is not None and at_it.thread == threading.get_ident():
             self._in_progress.pop(row, None)
 
     def unload_if_not_kept(self, t: Transaction, copy: LoadedInstance) -> None:
-        """Have a copy that was just given back unloaded, if its model is kept for no time at all and has no waiter.
+        """Have a copy that was just given back unloaded, if its model is not kept at all and has no waiter.
 
-        Other processes may not know that it is not kept; what they give back, the next poll finds.
+        Other processes may not know that it is not kept; the next poll finds copies that they give back.
         """
         if not self._namespace.reads.instances.is_idle(copy.row, copy.generation):
             return
@@ -151,20 +151,20 @@ class Unloads:
             self._namespace.transitions.unloads.begin(t, row, self._namespace.slot, evicted=False, cause=cause)
 
     def unload_in_thread(self) -> None:
-        """Do `unload_assigned` in a thread of its own, if there is anything to do.
+        """Unload what this process has to, in a thread of its own, if there is anything to do.
 
         A waiter has to give up in time, and the background thread has other jobs, however long an unload takes: a
-        model's own code may hang. Both are told of the same unloads, because either may be stuck elsewhere.
+        model's own code may hang. Both look for the same unloads, because either may be stuck elsewhere.
         """
         if self._has_to_unload():
-            # Without a thread to be had, the background thread's next look at the rows finds what is left.
+            # If no thread can be started, the background thread's next look at the rows finds what is left.
             with contextlib.suppress(RuntimeError):
                 start_thread(threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True))
 
     def take_up_what_is_left(self) -> None:
-        """Do in a thread what an exception from a signal handler has kept another one from, if anything is left."""
+        """Do in a thread the unloads that an exception from a signal handler has interrupted, if there are any."""
         if self.may_be_left and not self.is_busy:
-            # Before the look: what is begun meanwhile says so again.
+            # Cleared before the check: an unload that begins meanwhile sets it again.
             self.may_be_left = False
             self.unload_in_thread()
 
@@ -174,25 +174,25 @@ class Unloads:
 
     @contextlib.contextmanager
     def _reporting_trouble(self) -> Iterator[None]:
-        """Log what goes wrong in a thread that unloads; the background thread looks again at what is left."""
+        """Log what fails in a thread that unloads; the background thread looks again for what is left."""
         try:
             with self._namespace.lock.patient_here():
                 yield
-        # All of them, because a model's own code may raise SystemExit, say, which would end the thread without a word.
+        # Not only Exception, because a model's own code may raise SystemExit, say, which would end the thread silently.
         except BaseException:
-            # Otherwise the process has left meanwhile, and another one has been given the rest to do.
+            # Otherwise the process has left meanwhile, and another one has to do the rest.
             if self._namespace.is_usable:
                 _LOG.exception("mpmm %s: pid %d failed to unload a copy", self._namespace.name, self._namespace.pid)
 
     def _has_to_unload(self) -> bool:
-        """Look, without the lock, for copies that this process has to unload and that none of its threads is at."""
+        """Look, without the lock, for copies that this process has to unload and that none of its threads unloads."""
         return any(not self.is_at(row) for row, _ in self._assigned())
 
     def _assigned(self) -> list[tuple[int, int]]:
         """Return row and generation of the copies that this process has to unload, or to suspend, now.
 
-        Where something starts quietly, see `Instance.STEADY`, that has to wait; but not for a process that leaves. What
-        is in use in its seats has to wait in any case.
+        Where something starts quietly, see `Instance.STEADY`, they have to wait, unless the process leaves. A copy that
+        is still used in its seats has to wait in any case.
         """
         tables = self._namespace.tables
         steady = 0 if self.leaving else tables.header.steady
@@ -208,7 +208,7 @@ class Unloads:
     def unload_assigned(self) -> None:
         """Unload every copy whose row says that this process has to, and return when that is done.
 
-        What other threads are at is waited for, too, but no longer than it takes to kill a server.
+        Waits for unloads of other threads, too, but no longer than it takes to kill a server.
         """
         self._unload_what_is_left()
         deadline = time.monotonic() + ENDS_WITHIN_S
@@ -217,10 +217,10 @@ class Unloads:
             self._unload_what_is_left()
 
     def _unload_what_is_left(self) -> None:
-        """Unload the copies that this process has to and that none of its threads is at.
+        """Unload the copies that this process has to and that none of its threads unloads.
 
-        Handles are unloaded several at a time, so that one server that does not end holds up no other; objects one
-        after another, because their unload methods may not be made for threads.
+        Handles are unloaded several at a time, so that a server that does not end holds up no other; objects one after
+        another, because their unload methods may not be thread-safe.
         """
         tables = self._namespace.tables
         while self._has_to_unload():
@@ -229,16 +229,16 @@ class Unloads:
                 handles = [one for one in found if tables.instances[one[0]].owner is None]
                 objects = [one for one in found if one not in handles]
                 mine = [*handles[: UNLOADS_AT_A_TIME - 1], *objects[:1]] or handles[:1]
-                # The mutex of the lock guards these notes, too: several threads unload at the same time.
+                # The lock guards `_in_progress`, too, because several threads unload at the same time.
                 self.begin((row for row, _ in mine), sys._getframe())
             if not mine:
                 return
             self._unload_all(mine)
 
     def _unload_all(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Unload these copies (row, generation), each in a thread of its own but the last.
+        """Unload these copies (row, generation), each in a thread of its own, except the last.
 
-        The last one is this thread's, which is noted for all of them.
+        This thread, which is recorded as unloading all of them, unloads the last one.
         """
         *others, last = copies
         threads = []
@@ -248,7 +248,7 @@ class Unloads:
                 try:
                     start_thread(thread)
                 except RuntimeError:
-                    # There is no thread to be had.
+                    # No thread can be started.
                     self._unload_claimed(*other)
                 else:
                     threads.append(thread)
@@ -269,7 +269,7 @@ class Unloads:
     def wait_for_unloads(self, devices: int) -> None:
         """Wait until nothing is being unloaded from devices (bits), others' objects included, and memory is back.
 
-        No longer than `memory_return_seconds` and the time for which such figures count: somebody may be stuck.
+        Waits no longer than `memory_return_seconds` plus one `poll_interval`, because a process may be stuck.
         """
         namespace = self._namespace
         tables = namespace.tables
@@ -289,7 +289,7 @@ class Unloads:
     def _unload(self, row: int, generation: int) -> None:
         """Unload a copy and free its row, unless another process has done so, or has been told to, meanwhile.
 
-        One that is to be suspended is.
+        A copy that is to be suspended is suspended instead.
         """
         namespace = self._namespace
         instance = namespace.tables.instances[row]
@@ -320,9 +320,9 @@ class Unloads:
         self._settle()
 
     def _task(self, row: int, generation: int) -> _Task | None:
-        """Return what is to be unloaded, None if that is not, or no longer, for this process to do.
+        """Return what is to be unloaded, or None if that is not, or no longer, for this process to do.
 
-        Where a twin's unload ends the server, or it has ended by itself, the row is free then.
+        If the unload of a twin ends the server, or the server has ended by itself, this frees the row at once.
         """
         namespace, tables = self._namespace, self._namespace.tables
         with namespace.transaction() as t:
@@ -330,13 +330,13 @@ class Unloads:
             if not self._is_unloading(row, generation) or instance.holder != namespace.slot or instance.seats:
                 return None
             model, server, handle = instance.model, instance.server, tables.handle_of(row)
-            # A server that has died may have a successor of the same name, which is another copy's.
+            # A server that has died may have a successor of the same name, which belongs to another copy.
             lost = instance.has_server and instance.unload_on_release == Instance.LOST and server is None
             ends_server = bool(handle) and namespace.transitions.twins.unloads_handle(row) and not lost
             server_pid = None if server is None else tables.members[server].pid
             is_object = instance.owner is not None
             if not (is_object or ends_server):
-                # Now, as long as the twin has not been told that it is not the last one.
+                # In this transaction, so that the twin's unload will find that it is the last one.
                 namespace.transitions.unloads.end(t, row)
             return _Task(model, tables.tag_of(model), is_object, handle, ends_server, server, server_pid)
 
@@ -345,7 +345,7 @@ class Unloads:
         copy = self._owned.forget(row, generation)
         if copy is not None:
             unload_object(copy.value)
-            # Before the garbage is collected, which is not what something still refers to.
+            # Deleted first, because garbage collection frees nothing that is still referred to.
             del copy
             collect_garbage()
 
@@ -355,26 +355,26 @@ class Unloads:
         return instance.state == Instance.UNLOADING and instance.generation == generation
 
     def _unload_handle(self, handle: str, slot: int | None, server_pid: int | None) -> None:
-        """End the server of a handle, for certain; one of another pid than `server_pid` is another copy's by now.
+        """Make sure that the server of a handle ends; a server with another pid than `server_pid` is another copy's.
 
-        A server that does not leave by itself is killed before another process takes the unload over.
+        A server that does not leave by itself is killed before another process takes over the unload.
 
-        slot: of the server, if it is a member. Raises ModelServerError when it survives.
+        slot: of the server, if it is a member. Raises ModelServerError if it survives.
         """
         limit_s = min(max(self._namespace.settings.memory_return_seconds, SHORTEST_UNLOAD_LIMIT_S), ENDS_WITHIN_S)
         with contextlib.suppress(OSError, EOFError):
             multi_process_shared.unload(handle, timeout_seconds=limit_s, pid=server_pid)
         if slot is not None and server_pid is not None:
-            # Its files may be gone, or not be read. Whether it lives, the namespace knows.
+            # Its files may be gone or unreadable, but the namespace knows whether it lives.
             kill_process(server_pid, lambda: self._serves(slot, server_pid), handle)
 
     def _serves(self, slot: int, pid: int) -> bool:
-        """Tell whether a model server is a living member in this slot; without the lock."""
+        """Tell whether a model server is a living member in this slot; takes no lock."""
         member = self._namespace.tables.members[slot]
         return member.state == Member.SERVER and member.pid == pid and self._namespace.member_is_alive(slot)
 
     def _settle(self) -> None:
-        """Let waiters profit from freed memory: a new sample has to show it."""
+        """Have a sample show the freed memory, and let the policy decide for waiters."""
         if self._figures.source.cheap:
             self._figures.ensure_fresh()
         else:
@@ -388,13 +388,13 @@ class Unloads:
             self._returns.begin()
 
     def leave(self) -> None:
-        """Note that the process leaves the namespace."""
+        """Record that the process leaves the namespace."""
         self.leaving = True
         self._returns.ended.set()
 
 
 def unload_made(value: Any) -> None:
-    """Unload what a loader has made, a handle or an object; None is nothing."""
+    """Unload what a loader has made, a handle or an object; None stands for nothing."""
     if isinstance(value, str):
         with contextlib.suppress(OSError, EOFError):
             multi_process_shared.unload(value)
@@ -403,7 +403,7 @@ def unload_made(value: Any) -> None:
 
 
 def unload_object(value: Any) -> None:
-    """Have an object let go of what garbage collection does not see."""
+    """Have an object free what garbage collection does not see."""
     for name in _UNLOAD_METHODS:
         try:
             method = getattr(value, name, None)
@@ -411,19 +411,19 @@ def unload_object(value: Any) -> None:
                 continue
             method()
         except Exception:
-            # It is the model's own code, an attribute as well. Its memory counts as free either way.
+            # It is the model's own code, and so is an attribute. Its memory counts as free either way.
             _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
         return
 
 
 def collect_garbage() -> None:
-    """Give back the memory of what nothing refers to any more, cycles among it."""
+    """Free objects to which nothing refers any more, including cycles."""
     gc.collect()
     _empty_torch_cache()
 
 
 def _empty_torch_cache() -> None:
-    """Give back what torch keeps for itself, where somebody has imported torch."""
+    """Free what torch caches, if the program has imported torch."""
     torch = sys.modules.get("torch")
     if torch is not None:
         with contextlib.suppress(Exception):

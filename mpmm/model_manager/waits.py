@@ -1,7 +1,7 @@
-"""What the log and errors say of waits, loads and evictions: why, and which processes have what somebody waits for.
+"""Texts for the log and for errors about waits, loads and evictions: their reasons, and the processes they wait for.
 
-All of it is read without the lock, and only where it is going to be said. It is advice for people: it may fall into
-somebody's transaction, and then is off by what that changes.
+All of it is read without the lock, and only if it will be reported. It is advice for people: if it is read during
+another process's transaction, it may be off by what that changes.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ __all__ = [
 
 # A child of the logger of all others, so that `mpmm run` can have these messages alone.
 _LOG = printable_logger("mpmm.waits")
-# The log says that somebody waits after so long. Most waits end earlier, and 120 s is far from the usual time-out yet.
+# When the log says that a request waits. Most waits end earlier, and 120 s is still far from the usual time-out.
 WARN_AFTER_S = (5.0, 30.0, 120.0)
-# More processes, and more copies of one, are only counted.
+# How many processes, and copies of each, are named; further ones are only counted.
 PROCESSES_NAMED = 5
 COPIES_NAMED = 3
-# Where somebody sits at a terminal.
+# When it is said on a terminal, where someone may be watching.
 SAY_AFTER_S = (1.0, 5.0, 30.0, 120.0, 600.0, 3600.0)
-# A decision is carried out at once, so it is among the last events, unless very much happens.
+# A decision is carried out at once, so it is among the last events, unless a great deal happens.
 EVENTS_LOOKED_AT = 512
-# These are not waited for: they make room as soon as a request wants it.
+# No request waits for these: they make room as soon as a request needs it.
 _NOT_HELD = frozenset({Instance.FREE, Instance.IDLE, Instance.SUSPENDED})
 _VERBS = {
     Instance.LOADING: "loads {tag}",
@@ -61,7 +61,7 @@ _OF_THE_MODEL = frozenset({Reason.SHARING, Reason.COPIES, Reason.ONLY_COPY})
 
 
 class Wanted(NamedTuple):
-    """What a ticket waits for. model: a row, None for what is on the devices (bits, 0 for all), whichever model's."""
+    """What a ticket waits for. model: a row; None for instances of any model on the devices (bits, 0 for all)."""
 
     model: int | None
     devices: int
@@ -74,13 +74,13 @@ class _Held(NamedTuple):
 
 
 def wanted_by(namespace: Namespace, ticket: int) -> Wanted:
-    """Return what a ticket (row) waits for at present."""
+    """Return what a ticket (row) waits for now."""
     found = namespace.tables.tickets[ticket]
     return Wanted(found.model if found.reason in _OF_THE_MODEL else None, found.loadable_on)
 
 
 def held_by(namespace: Namespace, wanted: Wanted) -> str:
-    """Return which processes have what is wanted, and for how long, those that have it longest first; empty if none."""
+    """Return which processes hold what is wanted, and for how long, longest first; empty if none."""
     holds = sorted(_holds(namespace, wanted), key=lambda held: -held.seconds)
     by_pid: dict[int, list[_Held]] = defaultdict(list)
     for held in holds:
@@ -103,7 +103,7 @@ def _holds(namespace: Namespace, wanted: Wanted) -> list[_Held]:
     tables, now_ns, found = namespace.tables, time.monotonic_ns(), []
     for row in tables.used_rows(namespace.segment.layout.instances):
         instance = tables.instances[row]
-        # Read once each: without the lock they may change in between.
+        # Each is read once, because without the lock they may change in between.
         state, holder, model = instance.state, instance.holder, instance.model
         if state in _NOT_HELD or holder is None:
             continue
@@ -118,12 +118,12 @@ def _holds(namespace: Namespace, wanted: Wanted) -> list[_Held]:
 
 
 def says_more(logger: logging.Logger) -> bool:
-    """Tell whether a logger wants to know what happens; where it does not, nothing is looked up for it."""
+    """Tell whether a logger reports what happens; if it does not, nothing is looked up for it."""
     return logger.isEnabledFor(logging.INFO)
 
 
 def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
-    """Return why the last event of a kind that is about an instance (row) was decided; empty if that is not known."""
+    """Return why the last event of a kind about an instance (row) was decided; empty if that is not known."""
     tables, capacity = namespace.tables, namespace.segment.layout.events.capacity
     newest = tables.header.events
     for sequence in range(newest, max(0, newest - min(EVENTS_LOOKED_AT, capacity)), -1):
@@ -131,7 +131,7 @@ def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
         if event.instance != row:
             continue
         if event.kind != kind:
-            # Events before that are about another copy, which had the same row.
+            # Earlier events are about another copy, which had the same row.
             if event.kind == EventKind.LOAD_BEGAN:
                 return ""
             continue
@@ -145,15 +145,15 @@ def decision(namespace: Namespace, kind: EventKind, row: int) -> str:
 
 
 def where(namespace: Namespace, row: int) -> str:
-    """Return on which devices an instance (row) lies, as the log says it."""
+    """Return the devices of an instance (row), as text for the log."""
     devices = namespace.tables.instances[row].devices
     return f"device{'s' if len(devices) > 1 else ''} {' and '.join(map(str, devices))}"
 
 
 def say_at_terminal(manager: ModelManager, says: logging.Handler | None) -> None:
-    """Show a process's own warnings of long waits; they come sooner than in a log, as somebody sits there.
+    """Show a process's own warnings of long waits, sooner than in a log, because someone may be watching.
 
-    says: shows them; None where nobody sits there.
+    says: shows them; None if no one is.
     """
     if says is None:
         return
@@ -165,10 +165,10 @@ def say_at_terminal(manager: ModelManager, says: logging.Handler | None) -> None
 
 
 class WaitWarning:
-    """Has the log say that a ticket has waited for long, a few times at growing intervals.
+    """Logs that a ticket has waited for long, a few times at growing intervals.
 
-    The first time is left to the request that has waited longest for the model, which counts the others. Else each of
-    32 workers would write the same line in the same moment.
+    Only the request that has waited longest for the model logs the first time, and counts the others. Otherwise each
+    of 32 workers would write the same line at the same moment.
     """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler, warn_after_s: Sequence[float], ticket: int) -> None:
@@ -178,18 +178,18 @@ class WaitWarning:
         found = namespace.tables.tickets[ticket]
         self._since_s = found.enqueued / 1e9
         waited_s = time.monotonic() - self._since_s
-        # A preload stands behind all requests for use, and its caller expects it to wait. To resume takes a moment.
+        # A preload queues behind all requests for use, and its caller expects it to wait. A resume takes only a moment.
         thresholds = () if found.preload not in (0, Ticket.ONLY_RESUMES) else warn_after_s
         if len(thresholds) > 1 and namespace.reads.queue.comes_after_another(ticket):
             thresholds = thresholds[1:]
         self._left = [seconds for seconds in thresholds if seconds > waited_s]
 
     def in_s(self) -> float:
-        """Return in how many seconds there is something to say, `inf` for never again."""
+        """Return in how many seconds there is something to log, `inf` for never again."""
         return self._since_s + self._left[0] - time.monotonic() if self._left else math.inf
 
     def say(self) -> None:
-        """Write it into the log."""
+        """Log the wait."""
         waited_s = time.monotonic() - self._since_s
         self._left = [seconds for seconds in self._left if seconds > waited_s]
         namespace = self._namespace
