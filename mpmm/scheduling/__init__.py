@@ -1,12 +1,12 @@
-"""Policy applied to shared state: read a view of the rows, ask for a plan, write it down, wake up who is served.
+"""Policy applied to shared state: read a view of the rows, ask for a plan, record it, wake the waiters it serves.
 
-scheduler    `Scheduler`: carries out what the policy says, whenever something changes that waiters may wait for
-views        what a plan is made of; with `copies` (all instances in one pass) and `demand` (who is asked for)
-shortcuts    what a plan would decide, where that is known without one
+scheduler    `Scheduler`: carries out the policy's decisions, whenever something changes that waiters may wait for
+views        the input of a plan; with `copies` (all instances in one pass) and `demand` (how often models are used)
+shortcuts    a plan's decisions, where they are known without one
 suspension   whether an evicted copy is suspended or unloaded
-waiters      why a waiter waits, and how long it will
+waiters      why a waiter waits, and for how long it will
 table_rows   room in the tables themselves
-wakes        having the next user of a copy awake in time
+wakes        waking the next user of a copy in time
 """
 
 from mpmm.scheduling.copies import Copies

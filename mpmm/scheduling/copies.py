@@ -1,4 +1,4 @@
-"""What the instance rows say, in one pass over them: copies by model, and memory by device. Every plan reads it."""
+"""A summary of the instance rows, made in one pass: copies by model, and memory by device. Every plan reads it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _counts() -> defaultdict[int, defaultdict[int, int]]:
 
 @dataclass
 class Copies:
-    """What the instance rows say: copies by model (loaded ones shared, or owned by member; loading by member) and their
-    seats, MB and copies in mid-unload by device. `booked_mb` is what all but the loading ones take, `reserved_mb` what
-    loads in progress and leases may take, or take already where that is more."""
+    """A summary of the instance rows: copies by model (loaded ones shared, or owned by member; loading by member) and
+    their seats, MB and copies in mid-unload by device. `booked_mb` is what all but the loading ones take, `reserved_mb`
+    what loads in progress and leases may take, or already take if that is more."""
 
     idle: list[IdleInstance] = field(default_factory=list)
     busy: list[BusyInstance] = field(default_factory=list)
@@ -44,10 +44,10 @@ class Copies:
     seats: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     leaving: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     newest_load: dict[int, int] = field(default_factory=dict)
-    # How long the newest one takes in all if it is a resume, else 0.
+    # How long the newest load takes in all if it is a resume, else 0.
     coming_s: dict[int, float] = field(default_factory=dict)
     newest_hold: dict[int, int] = field(default_factory=dict)
-    # For how long, in ns, the holds that go on have gone on, all together.
+    # The sum of the times, in ns, for which current holds have lasted.
     held_ns: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     unloading: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     booked_mb: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -68,16 +68,16 @@ class CopiesReader:
         self._suspension = suspension
 
     def read_copies(self) -> Copies:
-        """Return what the instance rows say, in one pass over those in use."""
+        """Return the summary of the instance rows, in one pass over those in use."""
         now = time.monotonic_ns()
         copies = Copies()
         several: dict[int, list[UsedInstance]] = {}
         for one in self._reads.instances.in_use():
-            # All rows of one copy together: its memory counts once, and it is in use while any of them is.
+            # All rows of one copy are added together: its memory counts once, and it is in use while any of them is.
             if one.seats or one.seat_of is not None:
                 several.setdefault(one.row if one.seat_of is None else one.seat_of, []).append(one)
                 continue
-            # Noted before the states are told apart: what starts quietly may be a load or a lease.
+            # Recorded before the states are distinguished: a load or a lease may start quietly.
             if one.steady:
                 copies.steady.update(dict.fromkeys(device_rows(one.device_bits), one.model))
             if one.state == Instance.LEASED:
@@ -87,7 +87,7 @@ class CopiesReader:
             if one.state in (Instance.LOADING, Instance.RESUMING):
                 self._add_load(copies, one, now)
                 continue
-            # What loads counts by its reservation instead, see `_add_reservation`: both together would count it twice.
+            # A load counts by its reservation instead, see `_add_reservation`: both would count its memory twice.
             copies.booked_mb[one.device] += one.mb
             for device, mb in one.other_shares:
                 copies.booked_mb[device] += mb
@@ -105,11 +105,11 @@ class CopiesReader:
 
     def _add_several(self, copies: Copies, row: int, places: Sequence[UsedInstance], now_ns: int) -> None:
         """Add a copy that several may use at a time. places: its own row, and those of its seats."""
-        # Its own row goes last, so it is there.
+        # Its own row is freed last, so it is there.
         copy = next(one for one in places if one.row == row)
         for device, mb in ((copy.device, copy.mb), *copy.other_shares):
             copies.booked_mb[device] += mb
-        # Where its own row was given back it is UNLOADING, which begins once the last seat is given back, too.
+        # If its own row was given back it is UNLOADING, but the unload begins only once the last seat is given back.
         if copy.state == Instance.UNLOADING or copy.to_go:
             copies.leaving[copy.model] += 1
         else:
@@ -117,14 +117,14 @@ class CopiesReader:
                 copies.owned[copy.model][copy.owner] += 1
             else:
                 copies.shared[copy.model] += 1
-            # Seats are no copies, or `max_model_copies` would bound users instead.
+            # Seats do not count as copies, or `max_model_copies` would limit users instead.
             copies.seats[copy.model] += len(places) - 1
         used = [one for one in places if one.state == Instance.ACTIVE]
         if used:
             newest = max(one.since_ns for one in used)
             copies.newest_hold[copy.model] = max(newest, copies.newest_hold.get(copy.model, 0))
             copies.held_ns[copy.model] += sum(now_ns - one.since_ns for one in used)
-            # Its memory can be had when the last of its users has given it back.
+            # Its memory becomes available when the last of its users has given it back.
             free_in_s = max(self._free_in_s(one, now_ns, loading=False) for one in used)
             copies.busy.append(
                 BusyInstance(
@@ -135,7 +135,7 @@ class CopiesReader:
         for one in places:
             if one.state != Instance.IDLE:
                 continue
-            # The memory is that of the copy: once, and as long as nobody uses it.
+            # The memory counts once, with the copy's own row, and only while no seat is in use.
             whole = one is copy and not used
             copies.idle.append(
                 IdleInstance(
@@ -159,7 +159,7 @@ class CopiesReader:
         )
 
     def _add_active(self, copies: Copies, one: UsedInstance, now_ns: int) -> None:
-        # One that leaves is no copy that a newcomer could count on, nor one of those that `max_model_copies` limits.
+        # A copy that is to be unloaded serves no newcomer, and does not count towards `max_model_copies`.
         copies.leaving[one.model] += one.to_go
         if one.owner:
             copies.owned[one.model][one.owner] += not one.to_go
@@ -181,7 +181,7 @@ class CopiesReader:
         copies.loading[one.model][one.holder] += not one.to_go
         resumes = one.state == Instance.RESUMING
         if one.since_ns > copies.newest_load.get(one.model, 0):
-            # Of several the newest says when all of them will be there.
+            # If there are several, the newest tells when all of them will be there.
             copies.newest_load[one.model] = one.since_ns
             copies.coming_s[one.model] = resume_s(self._suspension.movable(one.row)) if resumes else 0.0
         free_in_s = self._free_in_s(one, now_ns, loading=True)
@@ -194,9 +194,9 @@ class CopiesReader:
         self._add_reservation(copies, one)
 
     def _add_suspended(self, copies: Copies, one: UsedInstance) -> None:
-        """Add one that has given its memory up but for what its process keeps, and stands for no loaded copy."""
-        # It lies on one device: one that spans several cannot be suspended. A resume needs again what it had there; by
-        # `mb`, which is less, it would be let in where there is no room.
+        """Add a suspended copy, which has given up its memory except what its process keeps, and is not loaded."""
+        # It lies on one device, because a copy that spans several cannot be suspended. A resume needs again what the
+        # copy had there; `mb` is less, and would admit it where there is no room.
         had_mb, resumes_in_s = self._tables.instances[one.row].device_mb, resume_s(self._suspension.movable(one.row))
         copies.suspended.append(
             SuspendedInstance(
@@ -206,21 +206,21 @@ class CopiesReader:
 
     @staticmethod
     def _add_unload(copies: Copies, one: UsedInstance) -> None:
-        """Add one that is being unloaded or suspended."""
+        """Add a copy that is being unloaded or suspended."""
         if one.state == Instance.SUSPENDING:
             copies.suspending[one.model] += 1
-        # The memory of an unload that is late is in use, and nobody counts on it.
+        # The memory of a late unload counts as in use, and no plan relies on it.
         if not one.unload_late:
             for device, mb in ((one.device, one.mb), *one.other_shares):
-                # Counted, too, as one whose size nobody knows adds no MB and is worth waiting for all the same.
+                # The number counts, too: a copy of unknown size adds no MB, but is still worth waiting for.
                 copies.unloading[device] += 1
                 copies.suspending_on[device] += one.state == Instance.SUSPENDING
                 copies.unloading_mb[device] += mb
 
     def _add_lease(self, copies: Copies, one: UsedInstance) -> None:
-        # What its program takes beyond the lease is taken, too; what it leaves of it nobody else may take.
+        # Memory that its program takes beyond the lease counts, too; the rest of the lease is reserved for it.
         self._share_out(copies.reserved_mb, one, max(one.reserved_mb, self._tables.instances[one.row].mb))
-        # What a waiter may hope to have back when leases end: no more than they were for.
+        # When leases end, a waiter can expect no more than they were for.
         self._share_out(copies.leased_mb, one, one.reserved_mb)
         share_mb = one.reserved_mb / (1 + len(one.other_shares))
         shares = tuple((device, share_mb) for device, _ in one.other_shares)
@@ -235,8 +235,8 @@ class CopiesReader:
             figures[device] += share_mb
 
     def _add_reservation(self, copies: Copies, one: UsedInstance) -> None:
-        """Add what a load in progress was allowed, or what its server has taken already, where that is more."""
-        # Without a server there is no process that the source may measure.
+        """Add the reservation of a load in progress, or what its server already takes if that is more."""
+        # Without a server there is no process that the source could measure.
         if not one.has_server:
             self._share_out(copies.reserved_mb, one, one.reserved_mb)
             return
@@ -247,11 +247,11 @@ class CopiesReader:
             )
 
     def _free_in_s(self, one: UsedInstance, now_ns: int, loading: bool) -> float:
-        """Return when an instance that is held, or being loaded, is expected to be idle, judged by how long that takes
-        on average and how long it has taken already."""
+        """Return in how many seconds an instance that is held, or being loaded, is expected to be idle: from how long
+        that takes on average, and how long it has taken already."""
         hold_s, load_s = self._reads.models.durations_s(one.model)
         if one.state == Instance.RESUMING:
-            # A resume takes a fraction of a load; by the load's time others would load beside it.
+            # A resume takes a fraction of a load; with the load's time others would load a copy as well.
             load_s = resume_s(self._suspension.movable(one.row))
         elapsed_s = (now_ns - one.since_ns) / 1e9
         return hold_s + remaining_s(load_s, elapsed_s) if loading else remaining_s(hold_s, elapsed_s)

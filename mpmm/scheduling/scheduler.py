@@ -1,6 +1,6 @@
-"""The bridge between policy and shared state: read a view, ask for a plan, write it down.
+"""The bridge between policy and shared state: read a view, ask for a plan, record it.
 
-Whoever changes something that waiters may be waiting for calls `Scheduler.advance` in the same transaction: a
+A process that changes something that waiters may wait for calls `Scheduler.advance` in the same transaction: after a
 release, the end of a load or of an unload, a new sample, a reaped member. There is no scheduling process.
 """
 
@@ -60,7 +60,7 @@ class Scheduler:
         self.waiters = Waiters(namespace, self.copies, self.views, self.shortcuts)
         self.table_rows = TableRows(namespace, self.suspension)
         self.wakes = Wakes(namespace)
-        # Bound here, so that callers know one object, and the warm path pays for no further look-up.
+        # Bound here, so that callers need to know one object only, and the warm path needs no second look-up.
         self.read_view = self.views.read_view
         self.device_views = self.views.device_views
         self.need_mb = self.views.need_mb
@@ -90,41 +90,40 @@ class Scheduler:
         self.prewake = self.wakes.prewake
         self.spin_for_answer = self.wakes.spin_for_answer
         self.count_requests = self.demand.count_all
-        # Called without the lock when `advance` has stopped before its end, to have it called again.
+        # Called without the lock if `advance` has stopped early, so that it is called again.
         self.go_on: Callable[[], object] = lambda: None
 
     def advance(self, t: Transaction, newcomer: int | None = None) -> None:
-        """Carry out what the policy says about everybody who waits.
+        """Carry out the policy's decisions about all requests that wait.
 
-        newcomer: row of the ticket that the caller has just made. Raises TableFullError when that one could load
-        but for the table of instances; others wait for a row, which is none of the caller's business.
+        newcomer: row of the ticket that the caller has just made. Raises TableFullError if only a full table of
+        instances keeps that one from loading; other tickets wait for a row, which does not concern the caller.
 
-        It stops when the transaction has become long; `go_on` has the rest done in another one.
+        It stops when the transaction gets long; `go_on` has the rest done in another one.
         """
-        # Before the plan, which weighs the model by its demand, this request included.
+        # Counted before the plan, which weighs the model by its demand, this request included.
         if newcomer is not None:
             self.demand.count(t, self._tables.tickets[newcomer].model)
-        # Where something runs alone on every device nothing can be granted or loaded, and what ends that comes by here.
+        # While something runs alone on every device nothing can be granted or loaded, and its end calls this again.
         while self._queue.anybody_waits() and not self.shortcuts.all_isolated():
-            # Anew in each round: the last round's decisions are in the rows now, and the view before knows nothing of
-            # them.
+            # Read anew in each round: the last round's decisions are in the rows now, but not in the last view.
             view = self.views.read_view()
             plan = make_plan(view)
             for decision in plan.decisions:
                 self._carry_out(t, decision, newcomer)
                 if t.is_long:
-                    # What is written so far is whole: each decision keeps the invariants, and the next plan starts from
+                    # The state so far is consistent: each decision keeps the invariants, and the next plan starts from
                     # the rows as they are then.
                     t.after.append(self.go_on)
                     return
             if plan.queue_held_up or not view.tickets or not self._answered_all(view):
                 return
-            # Nobody in this part of the queue is left, so the rest moves up.
+            # All waiters of this part of the queue have been answered, so the rest moves up.
 
     def why_not_at_once(self, ticket: int, or_ever: bool = False) -> Why | None:
-        """Return what a waiter would wait for, or have done for it; None if it is served now and disturbs nobody.
+        """Return what a waiter would wait for, or have done for it; None if it is served now, at no cost to others.
 
-        What is refused has its answer at once, too, unless `or_ever`.
+        None also if it is refused, which is an answer at once, unless `or_ever`.
         """
         decisions = (one for one in make_plan(self.views.read_view()).decisions if one.ticket == ticket)
         match next(decisions, None):
@@ -141,7 +140,7 @@ class Scheduler:
         return None
 
     def turn_away(self, t: Transaction, ticket: int, why: Why) -> None:
-        """Let a newcomer that does not wait be served no more: it has been told why, and is about to leave."""
+        """Record why a newcomer that does not wait is not served, and let its ticket expire: it is about to leave."""
         self.demand.count(t, self._tables.tickets[ticket].model)
         self._note_wait(t, ticket, why, first=False)
         self._namespace.transitions.tickets.expire(t, ticket)
@@ -151,19 +150,19 @@ class Scheduler:
 
         See `mpmm.model_manager.tenure`.
 
-        call_up: have the first waiter look for itself when the tenure is over; False: only if it was not called up yet,
-        as the one that was may have been served meanwhile. Return False, and change nothing, if others than those who
-        want this copy wait, or it is not to be used any more.
+        call_up: have the first waiter look for itself when the tenure is over. False: only if that waiter has not been
+        called up yet, because the one that was may have been served meanwhile. Return False, and change nothing, if
+        requests for other models wait, or if the copy is not to be used any more.
         """
         transitions, copy = self._namespace.transitions, self._instances.held(instance)
         if self._queue.waits_for_others_than(copy.model) or self._namespace.reads.devices.anything_runs_alone():
             return False
-        # An object is in no tenure: no other process could take it afterwards.
+        # An object has no tenure: no other process could take it afterwards.
         if copy.unload_on_release or copy.owner:
             return False
-        # Asked before the release: then the copy is not idle yet, and nothing has to be taken back.
+        # Found before the release, so that nothing has to be undone.
         ticket, overtaken = self.shortcuts.first_user(copy.model, copy.devices) or (None, 0)
-        # With nobody called up, the copy would lie idle until somebody happened to look.
+        # If no waiter were called up, the copy would stay idle until some process happened to look.
         if call_up and (ticket is None or overtaken):
             return False
         transitions.holds.release(t, instance, used)
@@ -172,29 +171,29 @@ class Scheduler:
         return True
 
     def release(self, t: Transaction, instance: int, used: bool = True) -> None:
-        """Take a copy from its holder, and carry out the policy for those who wait; `used` as in the transition.
+        """Take a copy from its holder, and carry out the policy for requests that wait; `used` as in the transition.
 
-        If the first waiter waits for just this copy, or a waiter that may overtake it does, a plan would hand the copy
-        over and change nothing for the others. `first_user` finds that out in a tenth of the time of a plan.
+        If the first waiter waits for just this copy, or if a waiter that may overtake it does, a plan would hand over
+        the copy and change nothing for the others. `first_user` finds that out in a tenth of the time of a plan.
         """
         transitions = self._namespace.transitions
         if not self._queue.anybody_waits():
             transitions.holds.release(t, instance, used)
             return
-        # Read before the release: afterwards the row may have gone, or be a waiter's.
+        # Read before the release: after that the row may be free, or belong to a waiter.
         copy = self._instances.held(instance)
         if not copy.unload_on_release and not self.shortcuts.beside_isolation(instance):
             found = self.shortcuts.first_user(copy.model, copy.devices)
             if found is not None:
                 ticket, overtaken = found
-                # An object is of no use to another process than its owner.
+                # Only its owner can use an object.
                 if not copy.owner or copy.owner - 1 == self._queue.asker(ticket)[0]:
                     cause = Cause(Reason.OVERTAKES, other=overtaken) if overtaken else Cause(Reason.IDLE_COPY)
                     transitions.hand_over.from_holder(t, ticket, instance, cause, used)
-                    # After the wake-up, which the hand-over has put on the list: before it there is nobody to yield to.
+                    # After the wake-up, which the hand-over has put on the list: before it there is none to yield to.
                     t.after.append(self.wakes.yield_to_waiter)
                     return
-        # Before the release, too, which changes what this is told by.
+        # Also found out before the release, which changes the rows that it depends on.
         moves_somebody = not self.shortcuts.moves_nobody(copy)
         transitions.holds.release(t, instance, used)
         if moves_somebody:
@@ -204,20 +203,20 @@ class Scheduler:
         return not any(self._queue.is_waiting(ticket.row) for ticket in view.tickets)
 
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
-        """Write one decision down.
+        """Carry out one decision.
 
-        The plan was made in this transaction, but the decisions before this one have changed rows it did not know of.
+        The plan was made in this transaction, but earlier decisions have changed rows since.
         """
         transitions = self._namespace.transitions
         match decision:
             case Satisfied(ticket):
                 transitions.tickets.answer_enough(t, ticket)
             case Grant(ticket, instance, why):
-                # If not, it has just gone to make room in the table of copies, which the plan does not know of.
+                # If not, it has just been unloaded to make room in the table of copies, of which a plan knows nothing.
                 if self._instances.is_idle(instance):
                     transitions.hand_over.grant(t, ticket, instance, _cause(why))
             case Resume(ticket, instance, why):
-                # If not, it has just been dropped to make room in the host for another one.
+                # If not, it has just been dropped to make room in the host for another copy.
                 if self._instances.is_suspended(instance):
                     transitions.hand_over.allow_resume(t, ticket, instance, _cause(why))
             case Load():
@@ -227,7 +226,7 @@ class Scheduler:
             case Refuse(ticket, why):
                 transitions.tickets.refuse(t, ticket, _cause(why))
             case Wait(ticket, _, why, first, passed):
-                # That happens to a waiter once, and its time as the head of the line begins anew.
+                # This happens to a waiter only once, and its time as the head of the line begins anew.
                 if passed:
                     transitions.tickets.let_pass(t, ticket)
                 self._note_wait(t, ticket, why, first)
@@ -238,28 +237,28 @@ class Scheduler:
             try:
                 allow(t, load.ticket, devices, load.need_mb, load.alone, _cause(load.why))
             except TableFullError as error:
-                # Found out before anything was written. (A full undo log is no matter of one ticket.)
+                # Raised before anything was written. (A full undo log is not a matter of one ticket.)
                 if error.table != self._layout.instances.name or not self.table_rows.free_seat(t):
                     raise
                 allow(t, load.ticket, devices, load.need_mb, load.alone, _cause(load.why))
         except TableFullError as error:
             if error.table != self._layout.instances.name:
                 raise
-            # Only the newcomer's caller is there to be told, and its ticket goes with the transaction that the error
-            # undoes. Others wait for the row.
+            # Only the newcomer's caller can get the error, which undoes the transaction, and with it the ticket. Other
+            # tickets wait for the row.
             if not self.table_rows.make_room_for_instance(t, load.ticket) and load.ticket == newcomer:
                 raise
             self._note_wait(t, load.ticket, replace(load.why, reason=Reason.TABLE_FULL), first=False)
 
     def _evict(self, t: Transaction, evict: Evict) -> None:
-        # The process that waits for the memory unloads for it: it is there, and no other one gains by it.
+        # The process that waits for the memory unloads: it is awake, and it alone gains by that.
         unloader, model = self._queue.asker(evict.ticket)
-        # The event is about the copy that goes, so it names the model for which it does.
+        # The event is about the evicted copy, so it names the model for which that is evicted.
         cause = _cause(evict.why)._replace(other=model + 1)
-        # One that is not idle any more has gone with its twin, which stood before it.
+        # A copy that is no longer idle was unloaded with its twin, which came before it.
         for instance in filter(self._instances.is_unused, evict.instances):
             if t.is_long:
-                # Its memory is not on its way, so the next plan evicts the rest.
+                # The remaining copies do not count as being unloaded, so the next plan evicts them.
                 break
             self.suspension.evict(t, instance, unloader, cause)
         if evict.passed:
@@ -268,22 +267,22 @@ class Scheduler:
 
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
         told = self._queue.told(ticket)
-        # Mostly nothing has changed, and there are many.
+        # Usually nothing has changed, and there are many waiters.
         if told.reason != why.reason or told.on != device_bits(why.devices):
             cause = _cause(why)
             if cause.reason == Reason.RETURNING and told.reason == Reason.UNLOADING:
-                # It is the memory of the same copies.
+                # It is still the memory of the same copies.
                 cause = cause._replace(other=told.other)
             self._namespace.transitions.tickets.set_reason(t, ticket, cause)
-            # mpmm can do nothing about these waits, so people have to be told.
+            # mpmm cannot end these waits, so it has to tell people.
             if cause.reason in OTHERS_END:
                 self._namespace.transitions.tickets.warn(t, ticket, self.waiters.sentence(ticket))
-        # Others may delay it for `max_overtake_seconds` from now on. Only once, or each plan would let that begin anew.
+        # Others may delay it for `max_overtake_seconds` from now on. Done once, or each plan would restart that time.
         if first and not told.head_of_line:
             self._namespace.transitions.tickets.block(t, ticket)
 
 
 def _cause(why: Why) -> Cause:
-    # References, as they are stored: 0 is a row, so it cannot mean none.
+    # Stored as references, because 0 is a row, and cannot stand for none.
     other = 0 if why.other is None else why.other + 1
     return Cause(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, other, device_bits(why.devices))

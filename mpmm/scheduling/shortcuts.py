@@ -1,30 +1,31 @@
-"""What a plan would decide, where that is known without one.
+"""A plan's decisions, where they are known without one.
 
-A plan reads every row, so the warm path does without one where the plan is known beforehand:
+A plan reads every row, so the warm path does without it where its outcome is known beforehand:
 
 Q1  A newcomer may take an idle copy at once although others wait (`may_take`) if no request waits for its model, no
     copy runs alone or is about to, and every head of the line may still be overtaken. The plan would grant it the copy:
     no waiter ahead can use it, and `_grant_idle` keeps copies back only for a waiter that is to run alone, or that may
-    not be overtaken any more. Other decisions stay as they are, because less is idle than before.
+    no longer be overtaken. Other decisions stay as they are, because less is idle than before.
 Q2  The release of a copy whose model no request waits for needs no plan (`moves_nobody`) if no waiter is the head of
-    the line, no copy runs alone or is about to, and an idle copy of another model changes nothing for any waiter. It
-    does not for those that wait until leases or other programs give memory back (LEASED and EXTERNAL: too little is
-    free even if all copies were unloaded), for a copy of their own model (SHARING, COPIES), or, as a lease, behind one
-    that waits for leases; nor for PINNED, if the released copy's model is pinned, because it is not unloaded for them.
-    Such waits also change with time, and with each hold that is measured, from which a plan guesses how long others may
+    the line, no copy runs alone or is about to, and an idle copy of another model changes nothing for any waiter. That
+    holds for waiters that wait until leases or other programs give memory back (LEASED and EXTERNAL: too little would
+    be free even if all copies were unloaded), for a copy of their own model (SHARING, COPIES), or, as a lease, behind a
+    waiter for leases; and for PINNED, if the released copy's model is pinned, because it is not unloaded for them. Such
+    waits also change with time, and with each hold that is measured, from which a plan estimates how long others may
     take (SHARING): the leader plans for that at each poll.
 Q3  A newcomer for a model whose copies are all in use, and usable by every process, can only wait for one of them
     (`known_wait`) if there are as many copies as there may be, or if they serve it sooner than a load would. This is
-    known if all that wait want this model, the newest of them was told the same, no copy runs alone or is about to, and
+    known if all waiters want this model, the newest of them was told the same, no copy runs alone or is about to, and
     no load of the model has failed. A newcomer at the end of the queue changes nothing for the others. A copy that is
-    idle during another process's tenure (`mpmm.model_manager.tenure`) counts as one in use.
-Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy may be used or loaded beside that: a
+    idle during another process's tenure (`mpmm.model_manager.tenure`) counts as in use.
+Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy may be used or loaded beside that: if a
     copy runs alone on every device; or the only device is drained for the head, and the newcomer's model has no copy;
-    or the head waits for memory, and the newcomer's model has copies that every process can use, none of them idle but
-    in a tenure, so that no other one would be loaded beside the memory that is kept for the head. Where none is kept
-    yet, because nothing could be unloaded for it, this is known only if all that wait want the newcomer's model.
-Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it stood behind another one, or waited
-    for a copy of its own model: no memory was kept for it, and those behind it only move up.
+    or the head waits for memory, and the newcomer's model has copies that every process can use, none of them idle
+    except in a tenure, so that no other copy would be loaded beside the memory that is kept for the head. If none is
+    kept yet, because nothing could be unloaded for the head, this is known only if all waiters want the newcomer's
+    model.
+Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it waited behind another one, or for a
+    copy of its own model: no memory was kept for it, and waiters behind it only move up.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ from mpmm.shared_state.reads.queue import Waiter
 
 __all__ = ["CALLED_UP_FOR_NS", "Shortcuts"]
 
-# Waits that no copy of another model ends by becoming idle.
+# Waits that do not end when a copy of another model becomes idle.
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.EXTERNAL, Reason.PINNED, Reason.SHARING, Reason.COPIES})
-# Waits for a copy of the own model.
+# Waits for a copy of the waiter's own model.
 SHARED_REASONS = frozenset({Reason.SHARING, Reason.COPIES})
-# Waits of the head of the queue, for which room is kept.
+# Waits of the head of the queue for which room is kept.
 HEAD_REASONS = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING})
-# Waits for which nothing is kept, and nobody else stands back.
+# Waits for which nothing is kept, and which hold up no other waiter.
 HELD_UP_REASONS = frozenset({Reason.BEHIND, Reason.OUTRANKED, Reason.SHARING, Reason.COPIES})
-# So long before its end a tenure was the reason to call a waiter up, see `mpmm.model_manager.tenure`.
+# The time from the call-up of a waiter to the end of the tenure, see `mpmm.model_manager.tenure`.
 CALLED_UP_FOR_NS = 1_500_000 if is_compiled() else 6_000_000
 _RANK = attrgetter("rank")
 
 
 class Shortcuts:
-    """Answers of a plan without the plan. Methods need the lock, unless they say otherwise."""
+    """A plan's answers without the plan. Methods need the lock, unless they say otherwise."""
 
     def __init__(self, namespace: Namespace, views: Views) -> None:
         self._namespace = namespace
@@ -72,7 +73,7 @@ class Shortcuts:
         self._instances = namespace.reads.instances
         self._models = namespace.reads.models
         self._devices = namespace.reads.devices
-        # Answers that take no thought.
+        # Answers that shared state has ready.
         self.waiting = self._queue.waiting
         self.must_queue = self._queue.anybody_waits
         self.may_have_to_wait = self._queue.waits_for_tag
@@ -87,30 +88,30 @@ class Shortcuts:
         """
         if not self._queue.waits_for(model):
             return None
-        # Mostly there is only one, and then nobody else has to be looked for.
+        # Usually there is only one waiter, and then no other has to be looked for.
         only = self._queue.only_one()
         if only is not None:
             return (only, 0) if self._queue.can_use(only, model, devices) else None
         now = time.monotonic_ns()
-        # The others are about to leave, see `Views.queue_order`.
+        # Waiters past their deadline are about to leave, see `Views.queue_order`.
         waiting = [one for one in self.waiting() if one.deadline > now]
         wanting = [one for one in waiting if one.can_use(model, devices)]
-        # One of class 0, of an unknown model, goes first, whatever its rank: only a plan says what that means for this.
+        # A waiter of class 0, for an unknown model, comes first, whatever its rank: only a plan tells what follows.
         if not wanting or (len(wanting) < len(waiting) and not all(one.priority for one in waiting)):
             return None
         first = min(wanting, key=_RANK)
         heads = [one for one in waiting if one.head_of_line_at]
-        # Nobody is overtaken, so there is nothing to bound.
+        # No waiter is overtaken, so no limit applies.
         if not heads or first.rank <= min(one.rank for one in heads):
             return first.row, 0
         bound_ns = to_ns(self._namespace.settings.max_overtake_seconds)
-        # Its time is over: what comes free is kept for the head of the line from here on.
+        # The time to overtake is over: from now on copies that become idle are kept for the head of the line.
         if now - min(one.head_of_line_at for one in heads) >= bound_ns:
             return None
         return first.row, min(heads, key=_RANK).model + 1
 
     def may_take(self, instance: int) -> bool:
-        """Tell whether a newcomer may take an idle copy at once although others wait; False if it takes a plan to know.
+        """Tell whether a newcomer may take an idle copy at once although others wait; False if only a plan can tell.
 
         See Q1 above.
         """
@@ -123,24 +124,24 @@ class Shortcuts:
         return all(not one.head_of_line_at or one.head_of_line_at > oldest_ns for one in waiting)
 
     def may_know_the_wait(self, tag: str) -> bool:
-        """Tell whether `known_wait` is worth a transaction: somebody waits, or has a copy of the model.
+        """Tell whether `known_wait` is worth a transaction: requests wait, or copies of the model are in use.
 
-        A guess, which needs no lock.
+        This is a guess, which needs no lock.
         """
         row = self._tables.model_row(tag)
-        # If wrong, it costs a transaction that finds nothing, or a plan: no answer depends on it.
+        # A wrong guess costs a transaction that finds nothing, or a plan: no answer depends on it.
         return row is not None and (self._queue.anybody_waits() or self._models.in_use(row))
 
     def known_wait(self, model: int) -> Cause | None:
-        """Return why a newcomer for a model waits, in the queue's last place; None if it takes a plan to know.
+        """Return why a newcomer for a model waits, in the queue's last place; None if only a plan can tell.
 
-        For one that may go anywhere and holds nothing else. See Q3 and Q4 above.
+        For a newcomer that may use any device and holds nothing else. See Q3 and Q4 above.
         """
         figures = self._models.figures(model)
         return self._waits_for_a_copy(model, figures) or self._waits_behind(model, figures)
 
     def _waits_behind(self, model: int, figures: ModelFigures) -> Cause | None:
-        """Return that a newcomer for a model waits behind another one, None if it takes a plan to know; see Q4."""
+        """Return that a newcomer for a model waits behind another one, None if only a plan can tell; see Q4."""
         if self.all_isolated():
             return Cause(Reason.BEHIND)
         # An unknown model would come before known ones.
@@ -153,32 +154,32 @@ class Shortcuts:
             for one in waiting
             if one.head_of_line_at and one.priority <= 1 and one.rank <= rank_ns(now, 0) and one.deadline > now
         }
-        # Without any, a plan could only load one; with them, it might hand one over.
+        # Without copies, a plan could only load one; with them, it might hand one over.
         has_copies = figures.active or figures.idle or figures.loading
         if not has_copies and len(self._tables.used_rows(self._layout.devices)) == 1:
             return Cause(Reason.BEHIND) if Reason.DRAINING in ahead else None
         if not (figures.active or figures.idle) or not figures.shares or self.isolation_matters(waiting):
             return None
-        # A process that cannot use the copies might be allowed one of its own.
+        # A process that cannot use the copies might be allowed to load its own.
         if (figures.idle and not self._is_left_to_another(model)) or not self._models.copies_serve_everybody(model):
             return None
         may_wait_for_memory = Reason.MEMORY in ahead and not self._queue.waits_for_others_than(model)
         return Cause(Reason.BEHIND) if ahead & HEAD_REASONS or may_wait_for_memory else None
 
     def holds_up_nobody(self, ticket: int) -> bool:
-        """Tell whether it is known without a plan that nobody is moved if a waiter leaves; see Q5 above."""
+        """Tell whether it is known without a plan that a waiter's leaving serves no other waiter; see Q5 above."""
         return self._queue.is_waiting(ticket) and self._queue.told(ticket).reason in HELD_UP_REASONS
 
     def _waits_for_a_copy(self, model: int, figures: ModelFigures) -> Cause | None:
-        """Return that a newcomer for a model waits for one of its copies, None if it takes a plan to know; see Q3."""
+        """Return that a newcomer for a model waits for one of its copies, None if only a plan can tell; see Q3."""
         if not (figures.active or figures.idle) or figures.failures or not figures.shares:
             return None
-        # An idle copy that nobody's tenure keeps goes to the first waiter: that is for a plan to find.
+        # A plan grants an idle copy that no tenure keeps to the first waiter.
         if figures.idle and not self._is_left_to_another(model):
             return None
         if self._queue.waits_for_others_than(model) or self._devices.anything_runs_alone():
             return None
-        # It would have to run alone, which drains a device for it.
+        # The newcomer would have to run alone, on a device that is drained for it.
         if self._devices.only_whole_devices_are_measured() and not self._views.is_known(model):
             return None
         if figures.waiting and not self._newest_waits_for_a_copy(model):
@@ -190,25 +191,25 @@ class Shortcuts:
         copies_coming = copies + figures.loading
         if copies_coming >= self._namespace.settings.max_model_copies:
             return Cause(Reason.COPIES)
-        # The copies that are being loaded bring as many places each as those that are there.
+        # Each copy that is being loaded adds as many places as each loaded one has.
         seconds = served_in_s(figures.hold_s, figures.hold_s, figures.waiting, copies_coming * places / copies)
         return Cause(Reason.SHARING, seconds=seconds) if 0 < seconds < figures.load_s else None
 
     def _newest_waits_for_a_copy(self, model: int) -> bool:
-        """Tell whether the ticket that was taken last waits for a copy that others of this model have."""
+        """Tell whether the newest ticket waits for a copy of this model that is in use."""
         newest = self._queue.newest()
         return (
             newest is not None
             and newest.model == model
             and newest.reason in SHARED_REASONS
-            # What one was told who wants something special, or for whom room is kept, holds for no newcomer.
+            # The reason of a ticket with special wishes, or for which room is kept, does not hold for a newcomer.
             and not (newest.preload or newest.usable_on or newest.head_of_line_at)
         )
 
     def _is_left_to_another(self, model: int) -> bool:
-        """Tell whether what is idle of a model is another process's for the rest of its tenure.
+        """Tell whether an idle copy of a model is another process's for the rest of its tenure.
 
-        Then a waiter was called up a moment ago, which looks for itself at the end of the tenure, and stands before any
+        Then a waiter was called up a moment ago. It looks for itself at the end of the tenure, and comes before any
         newcomer: a plan now would only cut the tenure short.
         """
         now = time.monotonic_ns()
@@ -228,14 +229,14 @@ class Shortcuts:
 
     def _are_behind_a_lease(self, behind: list[Waiter], for_leases: list[Waiter]) -> bool:
         """Tell whether these are leases, behind one that waits for leases to end."""
-        # Then they stand behind a waiter that an idle copy may serve, and move up with it.
+        # Otherwise they wait behind a waiter that an idle copy may serve, and move up with it.
         if not for_leases:
             return False
         first = min(one.rank for one in for_leases)
         return all(one.rank > first and self._models.is_lease(one.model) for one in behind)
 
     def isolation_matters(self, waiting: Sequence[Waiter]) -> bool:
-        """Tell whether a copy runs alone somewhere, or one of these waits to."""
+        """Tell whether a copy runs alone on some device, or one of these waiters has to."""
         if self._devices.anything_runs_alone():
             return True
         if not self._devices.only_whole_devices_are_measured():

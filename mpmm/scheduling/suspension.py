@@ -1,8 +1,7 @@
-"""What is accounted for suspended copies: the host's ledger, and whether an evicted copy is suspended or unloaded.
+"""Accounting for suspended copies: the host's ledger, and whether an evicted copy is suspended or unloaded.
 
-The host's ledger is the sum of what suspended copies take, by row, see `Instance.HOST_MB`; those that are being
-unloaded are on their way out and leave their room to others: ending a process takes milliseconds, and filling its
-room seconds.
+The host's ledger is the sum of what suspended copies take, by row, see `Instance.HOST_MB`. Copies that are being
+unloaded do not count, because ending a process takes milliseconds, and filling the room that it leaves takes seconds.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ class SuspensionDecisions:
     """The decisions of one namespace about suspension. Methods need the lock."""
 
     def __init__(self, namespace: Namespace, rate: Callable[[int], float]) -> None:
-        """rate: tells how often a model (row) is asked for, per second."""
+        """rate: returns how often a model (row) is requested, per second."""
         self._namespace = namespace
         self._segment = namespace.segment
         self._tables = namespace.tables
         self._rate = rate
-        # What `saved_share` was made of, and what it was, by way.
+        # The input of `saved_share`, and its result, by way.
         self._saved_shares: dict[Way, tuple[bytes, float]] = {}
 
     @property
@@ -45,7 +44,7 @@ class SuspensionDecisions:
 
     @property
     def free_mb(self) -> float:
-        """What is left of that."""
+        """How much of the budget is left."""
         return self.budget_mb - self.used_mb()
 
     def used_mb(self) -> float:
@@ -53,27 +52,27 @@ class SuspensionDecisions:
         return math.fsum(self._tables.instances[row].host_mb for row in self._in_host())
 
     def evict(self, t: Transaction, row: int, unloader: int, cause: Cause) -> None:
-        """Have an idle copy suspended by a member (slot) if that pays and the host has room, else unloaded."""
+        """Have an idle copy suspended by a member (slot) if that pays and the host has room; else have it unloaded."""
         if not self.suspend(t, row, unloader, cause, evicted=True):
             self._namespace.transitions.unloads.begin(t, row, unloader, True, cause)
 
     def suspend(self, t: Transaction, row: int, suspender: int, cause: Cause, evicted: bool) -> bool:
-        """Have an idle copy suspended by a member (slot); return False if it is not to be, and nothing has changed.
+        """Have an idle copy suspended by a member (slot); return False, with nothing changed, if it should not be.
 
-        evicted: it is evicted, so it has to pay; else somebody wants it suspended.
+        evicted: it is being evicted, so suspending has to pay; else a caller has asked for it.
         """
         if not self.can_be_suspended(row):
             return False
         copy = self.movable(row)
         model = self._tables.instances[row].model
-        # Nobody asks for the old version of an updated model again.
+        # The old version of an updated model will not be requested again.
         if evicted and (self._tables.models[model].superseded or not pays(copy, self.saved_share(copy.way))):
             return False
         room = self._room()
         dropped = room.dropped_for(copy.mb, copy.worth_suspending if evicted else math.inf)
         if dropped is None:
             return False
-        # Dropped first, so that the host's ledger exceeds its budget at no moment.
+        # Others are dropped first, so that the host's ledger never exceeds its budget.
         suspensions = self._namespace.transitions.suspensions
         for other in dropped:
             why = Cause(Reason.HOST_FULL, copy.mb, max(0.0, room.free_mb), other=model + 1)
@@ -82,22 +81,22 @@ class SuspensionDecisions:
         return True
 
     def kept_of(self, rows: Iterable[int]) -> set[int]:
-        """Return those of some copies that would be suspended if they were evicted now, each for itself.
+        """Return those of these copies that would be suspended if they were evicted now, each taken by itself.
 
-        rows: of idle copies, none of which has a seat in use. Every plan asks this of all of them, so what does not
-        depend on the single copy is found out once.
+        rows: of idle copies without a seat in use. Every plan asks this about all idle copies, so figures that do not
+        depend on the single copy are computed once.
         """
         copies, tables = self._tables.instance_columns(), self._tables
         chosen = np.fromiter(rows, np.intp)
         chosen = chosen[copies.way[chosen] != 0]
-        # Mostly none has a way, and one that spans devices cannot be suspended.
+        # Usually no copy has a way, and one that spans devices cannot be suspended.
         devices = copies.devices[chosen]
         chosen = chosen[devices & (devices - np.uint64(1)) == 0]
         if not len(chosen) or not self.budget_mb:
             return set()
         twins = self._namespace.transitions.twins.any_of_all()
         room: HostRoom | None = None
-        # Copies of a model that take as much, in the same way, differ in nothing that counts here.
+        # Copies of a model with the same size and the same way have the same answer.
         alike: dict[tuple[int, int, float], bool] = {}
         of_model: dict[int, Movable | None] = {}
         shares: dict[Way, float] = {}
@@ -132,11 +131,11 @@ class SuspensionDecisions:
             return False
         if self._tables.models[instance.model].unsuspendable or not self.budget_mb:
             return False
-        # The other rows would go on granting what is asleep.
+        # The twins' rows would still be granted, although the server is asleep.
         return not self._namespace.transitions.twins.any_of(row)
 
     def movable(self, row: int) -> Movable:
-        """Return what is known of the suspension of a copy, by its model."""
+        """Return the figures for suspending a copy, from its model."""
         instance = self._tables.instances[row]
         model = self._tables.models[instance.model]
         return Movable(
@@ -149,17 +148,17 @@ class SuspensionDecisions:
         )
 
     def saved_share(self, way: Way) -> float:
-        """Return which part of what loads take would be saved if the copies of all models were suspended that way.
+        """Return the share of load time that would be saved if the copies of all models were suspended that way.
 
-        Of a model without a copy it is not known which ways there are for one.
+        All models count, because it is unknown which ways a model without a copy has.
         """
         models = self._tables.model_columns()
         counted = (models.state == Model.MODEL) & (models.unsuspendable == 0) & (models.superseded == 0)
-        # As a load of it would be reserved for, see `Views.expected_mb`.
+        # The size for which a load would be reserved, see `Views.expected_mb`.
         said = np.where(models.expect_mb > 0, models.expect_mb, self._namespace.settings.default_estimate_mb)
         estimates = np.where(models.known != 0, models.estimate_mb, said)
         figures = np.column_stack((estimates, models.load_s, models.suspend_s, models.resume_s))[counted]
-        # Every plan asks this, and it changes no more often than loads and suspensions end.
+        # Every plan asks this, and it changes at most as often as loads and suspensions end.
         key = figures.tobytes()
         before = self._saved_shares.get(way)
         if before is None or before[0] != key:
@@ -171,9 +170,9 @@ class SuspensionDecisions:
     def drop_oldest(self, t: Transaction, unloader: int, cause: Cause, among: Collection[int] | None = None) -> bool:
         """Have the copy that was suspended longest ago unloaded by a member (slot); return False if there is none.
 
-        among: the models (rows) of which it may be, None for all.
+        among: the models (rows) whose copies may be dropped, None for all.
         """
-        # A pin is a promise that the model stays, on the device or in the host.
+        # A pin promises that the model stays, on the device or in the host.
         kept = [one for one in self._kept() if not one.pinned]
         if among is not None:
             kept = [one for one in kept if self._tables.instances[one.row].model in among]

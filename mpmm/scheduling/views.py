@@ -1,4 +1,4 @@
-"""What the policy may look at: models, devices and waiters of one namespace, read from its rows."""
+"""The policy's view of one namespace, read from its rows: models, devices and waiters."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mpmm.shared_state.reads.models import ModelSize
 
 __all__ = ["Views"]
 
-# So many waiters are looked at in one step.
+# How many waiters one plan looks at.
 QUEUE_PART = 32
-# Less than this is no news for those who wait; the next poll of the leader has them planned for anyway.
+# Less than this does not matter to waiters; the leader's next poll plans for them anyway.
 LEAST_ROOM_MB = 1.0
 
 
 class Views:
-    """Reads what a plan is made of. Methods need the lock."""
+    """Reads the input of a plan. Methods need the lock."""
 
     def __init__(
         self, namespace: Namespace, copies: CopiesReader, demand: Demands, suspension: SuspensionDecisions
@@ -45,14 +45,14 @@ class Views:
         self._suspension = suspension
 
     def read_view(self) -> View:
-        """Return what the policy may look at."""
+        """Return the input of a plan."""
         settings = self._namespace.settings
         copies = self._copies.read_copies()
         now = time.monotonic_ns()
         tickets = self._tickets(Counter(copy.model for copy in copies.idle))
         idle = self._with_suspendable(copies.idle)
         wanted = {ticket.model for ticket in tickets} | {copy.model for copy in copies.busy}
-        # Of each copy in the view: the rules look its model up. (Leases have none that matters.)
+        # The model of each copy in the view, because the rules look it up. (Leases have none that matters.)
         wanted |= set(copies.shared) | set(copies.owned) | {copy.model for copy in copies.suspended}
         return View(
             now_s=now / 1e9,
@@ -61,19 +61,19 @@ class Views:
                 eviction_cooldown_seconds=settings.eviction_cooldown_seconds,
                 min_model_copies=int(settings.min_model_copies),
                 max_overtake_seconds=settings.max_overtake_seconds,
-                # Alone on the device is the way to measure where only the whole device is measured.
+                # If only whole devices are measured, a model can only be measured alone on its device.
                 isolate_unknown=self._reads.devices.only_whole_devices_are_measured(),
                 max_model_copies=settings.max_model_copies,
             ),
             models={model: self.model_view(model, copies, now) for model in wanted},
-            # The one that was used last comes first: of equal copies it is granted, and the others grow old.
+            # The copy that was used last comes first: of equal copies it is granted, and the others grow old.
             idle=tuple(sorted(idle, key=lambda copy: -copy.idle_since_s)),
             tickets=tickets,
             devices=self.device_views(copies),
             busy=tuple(copies.busy),
             leases=tuple(copies.leases),
             suspended=tuple(sorted(copies.suspended, key=lambda copy: -copy.since_s)),
-            # Adding the host's ledger up takes a pass over the rows, for nothing where nothing would go there.
+            # Adding up the host's ledger takes a pass over the rows, which is in vain if no copy can be suspended.
             host_free_mb=self._suspension.free_mb if any(copy.suspendable for copy in idle) else 0.0,
         )
 
@@ -83,7 +83,7 @@ class Views:
         return [replace(copy, suspendable=True) if copy.row in kept else copy for copy in idle] if kept else idle
 
     def device_views(self, copies: Copies) -> tuple[DeviceView, ...]:
-        """Return what the ledgers of all devices say."""
+        """Return views of the ledgers of all devices."""
         tables = self._tables
         frees_late, isolated = tables.header.source_frees_late, tables.header.isolated
         views = []
@@ -91,16 +91,16 @@ class Views:
             device = tables.devices[row]
             external, least = device.external_mb, device.external_least_mb
             if math.isnan(external):
-                # It has never been measured. (Where nobody measures it any more, the last figure still counts.)
+                # It has never been measured. (If no process measures it any more, the last figure still counts.)
                 external = least = 0.0
-            # Elsewhere a figure without the unloaded copy says by itself that its memory is back.
+            # With other sources, a figure without the unloaded copy shows by itself that its memory is back.
             returning = device.returning_mb if frees_late else 0.0
             views.append(
                 DeviceView(
                     device=row,
                     total_mb=device.total_mb,
                     used_mb=external + copies.booked_mb[row] + returning,
-                    # Apart from what is in use: a load that fails gives it back without a word from the device.
+                    # Kept apart from memory in use: a load that fails gives it back, and no sample has to show that.
                     reserved_mb=copies.reserved_mb[row],
                     unloading_mb=copies.unloading_mb[row],
                     returning_mb=returning,
@@ -129,7 +129,7 @@ class Views:
             shares=figures.shares,
             load_s=figures.load_s,
             hold_s=figures.hold_s,
-            # 0 where nothing is loading or held.
+            # 0 if nothing is being loaded, or held.
             loading_for_s=(now_ns - copies.newest_load.get(model, now_ns)) / 1e9,
             held_for_s=(now_ns - copies.newest_hold.get(model, now_ns)) / 1e9,
             held_in_all_s=copies.held_ns[model] / 1e9,
@@ -148,20 +148,20 @@ class Views:
 
     @staticmethod
     def _users(model: int, copies: Copies, next_users: int) -> float:
-        """Return how many may use a copy of a model at a time: of those there are, or else of the next one."""
+        """Return how many may use a copy of a model at a time: a loaded one, or the next one if none is loaded."""
         loaded = copies.shared[model] + sum(copies.owned[model].values())
         return 1.0 + copies.seats[model] / loaded if loaded else float(next_users or 1)
 
     def _tickets(self, idle_of_model: Mapping[int, int]) -> tuple[TicketView, ...]:
-        """Return the first waiters of the queue, and the first ones of every model that has idle copies.
+        """Return the first waiters of the queue, and the first waiters for every model that has idle copies.
 
-        Others can get nothing before these have got something, so a thousand waiters cost no more than thirty.
+        Others can get nothing before these do, so a thousand waiters cost no more than thirty.
         """
         order = self.queue_order()
-        # Those whose turn comes first; the plan sorts them itself.
+        # The waiters whose turn comes first; the plan sorts them itself.
         chosen = order[:QUEUE_PART].tolist()
         if len(order) > QUEUE_PART:
-            # Those whose loads fail hold up nobody, however many they are.
+            # Waiters for models whose loads fail must not hold up others, however many they are.
             failing = self._tables.model_columns().failures > 0
             models = self._tables.ticket_columns().model
             if failing.any():
@@ -178,12 +178,12 @@ class Views:
         tickets = self._tables.ticket_columns()
         now = time.monotonic_ns()
         waiting = np.flatnonzero(tickets.state == Ticket.WAITING)
-        # Left out, as a copy granted to one that gives up would lie idle until it notices.
+        # Left out, because a copy granted to a waiter that gives up would stay idle until the waiter notices.
         waiting = waiting[tickets.deadline[waiting] > now]
         priorities = tickets.priority[waiting]
-        # The rule of `policy.fairness.effective_priority`, for all at once.
+        # The rule of `policy.fairness.effective_priority`, for all waiters at once.
         bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
-        # So that known models are not overtaken by ever new unknown ones.
+        # Otherwise a stream of new unknown models could overtake known ones for ever.
         promoted = (priorities == 1) & (tickets.enqueued[waiting] + np.uint64(bound_ns) <= now)
         priorities = np.where(promoted, 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[
@@ -193,18 +193,18 @@ class Views:
         return ordered
 
     def need_mb(self, model: int) -> float:
-        """Return what has to be free for a copy of a model: what it is expected to take, but above its bound."""
+        """Return how much has to be free for a copy of a model: what it is expected to take, but above its bound."""
         return self._need_mb(self._reads.models.size(model))
 
     def _need_mb(self, size: ModelSize) -> float:
         expected_mb = self._expected_mb(size)
-        # With as much as has not been enough, the load would only run out of memory again.
+        # With an amount that was not enough before, the load would only run out of memory again.
         return max(expected_mb, size.at_least_mb + MORE_MB) if size.at_least_mb else expected_mb
 
     def expected_mb(self, model: int) -> float:
-        """Return what a copy of a model takes once it is loaded, as far as known.
+        """Return how much a copy of a model takes once it is loaded, as far as known.
 
-        That is its estimate, else what its users say, else the default.
+        That is its estimate, else the `expect_mb` of its users, else the default.
         """
         return self._expected_mb(self._reads.models.size(model))
 
@@ -212,21 +212,21 @@ class Views:
         return size.estimate_mb if size.known else size.expect_mb or self._namespace.settings.default_estimate_mb
 
     def is_known(self, model: int) -> bool:
-        """Tell whether there is an estimate of a model, or a user's word, so that it need not be measured alone."""
+        """Tell whether a model has an estimate, or a user's `expect_mb`, so that it need not be measured alone."""
         return self._reads.models.is_sized(model)
 
     def room(self) -> list[float]:
-        """Return the figures, in MB, of which a smaller one means more room: for each device, and of all copies."""
+        """Return figures in MB, for each device and for all copies together; a smaller figure means more room."""
         devices, copies = self._tables.device_columns(), self._tables.instance_columns()
         columns = (devices.external_mb, devices.external_least_mb, devices.returning_mb)
         return [*(mb for column in columns for mb in column.tolist()), float(copies.mb.sum())]
 
     def shows_more_room(self, before: list[float]) -> bool:
-        """Tell whether there is more room than when `room` said `before`, or figures have come or gone meanwhile."""
+        """Tell whether there is more room than when `room` returned `before`, or a figure has become (un)known."""
         return any(_is_more_room(was, now) for was, now in zip(before, self.room(), strict=True))
 
     def used_mb(self, device: int, copies: Copies) -> float:
-        """Return the memory in use: the last figure, or what is accounted for where nothing can be measured."""
+        """Return the memory in use: the last figure, or what is accounted for if nothing can be measured."""
         if self._tables.header.source_accounting_only:
             return copies.booked_mb[device]
         return self._tables.devices[device].used_mb
@@ -237,6 +237,6 @@ class Views:
 
 
 def _is_more_room(was: float, now: float) -> bool:
-    """Tell whether a figure of `room` shows more room than it did; nan, where nothing is measured, tells nothing."""
+    """Tell whether a figure of `room` shows more room than before, or has become (un)known; nan: not measured."""
     is_known, was_known = not math.isnan(now), not math.isnan(was)
     return is_known != was_known or (is_known and now <= was - LEAST_ROOM_MB)

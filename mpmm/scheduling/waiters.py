@@ -1,4 +1,4 @@
-"""What is known of one waiter, for people and for the waiter itself: why it waits, and for how long it will."""
+"""Facts about one waiter, for people and for the waiter itself: why it waits, and for how long it will."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Waiters:
         return f"{Reason(self._tables.tickets[ticket].reason).name.lower()}: {self.sentence(ticket)}"
 
     def sentence(self, ticket: int) -> str:
-        """Return why a ticket waits by now, as a sentence whose subject is its model."""
+        """Return why a ticket waits now, as a sentence whose subject is its model."""
         found = self._tables.tickets[ticket]
         if found.reason == Reason.BEHIND:
             return explain_behind(self._obstacle(ticket))
@@ -49,7 +49,7 @@ class Waiters:
         return explain(found.reason, found.need_mb, found.free_mb, found.coming_mb, seconds, other, found.on)
 
     def _time_left_s(self, ticket: int) -> float:
-        """Return what is left of the time in a ticket's reason, `inf` once it has passed."""
+        """Return what is left of the time in a ticket's reason, `inf` once that has passed."""
         found = self._tables.tickets[ticket]
         if found.reason == Reason.BACKING_OFF:
             return self.backs_off_for_s(ticket)
@@ -57,7 +57,7 @@ class Waiters:
         return time_left_s(found.reason, found.seconds, told_s)
 
     def _obstacle(self, ticket: int) -> Obstacle | None:
-        """Return what keeps a ticket back that was told to wait behind others."""
+        """Return what holds up a ticket that was told to wait behind others."""
         tables, found = self._tables, self._tables.tickets[ticket]
         before = sorted((one for one in self._shortcuts.waiting() if _place(one) < _place(found)), key=_place)
         devices = tables.used_rows(self._devices)
@@ -79,10 +79,10 @@ class Waiters:
         return self.expected_waits_s([ticket])[ticket]
 
     def expected_waits_s(self, tickets: Iterable[int]) -> dict[int, float]:
-        """Do `expected_wait_s` for several, in one pass over the queue."""
+        """Return `expected_wait_s` of several tickets, in one pass over the queue."""
         found = {row: self._tables.tickets[row] for row in tickets}
         copies, now = self._copies.read_copies(), time.monotonic_ns()
-        # All that are loaded: where a model was never held, the mean of the others stands in.
+        # All models that are loaded: for a model that was never held, the mean of the others is used.
         rows = {*(ticket.model for ticket in found.values()), *copies.shared, *copies.owned}
         models = {row: self._views.model_view(row, copies, now) for row in rows}
         seen = seen_so_far(models.values())
@@ -94,10 +94,10 @@ class Waiters:
                 waiter = queue[before]
                 before += 1
                 ahead[waiter.model] += not waiter.preload
-                # Mostly all but the first wait behind it, which tells nothing.
+                # Usually all but the first wait behind it, which tells nothing about time.
                 if waiter.reason != Reason.BEHIND:
                     room_ahead_s = max(room_ahead_s, self._room_in_s(waiter.row, now))
-            # The row says how long it was when the plan was made; the back-off has gone on since.
+            # The row has the time that was left when the plan was made; part of the back-off has passed since.
             seconds = self.backs_off_for_s(row) if ticket.reason == Reason.BACKING_OFF else ticket.seconds
             waited_s = (now - ticket.enqueued) / 1e9
             others = (ahead[ticket.model], ticket.reason, seconds, seen, waited_s, room_ahead_s if before else waited_s)
@@ -110,9 +110,9 @@ class Waiters:
         return room_in_s(found.reason, seconds, (now - found.enqueued) / 1e9)
 
     def backs_off_for_s(self, ticket: int) -> float:
-        """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; without the lock.
+        """Return in how many seconds a waiter's back-off ends, `inf` if it waits for something else; takes no lock.
 
-        Nothing else may happen then, so it has to see to it that it is looked at.
+        No other process may make a plan then, so the waiter itself has to.
         """
         found = self._tables.tickets[ticket]
         if found.reason != Reason.BACKING_OFF:
@@ -122,14 +122,14 @@ class Waiters:
         return max(0.0, back_off_s(model.failures) - ago_s)
 
     def called_up_at(self, ticket: int) -> int:
-        """Return when a waiter was called up last (monotonic, ns), 0 if it was not; without the lock."""
+        """Return when a waiter was last called up (monotonic, ns), 0 if it was not; takes no lock."""
         return self._tables.tickets[ticket].called_up
 
     def is_model_idle(self, ticket: int) -> bool:
-        """Tell whether a copy of the model that a ticket is for is idle; without the lock."""
+        """Tell whether a copy of the model that a ticket is for is idle; takes no lock."""
         return self._tables.models[self._tables.tickets[ticket].model].idle > 0
 
 
 def _place(waiter: Waiter | TicketRow) -> tuple[int, int]:
-    """Return what compares as places in the queue do."""
+    """Return a key that sorts waiters in the order of the queue."""
     return waiter.priority, waiter.rank
