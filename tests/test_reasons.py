@@ -236,9 +236,9 @@ ELSEWHERE = {
     Reason.BEHIND: "waits: a request before it must not be delayed, or a model runs alone",
     Reason.NO_ROW: "is evicted for b, because the table of copies, or of models, is full",
     Reason.TABLE_FULL: "waits for a row in the table of copies, which is full",
-    Reason.EXPIRED: "is unloaded: it has not been used for 0 s, as long as idle copies of its model are kept",
+    Reason.EXPIRED: "is unloaded: it has not been used for 0 s, the time for which idle copies of its model are kept",
     Reason.RESET: "is unloaded because `mpmm reset` or `force_reset` unloads everything",
-    Reason.OUT_OF_MEMORY: "is evicted because a load or a use ran out of memory there, so that all that is idle makes "
+    Reason.OUT_OF_MEMORY: "is evicted because a load or a use ran out of memory there, so that all idle copies make "
     "room",
     Reason.HOST_SHORT: "is dropped from host memory: the host has only 0 MB left",
     Reason.BY_HAND: "is suspended because `suspend` asked for it",

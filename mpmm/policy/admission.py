@@ -1,4 +1,4 @@
-"""Admission control: what is free on a device, and what could be at best."""
+"""Admission control: how much of a device is free, and how much could be at best."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def limit_mb(device: DeviceView, slack_percentage: float) -> float:
 def widened(device: DeviceView, share_mb: float, slack_percentage: float) -> DeviceView:
     """Return a device with the limit that holds for a load of `share_mb`.
 
-    The slack is there for what models need beyond their estimates. Where external memory takes part of the limit, a
-    model that the limit allows could never be loaded, though it fits. So a model that the device has room for, once
-    nothing else of ours is there, may use the slack, and then it has the device to itself.
+    The slack is meant for what models need beyond their estimates. If external memory takes part of the limit, a model
+    that the limit allows could never be loaded, although it fits. So a model for which the device has room, with
+    nothing else of ours there, may use the slack, and then has the device to itself.
     """
     limit = limit_mb(device, slack_percentage)
     needs_mb = share_mb + max(0.0, device.external_mb)
@@ -30,11 +30,11 @@ def widened(device: DeviceView, share_mb: float, slack_percentage: float) -> Dev
 
 
 def free_mb(device: DeviceView, slack_percentage: float) -> float:
-    """Return what can be reserved on a device right now; negative when it is over its limit."""
+    """Return how much can be reserved on a device right now; negative if it is over its limit."""
     return limit_mb(device, slack_percentage) - device.used_mb - device.reserved_mb
 
 
 def largest_limit_mb(devices: Iterable[DeviceView], slack_percentage: float, span: int = 1) -> float:
-    """Return what the `span` largest devices can all take: of what needs more on each, none can ever be loaded."""
+    """Return how much each of the `span` largest devices can take: a model that needs more on each never fits."""
     limits = sorted((limit_mb(device, slack_percentage) for device in devices), reverse=True)
     return limits[span - 1] if len(limits) >= span else 0.0

@@ -1,7 +1,7 @@
 """Backfill: loads behind the head of the line that fit beside what is reserved for it, so that they do not delay it.
 
-That is an expectation: which instances are to make room for the head may be decided otherwise later. So once overtaking
-is over, see `fairness`, nothing is loaded or resumed where the head may load.
+That is an expectation: a later plan may choose other instances to make room for the head. So once overtaking is over,
+see `fairness`, nothing is loaded or resumed where the head may load.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["backfill"]
 
 
 def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision | None:
-    """Let a waiter load, or resume, what fits beside the room made for the head of the line; None if nothing."""
+    """Let a waiter load, or resume, an instance that fits beside the room for the head of the line; None if none."""
     head, eviction_plan = state.head, state.eviction_plan
     if head is None or ticket.steady:
         return None
-    # What only resumes is not for an instance to use, which there may be.
+    # A request that only resumes does not want an instance to use, of which there may be some.
     if not ticket.resumes and (state.must_run_alone(ticket, model) or model.shared or state.has_most_copies(model)):
         state.no_backfill.add(model.model)
         return None
@@ -46,14 +46,14 @@ def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision
         taken = {device.device for device in place.devices}
         left_mb = tuple(mb - share_mb * (device in taken) for device, mb in left.items())
         state.eviction_plan = replace(eviction_plan, left_mb=left_mb)
-    # As they are without the room that is kept for the head of the line.
+    # The devices without the room that is kept for the head of the line.
     devices = tuple(state.devices[device.device] for device in place.devices)
     load = state.load_on(ticket, devices, model.need_mb, Reason.BACKFILL, head.model)
     return load if instance is None else state.resume_instead(load, instance)
 
 
 def _left_mb(state: PlanState) -> dict[int, float]:
-    """Return what the room that is made for the head of the line leaves over, by device."""
+    """Return what is left over, by device, of the room that is made for the head of the line."""
     plan = state.eviction_plan
     return dict(zip((device.device for device in plan.devices), plan.left_mb, strict=True)) if plan else {}
 
@@ -61,7 +61,7 @@ def _left_mb(state: PlanState) -> dict[int, float]:
 def _beside_head(
     state: PlanState, ticket: TicketView, model: ModelView, head: TicketView, left: dict[int, float]
 ) -> list[DeviceView]:
-    """Return where a waiter may load without delaying the head of the line, with the latter's room as reserved."""
+    """Return where a waiter may load without delaying the head of the line, with the head's room as reserved."""
     free = []
     is_over = overtaking_over(state.view, head)
     for device in state.leasable(state.open_to(ticket), model, model.need_mb / ticket.span):
@@ -71,6 +71,6 @@ def _beside_head(
             kept_mb = max(0.0, free_mb(device, state.slack) - left[device.device])
             free.append(replace(device, reserved_mb=device.reserved_mb + kept_mb))
         elif state.eviction_plan or (head.loadable_on and device.device not in head.loadable_on):
-            # Where it is not known how to make room for the head, it may need whatever comes free on its devices.
+            # As long as it is unknown how to make room for the head, it may need whatever comes free on its devices.
             free.append(device)
     return free

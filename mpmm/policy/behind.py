@@ -1,7 +1,7 @@
-"""Behind what a waiter stands that was told no more than that (`Reason.BEHIND`), for people.
+"""The obstacle of a waiter that was told only that it waits behind others (`Reason.BEHIND`), for people.
 
-A plan decides nothing about such a waiter, so its ticket names neither a model nor a device. Whoever shows the ticket
-works that out from what stands in the queue at that moment, and from the models that run alone.
+A plan decides nothing about such a waiter, so its ticket names neither a model nor a device. When a ticket is shown,
+these are found from the queue at that moment, and from the models that run alone.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from mpmm.policy.view import Reason
 
 __all__ = ["Before", "Behind", "Obstacle", "in_the_way", "obstacle"]
 
-# Waits for which a plan keeps room, so that those behind get only what does not delay them.
+# Waits for which a plan keeps room, so that waiters behind get only what does not delay them.
 _OF_THE_HEAD = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING, Reason.MEMORY})
 _IN_THE_WAY = _OF_THE_HEAD | {Reason.DRAINING, Reason.LEASED}
 T = TypeVar("T")
 
 
 class Behind(Enum):
-    """What keeps a waiter back."""
+    """The kind of obstacle that holds up a waiter."""
 
     RUNS_ALONE = auto()
     IS_TO_RUN_ALONE = auto()
@@ -33,7 +33,7 @@ class Behind(Enum):
 
 @dataclass(frozen=True)
 class Before:
-    """A waiter before the one in question. on: the devices that its reason is about, empty for all there are."""
+    """A waiter before the one in question. on: the devices that its reason is about, empty for all."""
 
     tag: str
     reason: int
@@ -42,7 +42,7 @@ class Before:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What keeps a waiter back, and the model that it is about. on: its devices, empty if there is only one device."""
+    """The kind of an obstacle, and the model that it is about. on: its devices, empty if there is only one device."""
 
     what: Behind
     tag: str
@@ -50,7 +50,7 @@ class Obstacle:
 
 
 def in_the_way(queue: Sequence[T], reason_of: Callable[[T], int]) -> list[tuple[int, T]]:
-    """Return the waiters that others may stand behind, with their places: all that `obstacle` has to be told of."""
+    """Return the waiters that may hold up others, with their places: those that `obstacle` has to know."""
     return [(place, one) for place, one in enumerate(queue) if not place or reason_of(one) in _IN_THE_WAY]
 
 
@@ -62,11 +62,11 @@ def obstacle(
     alone: Mapping[int, str],
     before: Iterable[Before],
 ) -> Obstacle | None:
-    """Return what keeps a waiter back that was told `Reason.BEHIND`; None if nothing does that could be named.
+    """Return what holds up a waiter that was told `Reason.BEHIND`; None if there is nothing to name.
 
     devices: all rows. loadable_on: those where it may load, empty for all; span: how many of them it needs. lease: it
-    waits for a lease. alone: which model runs alone on a device. before: the waiters before it, the first one first, as
-    far as they may be `in_the_way`.
+    waits for a lease. alone: the model that runs alone, by device. before: the waiters before it, in the order of the
+    queue, as far as they may be `in_the_way`.
     """
     queue = list(before)
     places = [device for device in devices if not loadable_on or device in loadable_on]
@@ -78,7 +78,7 @@ def obstacle(
     if closed and len(places) - len(closed) < span:
         return Obstacle(Behind.RUNS_ALONE, alone[closed[0]], named(closed[0]))
     for one in queue:
-        # The devices that are drained for it are closed to all others, as those are where a model runs alone.
+        # Devices that are drained for it are closed to all others, like those where a model runs alone.
         drained = set(one.on or devices) if one.reason == Reason.DRAINING else set()
         if drained and len([device for device in places if device not in alone and device not in drained]) < span:
             return Obstacle(Behind.IS_TO_RUN_ALONE, one.tag, named(*one.on))

@@ -1,8 +1,8 @@
-"""Demand: how often a model is asked for, by a mean that forgets.
+"""Demand: how often a model is requested, as a mean that forgets.
 
-What is kept is the mean time between two requests, because it needs no time constant that would have to be
-chosen: it forgets by requests and not by seconds, so it suits models that are wanted a hundred times a second and those
-that are wanted once an hour. Requests are counted anyway, so many can be taken in at once, and a reuse pays nothing.
+The demand is kept as the mean time between two requests, because that needs no time constant: it forgets by requests
+and not by seconds, so it suits models that are wanted a hundred times a second as well as those that are wanted once an
+hour. Requests are counted anyway, so many can be added at once, at no cost for a reuse.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 __all__ = ["MEMORY", "Demand"]
 
-# How many requests are remembered, and how many of them are held against a silence. In the simulator's traces, one
+# How many requests are remembered, and how many of them are weighed against a silence. In the simulator's traces, one
 # request at a time, (4, 2) needs 1.25 times the loads of a manager that knows the future on Zipf, and 1.45 on bursts
-# (LRU: 1.61 and 1.48). Longer memories gain 0.02 on Zipf and lose more than LRU on bursts: (8, 8) 1.80. Shorter ones,
-# (2, 1), the other way about: 1.30 and 1.39.
+# (LRU: 1.61 and 1.48). Longer memories gain 0.02 on Zipf, but are worse than LRU on bursts: (8, 8) 1.80. Shorter ones,
+# (2, 1), are the opposite: 1.30 and 1.39.
 MEMORY = 4
 WEIGHT = 2
-# A request that has just come says nothing yet about when the next one does.
+# A request that has just come says nothing yet about when the next one comes.
 SHORTEST_S = 1e-3
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What is known of the requests for one model.
+    """The requests for one model.
 
     mean_interarrival_s: decayed mean time between two requests, 0 before the second. requests: how many there were when
     they were last counted. counted_s: when the count last rose.
@@ -34,7 +34,7 @@ class Demand:
     counted_s: float = 0.0
 
     def counted(self, requests: int, now_s: float) -> Demand:
-        """Return the demand after `requests` requests in all; the same one if there was none since."""
+        """Return the demand after `requests` requests in all; this one if there have been none since."""
         new = requests - self.requests
         if new <= 0:
             # A load that has failed is no longer counted.
@@ -48,8 +48,8 @@ class Demand:
     def per_second(self, now_s: float) -> float:
         """Return the expected rate of requests; silence since the last one lowers it.
 
-        It is the mean of the Gamma distribution that remains of `seen` requests in the time they took and the time
-        since: for a model that falls silent it falls as 1 / silence, the order of least recent use.
+        It is the mean of the Gamma posterior after `seen` requests in the time they took plus the time since: if
+        requests stop it falls as 1 / silence, in the order of least recent use.
         """
         if not self.requests:
             return 0.0

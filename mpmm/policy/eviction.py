@@ -1,15 +1,14 @@
-"""Eviction: which instances to unload so that a load fits, by what it costs to have them loaded again.
+"""Eviction: which instances to unload so that a load fits, by the cost of loading them again.
 
-The *reload cost* of an instance is what its users are expected to lose once it is gone, per second: the time of a load,
-times the rate at which the model is asked for. An instance beyond those that are needed is missed only when all others
-are in use. The whole set is chosen at once, the cheapest one that frees enough, and memory that is on its way back
-counts.
+The *reload cost* of an instance is the time that its users are expected to lose per second once it is unloaded: the
+time of a load, times the rate at which the model is requested. A surplus instance is missed only while all others are
+in use. The whole set is chosen at once, the cheapest one that frees enough, and memory that is coming back counts.
 
 Costs are known once loads have been timed. As long as they are not, or all are too small to matter, the order is
 Beam's: the score is ten times the model's waiters plus a tier from 0 to 3 (surplus and cold first, needed and warm
 last), and among equals the instance that has been idle longest is evicted first.
 
-A model that another one has replaced (an update of it, say) is not expected to be asked for again: its reload cost is
+A model that another one has replaced (an update of it, say) is not expected to be requested again: its reload cost is
 0, and in Beam's order it comes before all others.
 """
 
@@ -37,19 +36,19 @@ __all__ = [
     "waiting_pays",
 ]
 
-# Where all loads are quicker than this, which is what it takes to tell a process to load, there is no cost to compare.
+# If all loads are quicker than this, the time that it takes to tell a process to load, costs are not compared.
 RESOLUTION_S = 0.05
-# A model that has been made room for keeps it for its load, and for about as long in use.
+# A model for which room was made keeps it for its load, and for about as long in use.
 RESIDENCE_IN_LOADS = 2.0
 
 
 @dataclass(frozen=True)
 class EvictionPlan:
-    """How a load can be made to fit on one device, or, as `combine` returns it, on several.
+    """How to make a load fit on one device, or, as `combine` returns it, on several.
 
     victims: idle instances to unload. awaited: instances in use to be unloaded after that. reload_cost: in seconds lost
-    per second, None where costs are not known. drain_s: when the last of those in use is expected to be idle.
-    freed_mb: what all of those take there. left_mb: what is free besides, for each device.
+    per second, None if costs are not known. drain_s: when the last awaited instance is expected to be idle. freed_mb:
+    what all of these take there. left_mb: what remains free after the load, for each device.
     """
 
     devices: tuple[DeviceView, ...]
@@ -62,7 +61,7 @@ class EvictionPlan:
 
     @property
     def cost(self) -> tuple[float, float, tuple[int, ...]]:
-        """Compares plans: the lowest reload cost first, the least memory where that is not known."""
+        """A key to compare plans: the lowest reload cost first, or the least memory if that is not known."""
         return (self.reload_cost or 0.0, self.freed_mb, tuple(device.device for device in self.devices))
 
 
@@ -93,10 +92,10 @@ def score(view: View, copy: IdleInstance, left: int) -> int:
 
 
 def eviction_order(view: View, copies: Sequence[IdleInstance], ticket: TicketView) -> list[IdleInstance]:
-    """Return the copies that may go for a waiter in Beam's order, first victim first; pinned ones may not.
+    """Return the copies that may be evicted for a waiter, in Beam's order, first victim first; pinned ones may not.
 
-    A waiter whose model has a copy that it could use only displaces models with fewer waiters; one without any
-    displaces whatever is idle, so that it does not starve.
+    A waiter whose model has a copy that it could use displaces only models with fewer waiters; a waiter without one
+    displaces any idle copy, so that it does not starve.
     """
     left = Counter({row: model.loaded for row, model in view.models.items()})
     ranked: list[tuple[bool, int, float, int, IdleInstance]] = []
@@ -117,9 +116,9 @@ def plan_eviction(
     need_mb: float,
     ticket: TicketView,
 ) -> EvictionPlan | None:
-    """Return what to unload on `device` so that `need_mb` fits, or None when all that may be is not enough.
+    """Return what to unload on `device` so that `need_mb` fits, or None if all that may be unloaded is not enough.
 
-    Nothing, when what is on its way back already is enough. busy: instances in use that may be waited for.
+    The plan has no victims if memory that is coming back is enough. busy: instances in use that may be waited for.
     """
     coming = free_mb(device, view.rules.slack_percentage) + device.returning_mb + device.unloading_mb
     if coming >= need_mb:
@@ -156,7 +155,7 @@ def _in_beams_order(
     missing_mb: float,
     ticket: TicketView,
 ) -> list[IdleInstance | BusyInstance]:
-    """Return the first in Beam's order that free enough together; those in use come last, the soonest idle first."""
+    """Return the first instances in Beam's order that free enough; those in use come last, the soonest idle first."""
     soonest = sorted(busy, key=lambda one: (one.free_in_s, one.row))
     order: list[IdleInstance | BusyInstance] = [*eviction_order(view, idle, ticket), *soonest]
     before = itertools.accumulate((one.mb_on(device.device) for one in order), initial=0.0)
@@ -164,11 +163,11 @@ def _in_beams_order(
 
 
 def waiting_pays(plan: EvictionPlan, sooner: EvictionPlan, model: ModelView) -> bool:
-    """Tell whether to wait for `plan`, whose instances are still in use, though `sooner` could be carried out now.
+    """Tell whether to wait for `plan`, whose instances are still in use, although `sooner` could be carried out now.
 
-    Waiting costs the model's waiters the time until then. Not waiting costs by how much `sooner` is dearer, for as long
-    as the model keeps the memory. In the simulator that saves 2 to 17 loads of 100, where instances are held for less
-    than a load takes.
+    Waiting costs the model's waiters the time until then. Not waiting costs the difference by which `sooner` is dearer,
+    for as long as the model keeps the memory. In the simulator waiting saves 2 to 17 of 100 loads, if instances are
+    held for less time than a load takes.
     """
     if plan.reload_cost is None or sooner.reload_cost is None:
         return False
@@ -185,10 +184,11 @@ class Candidate(NamedTuple):
 
 
 def cheapest_set(candidates: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
-    """Return the cheapest ones that free enough together, first victim first; empty when all are too little.
+    """Return the cheapest candidates that free enough together, first victim first; empty if all are too little.
 
-    The best of three greedy sets (by cost per MB, by cost, one alone); an instance that turns out not to be needed
-    stays. Of eight instances at random that is the best set in 99 cases of 100, in 10 us instead of a millisecond.
+    It is the best of three greedy sets (by cost per MB, by cost, one alone), without instances that turn out not to be
+    needed. For eight random instances it is the best of all sets in 99 cases of 100, and takes 10 µs instead of a
+    millisecond.
     """
     orders = (
         sorted(candidates, key=lambda one: (one.reload_cost / max(one.mb, 1.0), one.copy.row)),
@@ -202,7 +202,7 @@ def cheapest_set(candidates: Sequence[Candidate], missing_mb: float) -> list[Can
 
 
 def _enough(order: Sequence[Candidate], missing_mb: float) -> list[Candidate]:
-    """Return the first ones that free enough, without those that are not needed for it."""
+    """Return the first candidates that free enough, without those that are not needed for that."""
     chosen: list[Candidate] = []
     freed_mb = 0.0
     for one in order:
@@ -230,11 +230,11 @@ def _candidates(
         if model.superseded:
             candidates.append(Candidate(0.0, copy.mb_on(device.device), copy))
             continue
-        # Those that wait already are requests within the time of one load.
+        # Requests that already wait count as coming within the time of one load.
         rate = model.rate + model.waiting / model.load_s
         cost = rate * model.load_s
         if left[copy.model] > max(1, view.rules.min_model_copies):
-            # The others are all in use so much of the time.
+            # The share of the time in which all others are in use.
             cost *= min(1.0, rate * model.hold_s / ((left[copy.model] - 1) * model.users))
         if isinstance(copy, IdleInstance) and copy.suspendable:
             cost *= KEPT_COST
@@ -251,7 +251,7 @@ def _costs_are_known(view: View, rows: set[int]) -> bool:
 
 
 def _served_in_s(view: View, copy: BusyInstance) -> float:
-    """Return when a copy in use is expected to be idle without a request that waits for it."""
+    """Return in how many seconds a copy in use is expected to be idle, after all requests that wait for it."""
     model = view.models[copy.model]
     return copy.free_in_s + model.hold_s * model.waiting / (max(1, model.loaded) * model.users)
 

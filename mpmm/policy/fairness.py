@@ -1,44 +1,44 @@
 """Fairness: the order of the queue, and how long its head may be overtaken.
 
-Waiters stand in order of (class, rank). The first to come is the first in the queue, but each step of a request's
+The queue is ordered by (class, rank). Requests rank in the order in which they come, but each step of a request's
 `priority` counts for as much as `HEAD_START_S` of waiting. So a request that waits gains on all that come later, and no
-stream of urgent ones starves it: a request of its class that comes later than that time for each step between the two
-does not overtake it. That is 200 s at the very most, and 0 s where no request says how urgent it is.
+stream of urgent ones starves it: a request of its class that comes later by more than that time, for each step between
+the two, does not overtake it. That is 200 s at the very most, and 0 s if no request says how urgent it is.
 
 The class is 0 for unknown models, 1 for known ones, and 2 for preloads. Unknown models come first, but not before a
 known one that has waited for `UNKNOWN_FIRST` times `max_overtake_seconds`: a stream of unknown models starves no other.
 
-The first waiter for which there is no room is the *head of the line*. For `max_overtake_seconds` from then on, those
-behind it may overtake it by reusing whatever is idle: so the waiters of one model are served together, before its
+The first waiter for which there is no room is the *head of the line*. For the next `max_overtake_seconds`, waiters
+behind it may overtake it by reusing any idle instance, so that the waiters of one model are served together before its
 instance is evicted. After that overtaking is limited: the instances that are to make room for the head are kept for it,
-and they drain; the others delay it in nothing and may be reused still. After twice that time overtaking is over,
-whatever was expected: no idle instance is handed out behind the head, and where the head may load nothing else is
-loaded or resumed, however small. A model that has to run alone is never overtaken.
+and drain; all others may still be reused, which does not delay it. After twice that time overtaking is over, whatever
+was expected: no idle instance is handed out behind the head, and where the head may load nothing else is loaded or
+resumed, however small. A model that has to run alone is never overtaken.
 
-The time begins only when there is a waiter that can delay the head. As long as nothing but the end of a load that has
-begun can make room, none of the waiters that share that load later is in the way; and without that, where a load takes
-longer than the bound, every instance would be evicted as soon as it is loaded, for the sake of the next waiter: four
-clients that go through four models with room for one, one model further each, then need 112 loads of 10 s for 112
-requests instead of 31. A small load that begins later, beside the room for the head, neither starts the time nor holds
-it up: what counts is whether the instances that are loaded already could make room.
+The time begins only when there is a waiter that can delay the head. As long as only the end of a load that has begun
+can make room, the waiters that share that load later do not delay the head. Otherwise, with loads longer than the
+bound, every instance would be evicted as soon as it is loaded, for the sake of the next waiter: four clients that
+cycle through four models with room for one, each one model further, would need 112 loads of 10 s for 112 requests
+instead of 31. A small load that begins later, beside the room for the head, neither starts the time nor delays its
+start: it only matters whether the instances that are already loaded could make room.
 
-It does not begin when a waiter comes, because in a long queue all have waited for long, and then every instance would
-be loaded for one waiter alone, which makes the queue longer still: in the simulator, 64 clients and loads of 2 s, that
-is 576 loads for 1 000 requests and a longest wait of 28 s, instead of 71 loads and 8 s.
+The time does not begin when a waiter comes, because in a long queue all have waited for long, and then every instance
+would be loaded for one waiter alone, which makes the queue even longer: in the simulator, with 64 clients and loads of
+2 s, 576 loads for 1 000 requests and a longest wait of 28 s, instead of 71 loads and 8 s.
 
-Leases may be held for ever, so a waiter for one to end is not the head of the line and delays nothing but later leases.
-Those may be given out before it for `max_overtake_seconds` from when it came. After that only those may that do not
-delay it, which is sure where it has room at the end of just the same leases, with the later one and without. So it
-waits at most for the leases that were there when it came, and for those that were given out within the bound.
+Leases may be held for ever, so a waiter for one to end is not the head of the line, and delays only later leases. These
+may be granted before it for `max_overtake_seconds` after it came; after that only if they do not delay it, which is
+certain if it has room at the end of the same leases with the later one as without. So it waits at most for the leases
+that were held when it came, and for those that were granted within the bound.
 
-Loads begin in the order of the queue, but for this: when there is room for the first waiter, a model that more requests
-wait for and that fits in the same room is loaded before it, once for each waiter, and not before one for which
-overtaking is limited. The time of a waiter that a load was let past begins anew when that load has ended. So such a
-waiter waits for one load, and the bound once more, at most. In the simulator, 64 clients and loads of 0.3 s, that is
-1402 loads instead of 1537 in 15 traces, a shorter median wait, and up to 0.4 s more for the longest (1.9 s); four
-clients that go through four models, with room for one, each in an order of its own, need 1.22 times the loads of a
-planner that knows all requests to come (12 cases, 1.30 at the most) instead of 1.29 (1.49). Without a limit on how
-often a waiter is passed it is 1.40, and the longest waits are longer by a half.
+Loads begin in the order of the queue, with one exception: when there is room for the first waiter, a model that more
+requests wait for and that fits in the same room is loaded before it, once for each waiter, and not before one for which
+overtaking is limited. The time of the waiter that was passed begins anew when that load has ended, so it waits for one
+load, and the bound once more, at most. In the simulator, with 64 clients and loads of 0.3 s, this needs 1402 loads
+instead of 1537 in 15 traces, with a shorter median wait, and up to 0.4 s more for the longest (1.9 s); four clients
+that cycle through four models with room for one, each in an order of its own, need 1.22 times the loads of a planner
+that knows all future requests (12 cases, 1.30 at the most) instead of 1.29 (1.49). Without a limit on how often a
+waiter is passed it is 1.40, and the longest waits are longer by a half.
 """
 
 from __future__ import annotations
@@ -56,39 +56,39 @@ __all__ = [
 ]
 
 
-# So many times the bound an unknown model may go before a known one. Every isolation flushes the device, so unknown
-# models are better measured one after the other than in turns with known ones: where 64 clients begin with 12 unknown
-# models, the 99th percentile of the waits is 6 s; with 1 it is 10 s, and half as many loads more.
+# For how many times the bound an unknown model comes before a known one. Every isolation flushes the device, so unknown
+# models are better measured one after the other than in turns with known ones: if 64 clients begin with 12 unknown
+# models, the 99th percentile of the waits is 6 s; with 1 instead of 4 it is 10 s, with half as many loads again.
 UNKNOWN_FIRST = 4
 
 
-# Of a request: how urgent it may be, from the negative of this on; 0 is usual.
+# How urgent a request may be, from the negative of this to this; 0 is usual.
 HIGHEST_URGENCY = 10
-# By so much each step puts a request ahead of those that came as early: more than a load takes mostly, and for the
-# farthest steps less than the usual `wait_timeout_seconds` of the requests that are overtaken.
+# How far each step puts a request ahead of those that came at the same time: longer than most loads, and for the
+# highest number of steps less than the usual `wait_timeout_seconds` of the requests that are overtaken.
 HEAD_START_S = 10.0
 
 
 def rank_ns(enqueued_ns: int, urgency: int) -> int:
-    """Return the word by which waiters of one class stand in order, lowest first: when they came, less a head start."""
+    """Return the number that orders the waiters of one class, lowest first: when they came, less a head start."""
     return enqueued_ns + (HIGHEST_URGENCY - urgency) * int(HEAD_START_S * 1e9)
 
 
 def urgency_of(enqueued_ns: int, rank: int) -> int:
-    """Return how urgent a request is whose rank is known."""
+    """Return how urgent a request is, from its rank."""
     return HIGHEST_URGENCY - round((rank - enqueued_ns) / (HEAD_START_S * 1e9))
 
 
 def effective_priority(priority: int, waited_s: float, max_overtake_seconds: float) -> int:
-    """Return the class after a wait: a waiter that has waited long enough stands among the first, by rank.
+    """Return the class after a wait: a waiter that has waited long enough moves to the first class, by rank.
 
-    A preload (priority 2) does not: no request waits for what it loads.
+    A preload (priority 2) does not: no request waits for the copies that it loads.
     """
     return 0 if priority == 1 and waited_s >= UNKNOWN_FIRST * max_overtake_seconds else priority
 
 
 def queue_order(view: View) -> list[TicketView]:
-    """Return the waiters, first one first: those that were given the same rank in the order of their numbers."""
+    """Return the waiters in the order of the queue; equal ranks in the order of their numbers."""
     bound = view.rules.max_overtake_seconds
     return sorted(
         view.tickets,
@@ -101,18 +101,18 @@ def queue_order(view: View) -> list[TicketView]:
 
 
 def overtaking_limited(view: View, ticket: TicketView) -> bool:
-    """Tell whether the head of the line must not be delayed any more: others reuse only what it does not need."""
+    """Tell whether the head of the line must no longer be delayed: others reuse only what it does not need."""
     since = ticket.head_since_s
     return since is not None and view.now_s - since >= view.rules.max_overtake_seconds
 
 
 def overtaking_over(view: View, ticket: TicketView) -> bool:
-    """Tell whether nothing at all may overtake the head of the line any more."""
+    """Tell whether nothing at all may overtake the head of the line any longer."""
     since = ticket.head_since_s
     return since is not None and view.now_s - since >= 2 * view.rules.max_overtake_seconds
 
 
-# Of more leases on one device not every sum is formed.
+# With more leases than this on one device, not every sum is checked.
 _MOST_SUMMED = 10
 
 
@@ -127,7 +127,7 @@ def may_be_leased_before(
         return True
     if view.now_s - waiting.enqueued_s < view.rules.max_overtake_seconds:
         return True
-    # What leases may take when it is its turn.
+    # What leases may take when the waiter's turn comes.
     most_mb = limit_mb(device, view.rules.slack_percentage) - share_mb
     if len(held_mb) > _MOST_SUMMED:
         return math.fsum(held_mb) + mb <= most_mb

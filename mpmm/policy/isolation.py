@@ -14,11 +14,11 @@ __all__ = ["devices_to_drain", "is_kept_out_by_leases", "isolate"]
 
 
 def devices_to_drain(state: PlanState, ticket: TicketView) -> tuple[DeviceView, ...]:
-    """Return the devices that are drained for a waiter that has to run alone; too few if there are too few."""
+    """Return the devices that are drained for a waiter that has to run alone; maybe fewer than it spans."""
     model = state.view.models[ticket.model]
     need_mb, bound_mb = model.need_mb / ticket.span, model.bound_mb / ticket.span
     where = state.open_to(ticket)
-    # Where it has run out of memory although it had everything, it would do so again.
+    # On devices where it ran out of memory although it had all of it, it would do so again.
     large = [device for device in where if limit_mb(device, state.slack) > bound_mb]
     where = large if len(large) >= ticket.span else where
     roomy = [device for device in where if limit_mb(device, state.slack) - device.leased_mb >= need_mb]
@@ -34,7 +34,7 @@ def devices_to_drain(state: PlanState, ticket: TicketView) -> tuple[DeviceView, 
 def is_kept_out_by_leases(state: PlanState, place: Sequence[DeviceView], share_mb: float) -> bool:
     """Tell whether a model that is to run alone waits for leases to end: no instance runs beside it, but leases stay.
 
-    What it takes is only assumed, but the accounts are to be right all the same.
+    Its size is only assumed, but the accounts have to be right all the same.
     """
     return any(device.leased_mb for device in place) and state.count_fitting(place, share_mb, external=False) < len(
         place
@@ -44,7 +44,7 @@ def is_kept_out_by_leases(state: PlanState, place: Sequence[DeviceView], share_m
 def isolate(state: PlanState, ticket: TicketView, need_mb: float) -> Decision | None:
     """Let a waiter load alone on as many devices as it spans, or have these drained for it.
 
-    None if it waits for devices that are drained or in isolation already.
+    None if it waits for devices that are already being drained, or in isolation.
     """
     place = devices_to_drain(state, ticket)
     if len(state.allowed_for(ticket)) < ticket.span:
@@ -62,7 +62,7 @@ def isolate(state: PlanState, ticket: TicketView, need_mb: float) -> Decision | 
 
 
 def _drain(state: PlanState, ticket: TicketView, place: Sequence[DeviceView], need_mb: float) -> Decision | None:
-    """Let a waiter wait until nothing is in use on its devices, then have idle instances unloaded; None if empty."""
+    """Let a waiter wait until nothing is in use on its devices, then unload idle instances; None if they are empty."""
     rows, on = {device.device for device in place}, state.named(place)
     if any(state.busy[device] for device in rows):
         used = [one.free_in_s for one in state.view.busy if rows.intersection(one.devices)]

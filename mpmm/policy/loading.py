@@ -1,7 +1,7 @@
-"""May a waiter load, and what happens to it if not: the rules for one waiter that nothing is ahead of.
+"""Whether a waiter may load, and what happens to it if not: the rules for one waiter that no other is ahead of.
 
-`load` asks each rule of `RULES` in order; the first that has an answer gives it. So the order is the argument: what can
-never be is refused first, then free memory is used, and only what is left of the waiters has room made for it.
+`load` asks each rule of `RULES` in order; the first that has an answer gives it. The order matters: impossible loads
+are refused first, then free memory is used, and room is made only for the waiters that are left.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from mpmm.policy.view import Decision, DeviceView, ModelView, Reason, Refuse, Ti
 
 __all__ = ["RULES", "load", "needs_only_free_memory"]
 
-# Called for a waiter that could load now: lets another one that a load is due to first take its turn, and says if so.
+# Called for a waiter that could load now: lets another one, whose load should come first, load; tells if there is one.
 LoadOtherFirst = Callable[[TicketView, ModelView], bool]
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """One waiter's try to load. where: the devices that are open to it; place: those that it would get now, if any."""
+    """A waiter's attempt to load. where: the devices that are open to it; place: those that it would get now."""
 
     state: PlanState
     ticket: TicketView
@@ -45,7 +45,7 @@ class _Attempt:
     place: Place | None = None
 
     def look_for_place(self) -> None:
-        """See which devices are open, with the limits that hold for this load, and which of them would be taken."""
+        """Find the devices that are open, with the limits for this load, and those of them that it would take."""
         state, share_mb = self.state, self.share_mb
         self.where = [widened(device, share_mb, state.slack) for device in state.open_to(self.ticket)]
         leasable = state.leasable(self.where, self.model, share_mb)
@@ -53,7 +53,7 @@ class _Attempt:
 
 
 def load(state: PlanState, ticket: TicketView, model: ModelView, load_other_first: LoadOtherFirst) -> Decision | None:
-    """Return what happens to a waiter whose model is to be loaded; None if it waits for devices that others close."""
+    """Return what happens to a waiter whose model is to be loaded; None if it waits for devices closed by others."""
     need_mb = state.need_mb(ticket, model)
     attempt = _Attempt(state, ticket, model, need_mb, need_mb / ticket.span, load_other_first, [])
     refused = _refuse(attempt)
@@ -61,7 +61,7 @@ def load(state: PlanState, ticket: TicketView, model: ModelView, load_other_firs
         return refused
     attempt.look_for_place()
     if len(attempt.where) < ticket.span:
-        # Where it may load an instance runs alone or starts quietly, or is about to.
+        # On the devices where it may load, an instance runs alone or starts quietly, or is about to.
         return wait_for_quiet_start(state, ticket, need_mb)
     for rule in RULES:
         decision = rule(attempt)
@@ -79,12 +79,12 @@ def needs_only_free_memory(state: PlanState, ticket: TicketView, model: ModelVie
 
 
 def _refuse(attempt: _Attempt) -> Decision | None:
-    """Refuse what can never be loaded, unless there is a copy to wait for."""
+    """Refuse a load that can never fit, unless there is a copy to wait for."""
     state, ticket, model, need_mb = attempt.state, attempt.ticket, attempt.model, attempt.need_mb
     largest = largest_limit_mb(state.allowed_for(ticket), state.slack, ticket.span) * ticket.span
     if need_mb > largest:
         if state.usable_part(ticket, model).usable_by(ticket.member) and not ticket.preload:
-            # Too large for a second copy, but there is one to wait for.
+            # A second copy would be too large, but there is one to wait for.
             return Wait(ticket.row, Reason.ONLY_COPY, Why(Reason.ONLY_COPY, need_mb, largest))
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
     if ticket.preload and not _fit_together(state, ticket, _copies_where_it_loads(attempt), attempt.share_mb):
@@ -93,14 +93,14 @@ def _refuse(attempt: _Attempt) -> Decision | None:
 
 
 def _copies_where_it_loads(attempt: _Attempt) -> int:
-    """Return how many copies there are on the devices where the waiter may load: others take no place there."""
+    """Return how many copies there are on the devices where the waiter may load: others take no room there."""
     ticket = attempt.ticket
     there = replace(ticket, usable_on=ticket.loadable_on or ticket.usable_on)
     return attempt.state.usable_part(there, attempt.model).copies
 
 
 def _fit_together(state: PlanState, ticket: TicketView, copies: int, share_mb: float) -> bool:
-    """Tell whether the devices could take one copy more than `copies` of the same size, if they had nothing else."""
+    """Tell whether the devices could hold one copy more than `copies` of the same size, with nothing else there."""
     if share_mb <= 0:
         return True
     places = sum(limit_mb(device, state.slack) // share_mb for device in state.allowed_for(ticket))
@@ -119,7 +119,7 @@ def _starts_quietly(attempt: _Attempt) -> Decision | None:
 
 
 def _fits(attempt: _Attempt) -> Decision | None:
-    """Load in free memory, unless a model that more wait for takes it first."""
+    """Load in free memory, unless a model for which more requests wait takes it first."""
     if attempt.place is None:
         return None
     if attempt.load_other_first(attempt.ticket, attempt.model):
@@ -132,14 +132,14 @@ def _fits(attempt: _Attempt) -> Decision | None:
 
 
 def _leases_stay_in_order(attempt: _Attempt) -> Decision | None:
-    """Keep a lease behind the waiters for leases to end that came before it."""
+    """Keep a lease behind earlier waiters that wait for leases to end."""
     if not attempt.model.lease or not attempt.state.lease_is_awaited:
         return None
     return Wait(attempt.ticket.row, Reason.BEHIND, Why(Reason.BEHIND, attempt.need_mb))
 
 
 def _waits_for_others(attempt: _Attempt) -> Decision | None:
-    """Let those wait aside, without holding up others, that no eviction would help."""
+    """Let a waiter that no eviction would help wait without holding up others."""
     waits = wait_for_others(attempt.state, attempt.ticket, attempt.where, attempt.share_mb)
     if waits is not None and waits.reason == Reason.LEASED:
         attempt.state.awaiting_leases.append((attempt.ticket, attempt.share_mb))
@@ -168,7 +168,7 @@ RULES: tuple[Callable[[_Attempt], Decision | None], ...] = (
 
 
 def _carry_out(attempt: _Attempt, plan: EvictionPlan, due: bool) -> Decision:
-    """Evict what a plan names, or wait for the first of what it waits for: instances in use, unloads, freed memory."""
+    """Evict the plan's victims, or wait for the first of: instances in use, unloads, memory that is coming back."""
     state, ticket, need_mb = attempt.state, attempt.ticket, attempt.need_mb
     free = math.fsum(free_mb(device, state.slack) for device in plan.devices)
     on = state.named(plan.devices)

@@ -1,7 +1,7 @@
 """Making room for a waiter whose load does not fit: what to evict or to wait for, and whether anything would help.
 
-`eviction` says what to unload on one device. This looks at all devices that a waiter may load on, as far as the plan
-under way has left them.
+`eviction` decides what to unload on one device. This module looks at all devices on which a waiter may load, with what
+the plan so far has left of them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = [
 
 
 def choose_room(state: PlanState, ticket: TicketView, share_mb: float, due: bool) -> EvictionPlan | None:
-    """Return where room for `share_mb` on each of a waiter's devices costs least to make.
+    """Return the cheapest plan that makes room for `share_mb` on each of a waiter's devices.
 
-    That may mean to wait for instances in use, if that is better than to unload idle ones. due: the waiter has been
-    overtaken for long enough, so it takes what can be had now.
+    The plan may wait for instances in use, if that is better than unloading idle ones. due: the waiter has been
+    overtaken for long enough, so it takes what is available now.
     """
     view = state.view
     now = cheapest_room(state, ticket, share_mb, ())
@@ -44,7 +44,7 @@ def choose_room(state: PlanState, ticket: TicketView, share_mb: float, due: bool
 def cheapest_room(
     state: PlanState, ticket: TicketView, share_mb: float, busy: Sequence[BusyInstance]
 ) -> EvictionPlan | None:
-    """Return the cheapest way to make room with idle instances and those of `busy`; None if all are too little."""
+    """Return the cheapest plan with idle instances and those of `busy`; None if all of them are too little."""
     quiet = state.quiet.keys()
     idle = [one for one in state.unused() if not quiet & set(one.devices)]
     where = (widened(device, share_mb, state.slack) for device in state.open_to(ticket))
@@ -55,9 +55,9 @@ def cheapest_room(
 def room_by_unloading_all(
     state: PlanState, ticket: TicketView, where: list[DeviceView], share_mb: float
 ) -> EvictionPlan | None:
-    """Return how to unload everything from devices where the accounts alone show too little room.
+    """Return a plan that unloads everything from devices where only the accounts show too little room.
 
-    Part of what counts as external there may be what instances have grown by. Only an empty device tells.
+    Part of their external memory may be memory by which instances have grown. Only an empty device tells.
     """
     plans = []
     for device in where:
@@ -79,7 +79,7 @@ def room_by_unloading_all(
 
 
 def holds_up_others(state: PlanState, ticket: TicketView, model: ModelView) -> bool:
-    """Tell whether a waiter that was the head of the line still is: others may pass one that no eviction would help."""
+    """Tell whether a waiter that was the head of the line still is: others may pass it if no eviction would help it."""
     if state.has_most_copies(model):
         return False
     where, share_mb = state.allowed_for(ticket), state.need_mb(ticket, model) / ticket.span
@@ -87,7 +87,7 @@ def holds_up_others(state: PlanState, ticket: TicketView, model: ModelView) -> b
         return False
     if any(state.busy[device.device] or device.unloading or device.returning_mb for device in where):
         return True
-    # Nothing comes free by itself, so it takes an eviction, beside external memory as it is now.
+    # Nothing comes free by itself, so only an eviction could help, with external memory as it is now.
     return (
         cheapest_room(state, ticket, share_mb, ()) is not None
         or room_by_unloading_all(state, ticket, where, share_mb) is not None
@@ -95,9 +95,9 @@ def holds_up_others(state: PlanState, ticket: TicketView, model: ModelView) -> b
 
 
 def is_delayed_by_loads(state: PlanState, ticket: TicketView, share_mb: float) -> bool:
-    """Tell whether room can only come from the end of loads that have begun, which no waiter that reuses delays.
+    """Tell whether only the end of loads that have begun can make room: waiters that reuse instances do not delay that.
 
-    It can come from instances that are in use, too. Where these are enough, a load beside them holds nothing up.
+    Instances in use can make room, too. If these are enough, a load beside them does not matter.
     """
     loading = state.loads_begun or any(one.loading for one in state.view.busy)
     if not loading:
@@ -111,9 +111,9 @@ def is_delayed_by_loads(state: PlanState, ticket: TicketView, share_mb: float) -
 
 
 def wait_for_others(state: PlanState, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:
-    """Let a waiter wait that leases, external memory or pinned instances leave too little room; None if they do not.
+    """Let a waiter wait if leases, external memory or pinned instances leave it too little room; None if they do not.
 
-    Nothing that the manager can unload would help it, so no other waiter stands back for it, perhaps for hours.
+    Nothing that the manager can unload would help it, so no other waiter is held up for it, perhaps for hours.
     """
     need_mb, free = share_mb * ticket.span, most_free_mb(where, state.slack)
     if state.count_fitting(where, share_mb, external=False) < ticket.span:
@@ -130,12 +130,13 @@ def wait_for_others(state: PlanState, ticket: TicketView, where: list[DeviceView
 def wait_without_room(state: PlanState, ticket: TicketView, where: list[DeviceView], need_mb: float) -> Wait:
     """Let a waiter wait for which no room can be made now. It holds up others only if that can change by itself.
 
-    Where nothing is in use, only others can change it: what pinned instances have grown by counts as external, say.
+    If nothing is in use, only others can change that: memory by which pinned instances have grown counts as external,
+    say.
     """
     free = most_free_mb(where, state.slack)
     rows = {device.device for device in where}
     if any(state.busy[row] for row in rows):
-        # In use, being loaded, or let in by this plan.
+        # Some are in use, being loaded, or admitted by this plan.
         return state.wait_at_head(ticket, Why(Reason.MEMORY, need_mb, free))
     if any(state.pinned_mb_on(row) for row in rows):
         return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, need_mb, free))
@@ -144,7 +145,7 @@ def wait_without_room(state: PlanState, ticket: TicketView, where: list[DeviceVi
 
 
 def _cheapest_of(plans: list[EvictionPlan], span: int) -> EvictionPlan | None:
-    """Return the cheapest plans for as many devices as a waiter spans, as one; None if there are too few."""
+    """Combine the cheapest plans for as many devices as a waiter spans; None if there are too few."""
     if len(plans) < span:
         return None
     return combine(sorted(plans, key=lambda plan: plan.cost)[:span])

@@ -1,7 +1,7 @@
-"""Running out of memory although admission said that it fits: how to tell, and what to believe afterwards.
+"""Running out of memory although admission said that it fits: how to tell, and what to assume afterwards.
 
-The libraries that run out are not imported here, and need not be importable: their exceptions are known by the names
-of their classes and modules, or by what they say, in the words that their users report: `torch.cuda.OutOfMemoryError:
+The libraries that run out are not imported here, and need not be importable: their exceptions are recognized by the
+names of their classes and modules, or by their messages, as their users report them: `torch.cuda.OutOfMemoryError:
 CUDA out of memory. Tried to allocate …`, `jaxlib.xla_extension.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory …`,
 `onnxruntime…RuntimeException: … BFCArena::AllocateRawInternal … Failed to allocate memory for requested buffer …`.
 """
@@ -15,13 +15,13 @@ from mpmm.errors import MpmmError, RemoteCallError, ServerStartError
 
 __all__ = ["MORE_MB", "bound_mb", "is_out_of_memory", "raised_estimate_mb"]
 
-# By how much a model's estimate grows when it has turned out to be too low and nothing can be measured.
+# By how much a model's estimate grows if it has turned out to be too low and nothing can be measured.
 GROWTH = 1.25
-# A model that ran out of memory with so much free needs more than that; sources of figures tell no less than this.
+# How much more than the free memory a model that ran out needs at least; memory sources resolve no less than this.
 MORE_MB = 1.0
 # (package, class): torch.OutOfMemoryError was torch.cuda.OutOfMemoryError before 2.5.
 _CLASSES = {("torch", "OutOfMemoryError"), ("tensorflow", "ResourceExhaustedError"), ("cupy", "OutOfMemoryError")}
-# What these say depends on a status, of which one is ours.
+# The meaning of these depends on a status; only this one stands for memory.
 _STATUS_CLASSES = {"XlaRuntimeError", "JaxRuntimeError"}
 _STATUS = "RESOURCE_EXHAUSTED"
 # Compared in lower case. RESOURCE_EXHAUSTED alone is not among them: quotas of web services say that, too.
@@ -45,15 +45,15 @@ _TEXTS = (
     "defaultcpuallocator: not enough memory",
     "std::bad_alloc",
 )
-# How a traceback of another process ends, when it was one of these.
+# The last line of a traceback from another process, if it was one of these.
 _LAST_LINE = re.compile(r"^(?:\w+\.)*(?:MemoryError|OutOfMemoryError|ResourceExhaustedError)(?::|$)", re.MULTILINE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception says that memory, of a device or of the host, has run out.
 
-    So it does if what it was raised `from` does. mpmm's own errors do not, though some are MemoryErrors (a model that
-    is too large has taken nothing), except those that tell what was raised in another process.
+    It also does if the exception from which it was raised does. mpmm's own errors do not, although some are
+    MemoryErrors (a model that is too large has taken nothing), except those that report an error of another process.
     """
     if isinstance(error, ServerStartError | RemoteCallError):
         return _says_so(error) or _LAST_LINE.search(str(error)) is not None
@@ -65,16 +65,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def raised_estimate_mb(need_mb: float, limit_mb: float) -> float:
-    """Return what to take a model for that needs more than `need_mb`: more, but not so much that it never fits."""
+    """Return a new estimate for a model that needs more than `need_mb`: more, but not so much that it never fits."""
     return max(need_mb, min(need_mb * GROWTH, limit_mb))
 
 
 def bound_mb(free_mb: float, limit_mb: float) -> float:
-    """Return the bound on a model that ran out of memory with `free_mb` free: it needs more than what is returned.
+    """Return the bound on a model that ran out of memory with `free_mb` free: it needs more than this.
 
-    That is never so much that the model could not be admitted where `limit_mb` can be had at best: why a loader ran out
-    is not certain (it may have been the host's memory, or another program's doing), so it is not refused for that. 0,
-    no bound, where neither says anything.
+    The bound is never so high that the model could not be admitted where it can get `limit_mb` at best: it is not
+    certain why a loader ran out (it may have been host memory, or another program's doing), so the model is not refused
+    for that. 0, no bound, if neither figure tells anything.
     """
     room_mb = math.floor(limit_mb) - MORE_MB if math.isfinite(limit_mb) else free_mb
     bound = min(free_mb, room_mb)

@@ -1,18 +1,18 @@
-"""Placement: which of several devices a load is given.
+"""Placement: which of several devices a load gets.
 
-Two aims pull apart. Best fit, the device on which least is left free, keeps the large holes for large models; but it
-fills one device before it touches the next, so that while all models fit together half of the devices do nothing. To
-spread, the device that is least full, balances; but it splits what is free into holes of the same size everywhere.
+Two aims conflict. Best fit, on the device with the least memory left, keeps large holes for large models; but it fills
+one device before it uses the next, so half of the devices are unused while all models would fit together. Spreading, to
+the least full device, balances; but it splits free memory into holes of the same size everywhere.
 
-So devices are compared by how full they are with half of the load on them, used and reserved memory in the share of
-the limit, in steps of `STEP`; among those on the same step the tightest fit wins. Half of it, because a load is a
-smaller share of a large device than of a small one: with none of it small devices end up fuller, with all of it
-emptier. Shares, not MB, because a slice of a GPU is to be as full as a whole one. With loads of 1 to 4 % of a GPU, on
-seven GPUs and one that is cut in two, the fullest device is then 4 % fuller than the least full one, with loads of 3 to
-10 % it is 9 %; with best fit alone it is 99 %, before memory runs short. Once everything is full it does not matter any
-more: then room is made where that costs least (`eviction.plan_eviction`).
+So devices are compared by how full they are with half of the load on them, used and reserved memory as a share of the
+limit, in steps of `STEP`; among those on the same step the tightest fit wins. Half of the load, because it is a smaller
+share of a large device than of a small one: without it small devices end up fuller, with all of it emptier. Shares, not
+MB, because a slice of a GPU should be as full as a whole one. With loads of 1 to 4 % of a GPU, on seven GPUs and one
+that is cut in two, the fullest device is then 4 % fuller than the least full one, and with loads of 3 to 10 % it is
+9 %; with best fit alone it is 99 %, before memory runs short. Once everything is full, placement no longer matters:
+then room is made where that costs least (`eviction.plan_eviction`).
 
-A copy that spans several devices takes an equal share of each: the first devices in the same order.
+A copy that spans several devices takes an equal share of each: of the first devices in the same order.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ STEP = 0.02
 
 
 class Place(NamedTuple):
-    """Devices, and why these: FITS where there was no choice."""
+    """Devices, and why these: FITS if there was no choice."""
 
     devices: tuple[DeviceView, ...]
     reason: Reason
 
 
 def best_place(devices: Sequence[DeviceView], share_mb: float, slack_percentage: float, span: int = 1) -> Place | None:
-    """Return the `span` devices that should take `share_mb` each now, None when fewer can."""
+    """Return the `span` devices that should take `share_mb` each now, None if fewer can."""
     fitting = [device for device in devices if free_mb(device, slack_percentage) >= share_mb]
     if len(fitting) < span:
         return None
@@ -55,7 +55,7 @@ def _rank(device: DeviceView, share_mb: float, slack_percentage: float) -> tuple
 
 
 def _step(device: DeviceView, share_mb: float, slack_percentage: float) -> int:
-    """Return how full the device is with half of the load, in steps; one without a known total is fuller than any."""
+    """Return how full the device is with half of the load, in steps; one of unknown size counts as fuller than any."""
     limit = limit_mb(device, slack_percentage)
     return int((device.used_mb + device.reserved_mb + share_mb / 2) / limit / STEP) if limit else int(1 / STEP) + 1
 
@@ -63,7 +63,7 @@ def _step(device: DeviceView, share_mb: float, slack_percentage: float) -> int:
 def soonest_alone(costs: Sequence[tuple[DeviceView, float, int, float]], span: int) -> tuple[DeviceView, ...]:
     """Return the devices on which a model can run alone soonest.
 
-    costs: (device, seconds until what is in use on it is expected to be free, copies in use, MB to unload). A device
-    that is drained for that gets no newcomers, so none of these grows, and the choice changes only for the better.
+    costs: (device, seconds until the copies in use on it are expected to be idle, copies in use, MB to unload). A
+    device that is being drained gets no newcomers, so none of these grows, and the choice changes only for the better.
     """
     return tuple(entry[0] for entry in sorted(costs, key=lambda entry: (*entry[1:], entry[0].device))[:span])

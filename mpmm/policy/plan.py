@@ -1,8 +1,8 @@
-"""The plan: walk the queue and say for every waiter what happens now.
+"""The plan: walk the queue and decide for every waiter what happens now.
 
-`Planner` decides in which order, and which kind of answer, a waiter gets. What an answer is made of is decided in
-`isolation` (unknown models), `loading` (known ones), `backfill` and `room_ahead` (those behind the head of the line);
-`plan_state` is what they share.
+`Planner` decides in which order waiters are answered, and with which kind of answer. The details of an answer are
+decided in `isolation` (unknown models), `loading` (known ones), `backfill` and `room_ahead` (waiters behind the head of
+the line); they share `plan_state`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mpmm.policy.view import (
 __all__ = ["Plan", "Planner", "make_plan"]
 
 
-# Why a device has no room: there may be some on another one.
+# Reasons why one device has no room, although another one may.
 _ELSEWHERE = (Reason.LEASED, Reason.EXTERNAL, Reason.PINNED, Reason.QUIET)
 
 
@@ -59,31 +59,31 @@ class Plan:
 def make_plan(view: View) -> Plan:
     """Return what happens to the waiters in the view, in the order in which it is to be carried out.
 
-    On a device on which an instance runs alone nothing happens. Elsewhere idle instances are handed out first, as far
-    as `fairness` lets waiters overtake. Then each waiter, the first one first, may load where its model fits, or has
-    room made for it, or waits. Behind the first one that waits for room, the head of the line, only loads go on that
-    fit beside what is reserved for it. A device that is drained for an unknown model gets nothing new. Tickets without
-    a decision wait behind.
+    Nothing happens on a device on which an instance runs alone. On other devices idle instances are handed out first,
+    as far as `fairness` lets waiters overtake. Then each waiter, in the order of the queue, may load where its model
+    fits, or has room made for it, or waits. Behind the first one that waits for room, the head of the line, only loads
+    that fit beside its reservation begin. A device that is drained for an unknown model gets nothing new. Tickets
+    without a decision wait behind others.
     """
     return Planner(view).plan()
 
 
 class Planner:
-    """Walks the queue once. What earlier decisions take is no longer there for later ones, see `PlanState`."""
+    """Walks the queue once. Later decisions cannot use what earlier ones have taken, see `PlanState`."""
 
     def __init__(self, view: View) -> None:
         self._view = view
         self._state = PlanState(view)
-        # The waiters that get no idle instance, in order, and which of them are answered out of turn.
+        # The waiters that get no idle instance, in order, and the answers of those that are answered out of turn.
         self._order: list[TicketView] = []
         self._early: dict[int, Decision | None] = {}
-        # The waiter that a load was let past.
+        # The waiter that a later one's load was let past.
         self._passed: TicketView | None = None
-        # How many waiters of each model were told to wait for the instances that there are.
+        # How many waiters of each model were told to wait for existing instances.
         self._sharing: Counter[int] = Counter()
 
     def plan(self) -> Plan:
-        """Return the plan; to be called once."""
+        """Return the plan; call it once."""
         state = self._state
         if self._view.devices and not state.devices:
             return Plan((), queue_held_up=True)
@@ -104,11 +104,11 @@ class Planner:
         return Plan(tuple(decision for decision in decisions if decision is not None), queue_held_up)
 
     def _is_hopeless(self, ticket: TicketView) -> bool:
-        """Tell whether one with the same request has been found to fit nowhere behind the head of the line."""
+        """Tell whether a waiter with the same request was found to fit nowhere behind the head of the line."""
         return ticket.model in self._state.no_backfill and not ticket.preload and not ticket.loadable_on
 
     def _name_more_urgent(self, decided: dict[int, Decision | None]) -> None:
-        """Tell those that wait behind a head of the line that came later than they did that it is more urgent."""
+        """Tell waiters behind a head of the line that came later than they did that it is more urgent."""
         head = self._state.head
         if head is None:
             return
@@ -118,7 +118,7 @@ class Planner:
                 decided[ticket.row] = Wait(ticket.row, why.reason, why)
 
     def _stop_clock(self, decided: dict[int, Decision | None]) -> None:
-        """Do not limit overtaking yet as long as no waiter that overtakes delays the head of the line."""
+        """Do not start the time for overtaking while no waiter that overtakes delays the head of the line."""
         state = self._state
         wait = decided.get(state.head.row) if state.head is not None else None
         if state.overtaking_is_free and isinstance(wait, Wait):
@@ -127,16 +127,16 @@ class Planner:
     # ---- idle instances ------------------------------------------------------------------------------------
 
     def _grant_idle(self, order: list[TicketView]) -> dict[int, Grant]:
-        """Grant idle instances to those that can use them, as far as they may overtake others."""
+        """Grant idle instances to waiters that can use them, as far as these may overtake others."""
         state, models = self._state, self._view.models
         granted: dict[int, Grant] = {}
         kept: set[int] = set()
-        # Devices that drain for a waiter that runs alone.
+        # Devices that are drained for a waiter that runs alone.
         closed: set[int] = set()
         overtaken: TicketView | None = None
         for ticket in order:
             if ticket.preload:
-                # It takes no instance, and holds up no waiter that reuses one.
+                # A preload takes no instance, and holds up no waiter that reuses one.
                 continue
             idle = state.idle.get(ticket.model)
             instance = self._take_idle(ticket, idle, kept, closed) if idle else None
@@ -146,7 +146,7 @@ class Planner:
                 continue
             model = models[ticket.model]
             if left_s(model) > 0:
-                # Nothing is kept for it, nor drained.
+                # During the back-off nothing is kept for it, or drained.
                 continue
             if state.must_run_alone(ticket, model):
                 closed = closed or self._drained_for(ticket, model)
@@ -164,7 +164,7 @@ class Planner:
         self, ticket: TicketView, idle: list[IdleInstance], kept: set[int], closed: set[int]
     ) -> IdleInstance | None:
         """Take the first idle instance that a waiter can use, but none that is kept or lies on a closed device."""
-        # With a place in an instance, that is what is kept.
+        # For a place in an instance, it matters whether that instance is kept.
         free = (one for one in idle if (one.row if one.place_in is None else one.place_in) not in kept)
         instance = next((one for one in free if can_use(ticket, one, closed)), None)
         if instance is not None:
@@ -172,14 +172,14 @@ class Planner:
         return instance
 
     def _drained_for(self, ticket: TicketView, model: ModelView) -> set[int]:
-        """Return the devices that are drained for a waiter that runs alone: whatever is reused there delays it."""
+        """Return the devices that are drained for a waiter that runs alone: any reuse there delays it."""
         place = devices_to_drain(self._state, ticket)
         if is_kept_out_by_leases(self._state, place, model.need_mb / ticket.span):
             return set()
         return {device.device for device in place}
 
     def _reserved_for(self, ticket: TicketView, model: ModelView) -> set[int] | None:
-        """Return the instances that are kept for the head of the line; None if nothing may overtake it any more."""
+        """Return the instances that are kept for the head of the line; None if nothing may overtake it any longer."""
         if overtaking_over(self._view, ticket):
             return None
         if not overtaking_limited(self._view, ticket):
@@ -215,7 +215,7 @@ class Planner:
         return self._resume(ticket, model, suspended) or backs_off or self._load_alike(ticket, model)
 
     def _has_enough(self, ticket: TicketView, model: ModelView) -> bool:
-        """Tell whether a preload's member can use as many copies as it wants, or there are as many as there may be."""
+        """Tell whether a preload's member can use as many copies as it wants, or there may be no more of them."""
         here = self._state.usable_part(ticket, model)
         usable = here.usable_by(ticket.member) + here.coming_for(ticket.member)
         return usable >= ticket.preload or self._state.has_most_copies(model)
@@ -224,7 +224,7 @@ class Planner:
         """Let a waiter wait for an instance that is in use, being loaded or being suspended, if a load takes longer."""
         usable = self._state.usable_part(ticket, model)
         if suspended is not None:
-            # That is what another copy costs.
+            # The time of a resume is what another copy costs.
             usable = replace(usable, load_s=suspended.resume_s)
         ahead = self._sharing[ticket.model]
         shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s, self._state.seen)
@@ -232,14 +232,14 @@ class Planner:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
         if suspended is None and model.suspending and not usable.copies:
-            # It was chosen for that because to suspend and to resume is quicker than a load.
+            # It was chosen to be suspended because suspending and resuming it is quicker than a load.
             return Wait(ticket.row, Reason.SUSPENDING, Why(Reason.SUSPENDING, seconds=model.resume_s))
         return None
 
     def _resume(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance | None) -> Decision | None:
-        """Let a waiter resume an instance, or have room made for that where it lies; None if a load is to be tried."""
+        """Let a waiter resume an instance, or have room made for that on its device; None if a load should be tried."""
         decision = None if suspended is None else self._resume_there(ticket, model, suspended)
-        # Where it lies others leave no room for it. Elsewhere there may be some for another copy.
+        # If others leave no room for it on its device, there may be room for another copy on a different one.
         return None if _is_hopeless_there(decision) else decision
 
     def _resume_there(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance) -> Decision | None:
@@ -251,9 +251,9 @@ class Planner:
         return self._state.resume_instead(decision, suspended) if isinstance(decision, Load) else decision
 
     def _only_resume(self, ticket: TicketView, model: ModelView) -> Decision | None:
-        """Let a waiter resume whichever instance it can have first; it is satisfied once there is none for it.
+        """Let a waiter resume the instance that it can have first; it is satisfied once there is none for it.
 
-        Nor is there any where those that are left would not fit beside what its member has of them.
+        Instances that would not fit beside those that its member already has do not count.
         """
         state = self._state
         if state.has_most_copies(model) or not state.has_suspended_for(ticket):
@@ -272,7 +272,7 @@ class Planner:
     def _back_off(self, ticket: TicketView, model: ModelView) -> Wait | None:
         """Let a waiter wait whose model's last loads have failed, if the next one would evict others; see `backoff`.
 
-        It does not hold up others. None if it may go on: there is no back-off, or the load needs only what is free.
+        It does not hold up others. None if it need not wait: there is no back-off, or the load needs only free memory.
         """
         seconds = left_s(model)
         if seconds <= 0:
@@ -280,7 +280,7 @@ class Planner:
         if self._state.has_most_copies(model):
             here = self._state.usable_part(ticket, model)
             if here.usable_by(ticket.member) or here.coming_for(ticket.member):
-                # It waits for one of these, and not for a load.
+                # It waits for one of these copies, and not for a load.
                 return None
         elif self._needs_no_room(ticket, model):
             return None
@@ -298,7 +298,7 @@ class Planner:
 
     def _load_alike(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Repeat the answer to a waiter with the same request that was told to wait, if nothing was planned since."""
-        # Where any process can use all instances there are, it does not matter whose waiter it is.
+        # If any process can use all instances there are, it does not matter which process waits.
         whose = ticket.member if model.owned or model.loading else None
         alike = (ticket.model, whose, ticket.loadable_on, ticket.usable_on, ticket.span, ticket.steady)
         repeated = self._state.repeated_waits.get(alike)
@@ -313,7 +313,7 @@ class Planner:
         return load(self._state, ticket, model, self._load_more_wanted_first)
 
     def _load_more_wanted_first(self, ticket: TicketView, model: ModelView) -> bool:
-        """Let a waiter behind this one load before it, if more wait for its model; tell whether there was one."""
+        """Let a waiter behind this one load first, if more requests wait for its model; tell whether there was one."""
         rival = self._more_wanted(ticket, model)
         if rival is None:
             return False
@@ -322,7 +322,7 @@ class Planner:
         return True
 
     def _more_wanted(self, ticket: TicketView, model: ModelView) -> TicketView | None:
-        """Return the waiter behind this one that is to load before it, as more wait for its model; see `fairness`."""
+        """Return the waiter behind this one that loads first, because more wait for its model; see `fairness`."""
         if not self._may_be_passed(ticket) or model.copies or model.lease:
             return None
         state, best, most = self._state, None, model.waiting
@@ -340,9 +340,9 @@ class Planner:
         return not ticket.passed and _is_of_the_many(ticket) and not overtaking_limited(self._view, ticket)
 
     def _swap_instance(self, ticket: TicketView, model: ModelView) -> Decision:
-        """Let a waiter wait for one of as many copies as there may be, or evict one that is of no use to it.
+        """Let a waiter wait for a copy, because there may be no more of them; or evict one that it cannot use.
 
-        Only if none is of use to it, nor will be, the oldest idle one makes way for another.
+        Only if it can use none of them, nor any that is being loaded, the oldest idle one makes way for another.
         """
         state = self._state
         here = state.usable_part(ticket, model)
@@ -359,12 +359,12 @@ class Planner:
 
 
 def _is_hopeless_there(decision: Decision | None) -> bool:
-    """Tell whether what a waiter is told of some devices says that others leave no room for it there."""
+    """Tell whether a decision about some devices means that others leave a waiter no room there."""
     return isinstance(decision, Refuse) or (isinstance(decision, Wait) and decision.reason in _ELSEWHERE)
 
 
 def _is_of_the_many(ticket: TicketView) -> bool:
-    """Tell whether a waiter is one for a known model that may be loaded anywhere, whatever else is there."""
+    """Tell whether a waiter is for a known model that may be loaded on any device, without special wishes."""
     return (
         ticket.priority == 1
         and not ticket.steady

@@ -1,4 +1,4 @@
-"""What a plan under way has to go by: the view, less what its earlier decisions have taken.
+"""The state of a plan in progress: the view, less what its earlier decisions have taken.
 
 `Planner` (see `plan`) makes one for each plan. The modules that decide about one waiter (`loading`, `isolation`,
 `backfill`, `quiet_start`) ask it what is left, and take from it what they decide to use.
@@ -36,12 +36,12 @@ __all__ = ["PlanState", "can_use", "most_free_mb", "resized"]
 
 
 class PlanState:
-    """What is left of a view for the decisions to come. Room only shrinks: no decision gives anything back.
+    """What is left of a view for later decisions. Room only shrinks: no decision gives anything back.
 
     devices: those where something may begin, by row. idle: idle instances, and places in some, by model; suspended:
     instances in host memory. models: with the loads that this plan allows. busy: instances in use or being loaded by
     device, with those that this plan adds. leases: those that are held, with those of this plan. head: the head of the
-    line, the first waiter without room, for which `eviction_plan` says where room is made, as far as that is known.
+    line, the first waiter without room; `eviction_plan` tells where room is made for it, as far as that is known.
     overtaking_is_free: the time in which others may overtake it does not begin yet, see `fairness`.
     """
 
@@ -56,30 +56,31 @@ class PlanState:
                 self.idle[instance.model].append(instance)
         self.suspended = list(view.suspended)
         self.models = dict(view.models)
-        # What that tells of models that have never been loaded.
+        # What the other models tell about models that have never been loaded.
         self.seen = seen_so_far(view.models.values())
         self.busy = Counter(device for instance in view.busy for device in instance.devices)
-        # Those that this plan has given to waiters, which are in use from then on.
+        # Instances that this plan has granted to waiters, and that are in use from then on.
         self.taken: list[IdleInstance] = []
         self.leases = list(view.leases)
         self.head: TicketView | None = None
         self.eviction_plan: EvictionPlan | None = None
         self.overtaking_is_free = False
-        # The room for the head of the line is on its way, and so is that for those behind it that have been looked at;
+        # Whether the room for the head of the line is coming, and for the waiters behind it that were decided so far;
         # see `room_ahead`.
         self.room_is_coming = False
-        # Models that cannot be loaded beside what the head of the line is to get. Each is looked at once, because room
-        # only shrinks and most of those that wait behind want the same few.
+        # Models that cannot be loaded beside the room for the head of the line. Each is tried once, because room only
+        # shrinks, and most waiters behind the head want the same few.
         self.no_backfill: set[int] = set()
-        # Where something starts quietly, idle instances are used, and nothing comes or goes: device -> its model.
+        # Devices where something starts quietly, so that idle instances are used, but nothing is loaded or unloaded:
+        # device -> its model.
         self.quiet = {device.device: device.steady for device in view.devices if device.steady is not None}
-        # The devices where this plan has let something come or go, and whether that was a load.
+        # The devices where this plan loads or unloads something, and whether it loads anything.
         self.begun: set[int] = set()
         self.loads_begun = False
-        # The answers that later waiters with the same request get too; forgotten as soon as something else is planned.
+        # The answers that later waiters with the same request get, too; cleared as soon as something else is planned.
         self.repeated_waits: dict[tuple[object, ...], Wait] = {}
-        # Somebody waits for a lease to end, so not every further lease is given out: which waiters, and what each
-        # needs on each of its devices.
+        # Whether requests wait for leases to end, so that not every further lease is granted; these waiters, and how
+        # much each needs on each of its devices.
         self.lease_is_awaited = False
         self.awaiting_leases: list[tuple[TicketView, float]] = []
 
@@ -94,19 +95,19 @@ class PlanState:
         ]
 
     def allowed_for(self, ticket: TicketView) -> list[DeviceView]:
-        """Return the devices on which a waiter may load at all, also those where nothing may begin now."""
+        """Return the devices on which a waiter may load at all, including those where nothing may begin now."""
         return [device for device in self.view.devices if not ticket.loadable_on or device.device in ticket.loadable_on]
 
     def named(self, devices: Iterable[DeviceView]) -> tuple[int, ...]:
-        """Return the devices for a reason; none where there is but one."""
+        """Return the devices for a reason; none if there is only one."""
         return tuple(device.device for device in devices) if len(self.view.devices) > 1 else ()
 
     def idle_on(self, devices: set[int]) -> list[IdleInstance]:
-        """Return the instances nobody uses that lie, at least in part, on some of these devices."""
+        """Return the unused instances that lie, at least in part, on some of these devices."""
         return [one for one in self.unused() if devices.intersection(one.devices)]
 
     def unused(self) -> Iterator[IdleInstance]:
-        """Find the instances that nobody uses: those that may be unloaded."""
+        """Find the unused instances: those that may be unloaded."""
         return (one for instances in self.idle.values() for one in instances if one.place_in is None)
 
     def take_idle(self, instance: IdleInstance) -> None:
@@ -116,11 +117,11 @@ class PlanState:
         self.busy.update(instance.devices)
         self.taken.append(instance)
         if instance.place_in is not None:
-            # What it is a place in is used from now on, so that its own row is one more place.
+            # The instance of that place is in use from now on, so its own row is just one more place.
             idle[:] = [replace(one, mb=0.0, place_in=one.row) if one.row == instance.place_in else one for one in idle]
 
     def pinned_mb_on(self, device: int) -> float:
-        """Return what pinned instances, idle ones and those in use, take of a device."""
+        """Return how much of a device pinned instances take, idle ones and those in use."""
         instances: list[IdleInstance | BusyInstance] = [*self.view.idle, *self.view.busy]
         return math.fsum(one.mb_on(device) for one in instances if one.pinned and device in one.devices)
 
@@ -129,8 +130,8 @@ class PlanState:
     ) -> int:
         """Return on how many devices `share_mb` would fit if the manager unloaded all that it can.
 
-        external: also count what is certainly not ours; leases always count. pinned: also count what is pinned. A
-        device that has none of these but external memory takes it up to its total, see `admission.widened`.
+        external: memory that is certainly not ours counts, too; leases always count. pinned: so do pinned instances. If
+        only external memory counts on a device, a load may use that up to its total, see `admission.widened`.
         """
         count = 0
         for device in where:
@@ -142,7 +143,7 @@ class PlanState:
         return count
 
     def leasable(self, devices: list[DeviceView], model: ModelView, share_mb: float) -> list[DeviceView]:
-        """Return where a lease of `share_mb` does not delay those that wait for leases to end; a model delays none."""
+        """Return where a lease of `share_mb` does not delay waiters for leases to end; a model delays none of them."""
         if not model.lease or not self.lease_is_awaited:
             return devices
         held_mb = {
@@ -169,7 +170,7 @@ class PlanState:
         return model.copies >= self.view.rules.max_model_copies
 
     def usable_part(self, ticket: TicketView, model: ModelView) -> ModelView:
-        """Return a model as a waiter that can use only some devices sees it: without the instances elsewhere."""
+        """Return a model as a waiter that can use only some devices sees it: without instances on other devices."""
         if not ticket.usable_on:
             return model
         view = self.view
@@ -182,10 +183,10 @@ class PlanState:
         return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
 
     def need_mb(self, ticket: TicketView, model: ModelView) -> float:
-        """Return what a load needs. For an unknown model that is an assumption, which must not make it impossible.
+        """Return how much memory a load needs. For an unknown model that is assumed, and must not rule the load out.
 
-        So it is at most the largest part of a device that can become free: beside external memory and the leases that
-        are held, with nothing else of ours there.
+        So it is at most the largest part of a device that can become free, beside external memory and current leases,
+        with nothing else of ours there.
         """
         if model.known:
             return model.need_mb
@@ -197,13 +198,13 @@ class PlanState:
         return min(model.need_mb, reach) if reach > 0 else model.need_mb
 
     def suspended_for(self, ticket: TicketView) -> SuspendedInstance | None:
-        """Return the suspended instance that a waiter can use and have first; None if there is none."""
+        """Return the suspended instance that a waiter can use soonest; None if there is none."""
         return next(iter(self.all_suspended_for(ticket)), None)
 
     def all_suspended_for(self, ticket: TicketView) -> list[SuspendedInstance]:
-        """Return the suspended instances that a waiter can use: those that have room first, the newest of them first.
+        """Return the suspended instances that a waiter can use: those that have room first, newest first among equals.
 
-        Those on a device that something else has to itself are not among them.
+        Instances on a device that something else has to itself are left out.
         """
         if ticket.steady:
             return []
@@ -218,7 +219,7 @@ class PlanState:
         )
 
     def has_suspended_for(self, ticket: TicketView) -> bool:
-        """Tell whether there is a suspended instance for a waiter, though on a device that is closed, perhaps."""
+        """Tell whether there is a suspended instance for a waiter, even if its device is closed."""
         return any(_can_resume(ticket, one, frozenset()) for one in self.suspended)
 
     # ---- what a decision takes -----------------------------------------------------------------------------
@@ -251,20 +252,20 @@ class PlanState:
         return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)
 
     def _count_load(self, ticket: TicketView) -> None:
-        """Let those behind a waiter share its load."""
+        """Let waiters behind this one share its load."""
         if not ticket.usable_on:
             model = self.models[ticket.model]
             loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
             self.models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
 
     def resume_instead(self, load: Load, instance: SuspendedInstance) -> Resume:
-        """Turn a load that was allowed into the resume of an instance where it lies."""
+        """Turn a load that was allowed into the resume of an instance on its device."""
         self.suspended.remove(instance)
         why = replace(load.why, reason=Reason.RESUMES, seconds=instance.resume_s, other=None)
         return Resume(load.ticket, instance.row, why)
 
     def evict_for(self, ticket: TicketView, instances: Sequence[IdleInstance], why: Why, first: bool = True) -> Evict:
-        """Evict idle instances for a waiter, which becomes the head of the line if it is the `first`."""
+        """Evict idle instances for a waiter, which becomes the head of the line if `first`."""
         for instance in instances:
             self.idle[instance.model].remove(instance)
             self.begun.update(instance.devices)
@@ -273,7 +274,7 @@ class PlanState:
         return Evict(ticket.row, tuple(instance.row for instance in instances), why, first)
 
     def keep_room_ahead(self, ticket: TicketView, device: int, left_mb: float) -> None:
-        """Keep room on a device for a waiter behind the head of the line too, so that `left_mb` is left for others."""
+        """Keep room on a device for a waiter behind the head of the line, too; `left_mb` is left for others."""
         head_plan = self.eviction_plan
         if head_plan is None:
             return
@@ -284,7 +285,7 @@ class PlanState:
         self._count_load(ticket)
 
     def wait_at_head(self, ticket: TicketView, why: Why) -> Wait:
-        """Let a waiter wait as the head of the line: those behind it get only what does not delay it."""
+        """Let a waiter wait as the head of the line: waiters behind it get only what does not delay it."""
         self.head = ticket
         return Wait(ticket.row, why.reason, why, first=True)
 
@@ -296,12 +297,12 @@ def can_use(ticket: TicketView, instance: IdleInstance, closed: Set[int] = froze
 
 
 def resized(model: ModelView, mb: float) -> ModelView:
-    """Return a model as if it were known that a copy takes `mb`."""
+    """Return the model as if a copy were known to take `mb`."""
     return replace(model, known=True, need_mb=mb)
 
 
 def most_free_mb(devices: Iterable[DeviceView], slack_percentage: float) -> float:
-    """Return what is free on the device that has most free."""
+    """Return how much is free on the device that has most free."""
     return max((free_mb(device, slack_percentage) for device in devices), default=0.0)
 
 

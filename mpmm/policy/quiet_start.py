@@ -1,4 +1,4 @@
-"""A quiet start: a load that sizes itself by what is free, so nothing else may come or go on its devices meanwhile."""
+"""A quiet start: a load that sizes itself by the free memory, so nothing else may load or unload on its devices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["start_quietly", "wait_for_quiet_start"]
 def start_quietly(
     state: PlanState, ticket: TicketView, where: Sequence[DeviceView], found: Sequence[DeviceView], share_mb: float
 ) -> Decision:
-    """Let a waiter load where nothing else is coming or going; failing that, let nothing begin on `found`.
+    """Let a waiter load where nothing else is being loaded or unloaded; failing that, let nothing begin on `found`.
 
-    Only those before it in the queue can still load there, so it waits for these, and for what has begun.
+    Only requests before it in the queue can still load there, so it waits for these, and for what has begun.
     """
     need_mb = share_mb * ticket.span
     calm = best_place([one for one in where if not _is_restless(state, one)], share_mb, state.slack, ticket.span)
@@ -34,7 +34,7 @@ def start_quietly(
 
 
 def wait_for_quiet_start(state: PlanState, ticket: TicketView, need_mb: float) -> Wait | None:
-    """Let a waiter wait for the quiet start of another one where it may load; None if there is none."""
+    """Let a waiter wait for another one's quiet start on devices where it may load; None if there is none."""
     for device in state.allowed_for(ticket):
         other = state.quiet.get(device.device)
         if other is not None:

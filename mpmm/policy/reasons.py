@@ -1,4 +1,4 @@
-"""The sentence for each reason, with its figures: the one place where decisions are put into words for people."""
+"""The sentence for each reason, with its figures: the only place that explains decisions to people."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mpmm.policy.view import Reason
 
 __all__ = ["SENTENCES", "explain", "explain_behind", "time_left_s"]
 
-# Reasons whose time is that until the wait is expected to end, as it was when that became the reason. (What is left of
-# a back-off stands in the model's row.)
+# Reasons whose time is the one until the expected end of the wait, counted from when that became the reason. (What is
+# left of a back-off follows from the model's row.)
 _UNTIL_SERVED = frozenset({Reason.DRAINING, Reason.IN_USE, Reason.SHARING, Reason.SUSPENDING})
 
-#: The subject of each is a model: that of the ticket, or of the copy, that was decided about.
+#: The subject of each is a model: that of the ticket, or of the copy, about which was decided.
 SENTENCES: dict[Reason, str] = {
     Reason.BEHIND: "waits: a request before it must not be delayed, or a model runs alone",
     Reason.DRAINING: "waits to run alone{on} and be measured: copies are still in use, for {time}",
@@ -62,25 +62,26 @@ SENTENCES: dict[Reason, str] = {
     Reason.EXCHANGED: "is evicted for another copy of its model: max_model_copies allows no more of them",
     Reason.ASKED: "is unloaded, now or when it is released, because `unload` or `update_settings` asked for it",
     Reason.RESET: "is unloaded because `mpmm reset` or `force_reset` unloads everything",
-    Reason.OUT_OF_MEMORY: "is evicted because a load or a use ran out of memory there, so that all that is idle makes "
+    Reason.OUT_OF_MEMORY: "is evicted because a load or a use ran out of memory there, so that all idle copies make "
     "room",
     Reason.HOST_FULL: "is dropped from host memory so that {other}, which needs {need:.0f} MB there, can be suspended: "
     "{free:.0f} free",
     Reason.HOST_SHORT: "is dropped from host memory: the host has only {free:.0f} MB left",
     Reason.BY_HAND: "is suspended because `suspend` asked for it",
-    Reason.EXPIRED: "is unloaded: it has not been used for {seconds:g} s, as long as idle copies of its model are kept",
+    Reason.EXPIRED: "is unloaded: it has not been used for {seconds:g} s, the time for which idle copies of its model "
+    "are kept",
     Reason.NOT_FREE: "gets nothing: idle copies of {other} would have to be evicted for it, and nothing is evicted for "
     "a request that does not wait",
     Reason.TOO_LARGE: "is refused: needs {need:.0f} MB, but the largest device takes only {free:.0f}",
 }
-#: Of waits that should have ended by now, where the sentence above would still promise them.
+#: For waits that should have ended by now, because the sentence above would still promise their end.
 _OVERDUE: dict[Reason, str] = {
     Reason.SHARING: "waits for a copy that is in use or being loaded, for an unknown time: it should have been free by "
     "now, sooner than another load",
-    Reason.SUSPENDING: "waits for its copy to be suspended and then resumed, for an unknown time: it should have been "
-    "by now",
+    Reason.SUSPENDING: "waits for its copy to be suspended and then resumed, for an unknown time: that should have "
+    "ended by now",
 }
-#: Instead of the sentence of `Reason.BEHIND`, where it is known what the waiter stands behind.
+#: Instead of the sentence for `Reason.BEHIND`, if it is known what the waiter waits behind.
 _BEHIND: dict[Behind, str] = {
     Behind.RUNS_ALONE: "waits: {other} runs alone{on} until it has been measured",
     Behind.IS_TO_RUN_ALONE: "waits behind {other}, which is to run alone{on} and be measured",
@@ -91,9 +92,9 @@ _BEHIND: dict[Behind, str] = {
 
 
 def time_left_s(reason: int, seconds: float, for_s: float) -> float:
-    """Return what is left of the time in a reason that a waiter was told `for_s` ago.
+    """Return what is left of the time in a reason that a waiter was given `for_s` ago.
 
-    `inf`, unknown, once that has passed, and for a reason that has no such time.
+    It is `inf`, unknown, once that time has passed, and for a reason that has no such time.
     """
     left_s = seconds - for_s
     return left_s if reason in _UNTIL_SERVED and left_s > 0 else math.inf
@@ -110,8 +111,8 @@ def explain(
 ) -> str:
     """Return the sentence for a reason; memory in MB. A number that only a later version knows is shown as a number.
 
-    devices: rows of the devices that the decision is about, empty if there is only one device. What is free is below 0
-    where more is promised than there is: for people that is nothing.
+    devices: rows of the devices that the decision is about, empty if there is only one device. free_mb: below 0 if more
+    is promised than there is, which people are shown as 0.
     """
     try:
         known = Reason(reason)
@@ -133,7 +134,7 @@ def explain(
 
 
 def explain_behind(found: Obstacle | None) -> str:
-    """Return the sentence for `Reason.BEHIND`, as far as it is known behind what a waiter stands."""
+    """Return the sentence for `Reason.BEHIND`, with the obstacle if that was found."""
     if found is None:
         return SENTENCES[Reason.BEHIND]
     return _BEHIND[found.what].format(other=found.tag, on=_on(found.on))

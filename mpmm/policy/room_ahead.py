@@ -1,9 +1,9 @@
 """Room ahead: room for waiters behind the head of the line, while instances are being suspended for the head.
 
-An unload gives its memory back at once, and then the head of the line loads and the next waiter is the head. To suspend
-an instance takes seconds. If the next waiter were looked at only after that, one suspension would wait for the other,
-though they do not disturb each other. So those behind the head have room made for them at the same time, in the order
-of the queue, as if the waiters before them were loading already.
+An unload gives its memory back at once; then the head of the line loads, and the next waiter becomes the head.
+Suspending an instance takes seconds. If the next waiter were considered only after that, one suspension would wait for
+the other, although they do not disturb each other. So room is made at the same time for waiters behind the head, in the
+order of the queue, as if the waiters before them were already loading.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["make_room_ahead"]
 
 
 def make_room_ahead(state: PlanState, ticket: TicketView, model: ModelView) -> Decision | None:
-    """Evict for a waiter behind the head of the line, or tell it that its room is on its way; None if neither.
+    """Evict for a waiter behind the head of the line, or tell it that its room is coming; None if neither.
 
-    The first waiter for which that takes more than idle instances, or for which they would be unloaded, ends it: it is
-    the head of the line next, and has its room made then. And it is not done where the host could not take all that is
-    loaded: an instance on its way takes memory on both sides, so with several at a time others would be dropped. In the
-    simulator, 64 clients and host memory for a third or two thirds of the models, that is up to a tenth more time.
-    Nor is it done once a waiter may not be overtaken any more, see `fairness`.
+    The first waiter for which idle instances are not enough, or would be unloaded, ends this: it becomes the head of
+    the line next, and room is made for it then. Nothing is done if the host could not take all that is loaded: while
+    instances are being suspended they take memory on both sides, so with several at a time others would be dropped. In
+    the simulator, with 64 clients and host memory for a third or two thirds of the models, that takes up to a tenth
+    more time. Nor is anything done once a waiter may no longer be overtaken, see `fairness`.
     """
     if not state.room_is_coming or not _loads_next(state, ticket, model):
         return None
@@ -56,7 +56,7 @@ def make_room_ahead(state: PlanState, ticket: TicketView, model: ModelView) -> D
 
 
 def _loads_next(state: PlanState, ticket: TicketView, model: ModelView) -> bool:
-    """Tell whether a waiter would load once it were the head of the line, and not wait for an instance there is."""
+    """Tell whether a waiter would load if it were the head of the line, instead of waiting for an existing instance."""
     if ticket.steady or ticket.preload or model.lease or left_s(model) > 0 or state.must_run_alone(ticket, model):
         return False
     if model.usable_by(ticket.member) or presumed(model, state.seen).coming_for(ticket.member):
@@ -72,7 +72,7 @@ def _all_are_suspended(state: PlanState, plan: EvictionPlan) -> bool:
 
 
 def _cheapest_room(state: PlanState, ticket: TicketView, need_mb: float) -> EvictionPlan | None:
-    """Return the cheapest way to make room with idle instances, beside what is kept for those before this waiter."""
+    """Return the cheapest plan with idle instances, beside the room that is kept for waiters before this one."""
     head_plan = state.eviction_plan
     left = {one.device: mb for one, mb in zip(head_plan.devices, head_plan.left_mb, strict=True)} if head_plan else {}
     idle = [one for one in state.unused() if not state.quiet.keys() & set(one.devices)]

@@ -1,31 +1,31 @@
-"""Suspension: whether an evicted copy is better kept in host memory than unloaded, and which ones make way there.
+"""Suspension: whether to keep an evicted copy in host memory instead of unloading it, and which copies to drop there.
 
-A copy that is suspended comes back in `resume_s` instead of `load_s`, but it takes `suspend_s` to leave, and for that
-time it keeps the room that a request waits for; an unload gives it back at once. Each model's times are learnt. Before
-that they follow from its size and from what the way moves in a second, measured on an H100.
+A suspended copy comes back in `resume_s` instead of `load_s`, but suspending it takes `suspend_s`, and for that time it
+keeps the room that a request waits for; an unload gives it back at once. Each model's times are measured. Before that
+they follow from its size, and from the rates at which the way moves memory, measured on an H100.
 
-All who wait, wait for the device's memory, so what a way back and forth costs them is how long it keeps that from
-serving anybody: `mb * load_s` each time that a copy is loaded again, `mb * (suspend_s + resume_s)` each time that it is
-suspended and resumed. So a suspension pays where both together are quicker than a load, and by more than the risk that
-nobody asks for the copy until it is dropped (`GAIN`).
+All waiters wait for the device's memory, so the cost for them is how long that memory serves no request: `mb * load_s`
+each time that a copy is loaded again, `mb * (suspend_s + resume_s)` each time that it is suspended and resumed. So a
+suspension pays if both together are quicker than a load, by more than the risk that the copy is not requested before it
+is dropped (`GAIN`).
 
 But a suspension also changes which load comes next, and the order of loads alone makes the same requests take up to 8 %
-more or less time, and more where all models are asked for in turn: in the simulator loads that take 0.01 % longer are
-enough for that. Where only few models gain, and all of them little, that is more than what suspension saves. So there
-has to be enough to be saved in all (`LEAST_SAVED_SHARE`), but for a copy that is clearly quicker to bring back
-(`CLEAR_GAIN`): its own users notice that.
+more or less time, and more if all models are requested in turn: in the simulator, loads that take 0.01 % longer are
+enough for that. If only few models gain, and all of them little, that is more than suspension saves. So there has to be
+enough to save in all (`LEAST_SAVED_SHARE`), except for a copy that is clearly quicker to bring back (`CLEAR_GAIN`),
+because its own users notice that.
 
-Where room is made on a device, a copy that would be suspended counts for less than one that would be unloaded,
-whatever its size (`KEPT_COST`). In the simulator, 64 clients, Zipf's law, loads of 10 s and room for a third of the
-models in host memory, that saves 5 % of the time. To count the seconds of a resume, which grow with the size, would
-lead to more and smaller victims, and takes 5 to 8 % longer where the host has room for all.
+When room is made on a device, a copy that would be suspended costs less than one that would be unloaded, whatever its
+size (`KEPT_COST`). In the simulator, with 64 clients, Zipf's law, loads of 10 s and room for a third of the models in
+host memory, that saves 5 % of the time. Counting the seconds of a resume, which grow with the size, would lead to more
+and smaller victims, and take 5 to 8 % longer if the host has room for all.
 
-Host memory has a budget. Copies make way there for one that is asked for more: what a copy is *worth*, per second, is
-the time that its users are expected to save by it, the rate at which its model is asked for times what a resume is
-quicker than a load. One that is still to be suspended is worth less by the time which that takes; for those that are
-there it is spent already. Without this, models that are asked for in turn would drop one another for nothing: 64
-clients, loads of 5 s and room for a third of the models, that is 4 % more time, and 10 % where they cycle. Where the
-worth is not known, the copy that was suspended longest ago is dropped first.
+Host memory has a budget. Copies there are dropped for one that is requested more often: the *worth* of a copy, per
+second, is the time that its users are expected to save by it, that is, the rate at which its model is requested times
+the time by which a resume is quicker than a load. For a copy that is still to be suspended the time which that takes is
+subtracted; suspended copies have spent it already. Without this, models that are requested in turn would drop one
+another for nothing: with 64 clients, loads of 5 s and room for a third of the models, that takes 4 % more time, and
+10 % if they cycle. If the worth is not known, the copy that was suspended longest ago is dropped first.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ __all__ = [
 
 @unique
 class Way(IntEnum):
-    """How a copy can be suspended. The numbers stand in segments, so they stay."""
+    """How a copy can be suspended. The numbers are stored in segments, so they must not change."""
 
     NONE = 0
     COOPERATIVE = 1  # its object has `sleep()` and `wake_up()`
-    CHECKPOINT = 2  # by the driver, without the object's doing
+    CHECKPOINT = 2  # by the driver, without help from the object
 
 
 @unique
 class Unsuspendable(IntEnum):
-    """Why a model's copies are not suspended any more. The numbers stand in segments, so they stay."""
+    """Why a model's copies are no longer suspended. The numbers are stored in segments, so they must not change."""
 
     SUSPEND_FAILED = 1  # the object or the driver refused
     RESUME_FAILED = 2
@@ -77,42 +77,42 @@ _WHY_UNSUSPENDABLE: dict[int, str] = {
 
 
 def why_unsuspendable(number: int) -> str:
-    """Return why a model's copies are not suspended any more, as a clause; empty for 0.
+    """Return why a model's copies are no longer suspended, as a clause; empty for 0.
 
-    number: in the model's row, an `Unsuspendable`, or one of a later version.
+    number: from the model's row: an `Unsuspendable`, or a number of a later version.
     """
     return _WHY_UNSUSPENDABLE.get(number, f"reason {number}") if number else ""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a way moves, in MB/s, and the seconds that it takes besides."""
+    """The rates of a way, in MB/s, and the fixed time that it takes in addition."""
 
     suspend_mb_s: float
     resume_mb_s: float
     fixed_s: float
 
 
-# Cooperative: pageable host memory, which objects use that do not pin theirs. 8 GB went out in 0.57 s and came back in
-# 0.96 s. Checkpoint: 32 GB in 15.8 s and 5.6 s, 1 GB in 1.02 s and 0.4 s.
+# Cooperative: pageable host memory, which is what objects use unless they pin theirs. 8 GB went out in 0.57 s and came
+# back in 0.96 s. Checkpoint: 32 GB in 15.8 s and 5.6 s, 1 GB in 1.02 s and 0.4 s.
 RATES = {Way.COOPERATIVE: Rates(8000.0, 8000.0, 0.05), Way.CHECKPOINT: Rates(2100.0, 6000.0, 0.4)}
-# How much quicker than a load a suspension and a resume are to be. In the simulator, 64 clients and loads of 3 and 5 s
-# with room for all in the host, the same requests take 0.88 and 0.58 times as long as without suspension; with 2.0,
-# which leaves the larger models out, it is 0.97 and 0.65.
+# How many times quicker than a load a suspension and a resume together have to be. In the simulator, with 64 clients,
+# loads of 3 and 5 s, and room for all in the host, the same requests take 0.88 and 0.58 times as long as without
+# suspension; with 2.0, which leaves out the larger models, it is 0.97 and 0.65.
 GAIN = 1.5
-# Where suspension saves a smaller part than this of the memory and the time that loads take, only what has the clear
-# gain is suspended. With loads of 2 s it would be 0.06, and the same requests took 0.87 to 1.22 times as long, 1.01 on
-# average. With loads of 3 s it is 0.2, and they take 0.74 to 0.98 times as long; where the host has room for a third of
-# the models, 0.82 to 1.11 and 0.94 on average.
+# If suspension saves a smaller share than this of the memory, times the time, that loads take, only copies with the
+# clear gain are suspended. With loads of 2 s the share would be 0.06, and the same requests took 0.87 to 1.22 times as
+# long, 1.01 on average. With loads of 3 s it is 0.2, and they take 0.74 to 0.98 times as long; if the host has room for
+# a third of the models, 0.82 to 1.11 and 0.94 on average.
 LEAST_SAVED_SHARE = 0.15
 CLEAR_GAIN = 4.0
-# So many times what a model saves by the estimate it may save in fact. As an estimate may be wrong, some are to be
-# tried, or a host that is faster than the one of `RATES` would never find that out.
+# How many times the estimated saving a model may really save. Estimates may be wrong, so some copies have to be tried;
+# otherwise a host that is faster than the one of `RATES` would never be found to be.
 DOUBT = 2.0
-# What it costs to evict a copy that is suspended then, as a share of what it costs to unload it.
+# The cost of evicting a copy that is then suspended, as a share of the cost of unloading it.
 KEPT_COST = 0.5
-# What takes longer than a tenth of the slowest rate is not going to end: a driver call hangs, or an object waits for
-# something that does not come.
+# A suspension or resume at less than a tenth of the slowest rate will not end: a driver call hangs, or an object waits
+# for something that does not come.
 SLOWNESS = 10.0
 SHORTEST_LIMIT_S = 10.0
 
@@ -135,19 +135,19 @@ class Movable:
 
     @property
     def worth(self) -> float | None:
-        """Seconds that its users save by it each second, while it is suspended; None if that is not known."""
+        """The seconds that its users save by it per second, while it is suspended; None if that is not known."""
         return self.rate * max(0.0, self.load_s - resume_s(self)) if self.rate and self.load_s else None
 
     @property
     def worth_suspending(self) -> float | None:
-        """The same for a copy that is still to be suspended, which takes time, too; None if that is not known."""
+        """The same for a copy that is still to be suspended, which also takes time; None if that is not known."""
         worth = self.worth
         return None if worth is None else max(0.0, worth - self.rate * suspend_s(self))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A suspended copy: what it takes of the host, since when, and what it is worth."""
+    """A suspended copy: how much host memory it takes, since when, and its worth."""
 
     row: int
     host_mb: float
@@ -175,10 +175,10 @@ def limit_s(mb: float) -> float:
 
 
 def pays(copy: Movable, share: float) -> bool:
-    """Tell whether to suspend a copy is so much quicker than to load it again that its room may come free later.
+    """Tell whether suspending a copy is quicker than loading it again by so much that its room may come free later.
 
-    share: the `saved_share` of all models. Where that is large enough, and a model's times are not measured, it need
-    only be quicker; see `DOUBT`.
+    share: the `saved_share` of all models. If that is large enough, and a model's times are not measured, it only has
+    to be quicker at all; see `DOUBT`.
     """
     if not copy.way:
         return False
@@ -189,7 +189,7 @@ def pays(copy: Movable, share: float) -> bool:
 
 
 def saved_share(models: Iterable[Movable]) -> float:
-    """Return which part of the memory, times the time, that loads take on devices would be saved by suspension.
+    """Return which share of the memory, times the time, that loads take on devices would be saved by suspension.
 
     models: all that could be suspended, one copy of each. A model that has not been loaded yet is expected to load as
     the others do.
@@ -205,7 +205,7 @@ def saved_share(models: Iterable[Movable]) -> float:
 
 
 def _saved_s(copy: Movable) -> float:
-    """Return by how much quicker it is to suspend and to resume a copy than to load it, if that pays."""
+    """Return by how much suspending and resuming a copy is quicker than loading it, if that pays."""
     both_s = _both_ways_s(copy)
     if not copy.is_measured:
         return min(copy.load_s, DOUBT * max(0.0, copy.load_s - both_s))
@@ -217,10 +217,10 @@ def _both_ways_s(copy: Movable) -> float:
 
 
 class HostRoom:
-    """What can be had of the host's memory for another copy: what is free, and suspended copies that may be dropped."""
+    """The host memory that another copy could get: what is free, and suspended copies that may be dropped."""
 
     def __init__(self, kept: Sequence[Kept], free_mb: float, budget_mb: float) -> None:
-        """kept: the copies that are suspended. free_mb: what is left of `budget_mb`."""
+        """kept: the suspended copies. free_mb: what is left of `budget_mb`."""
         self.free_mb = free_mb
         self._budget_mb = budget_mb
         self._all_known = all(one.worth is not None for one in kept)
@@ -231,7 +231,7 @@ class HostRoom:
     def dropped_for(self, need_mb: float, worth: float | None) -> list[int] | None:
         """Return the suspended copies (rows) to drop so that one of `need_mb` MB and this worth fits into the host.
 
-        None if it does not fit, or what would have to go is worth as much.
+        None if it does not fit, or if the copies that would have to be dropped are worth as much.
         """
         if need_mb <= self.free_mb:
             return []

@@ -1,4 +1,4 @@
-"""What a decision may look at, and what it can come to.
+"""The input of a decision, and the kinds of decisions.
 
 Indices (`row`, `model`, `device`) are those of the tables in the segment, but nothing here depends on that.
 Memory is in MB, times are seconds on one monotonic clock.
@@ -36,38 +36,38 @@ __all__ = [
 
 @unique
 class Reason(IntEnum):
-    """Why something was decided. The sentences are in `reasons`; the numbers stand in segments, so they stay."""
+    """Why something was decided, see `reasons` for the sentences. The numbers are stored in segments, so they stay."""
 
     # A ticket waits:
     BEHIND = 0  # a request before it in the queue must not be overtaken, or an unknown model runs alone
     DRAINING = 1  # its own model is unknown: waits for the others to finish
-    MEMORY = 2  # nothing that could be unloaded makes enough room
+    MEMORY = 2  # unloading all that could be unloaded would not make enough room
     UNLOADING = 3  # room is being made
     RETURNING = 4  # unloaded memory has not come back yet
     NO_DEVICE = 5  # no device is known yet
     SHARING = 6  # a copy that is busy or being loaded will be free sooner than another one could be loaded
-    PINNED = 7  # what is pinned leaves too little room, even if everything else went
+    PINNED = 7  # pinned copies leave too little room, even if everything else were unloaded
     COPIES = 8  # there are as many copies of its model as there may be
-    LEASED = 9  # leases that are held leave too little room, even if everything else went
+    LEASED = 9  # leases leave too little room, even if everything else were unloaded
     IN_USE = 10  # room is reserved for it where copies are still in use
-    EXTERNAL = 11  # as LEASED, with external memory as well: the driver's, and that of other programs
+    EXTERNAL = 11  # like LEASED, with external memory as well: the driver's, and that of other programs
     TABLE_FULL = 12  # it could load, but the table of copies has no row for it
-    OUTRANKED = 13  # one that came later, and is more urgent, waits for room before it
+    OUTRANKED = 13  # a request that came later, and is more urgent, waits for room before it
     BACKING_OFF = 14  # its loads fail, so nothing is evicted for it for a while
-    SUSPENDING = 15  # a copy of its model is being suspended, and is resumed then
+    SUSPENDING = 15  # a copy of its model is being suspended, and will then be resumed
     # It gets an idle copy:
     IDLE_COPY = 16
-    OVERTAKES = 17  # past one that waits for room, which this does not delay
+    OVERTAKES = 17  # past a request that waits for room, which this does not delay
     # It gets a suspended copy:
     RESUMES = 20
     # It may load:
     FITS = 24
     ALONE = 25  # to be measured
-    BACKFILL = 26  # where that leaves what is reserved for one before it
-    ANOTHER_COPY = 27  # sooner than a copy that is in use could be had
-    # Where several devices could take it, see `placement`:
+    BACKFILL = 26  # beside the room that is reserved for a request before it
+    ANOTHER_COPY = 27  # sooner than a copy that is in use would be free
+    # If several devices could take it, see `placement`:
     LEAST_FULL = 28
-    TIGHTEST = 29  # of those that are as full
+    TIGHTEST = 29  # of equally full ones
     ONLY_ONE = 30  # that has room
     # Copies are unloaded for it:
     LOWEST_SCORE = 32  # in Beam's order, as long as the costs are not known
@@ -81,15 +81,15 @@ class Reason(IntEnum):
     # It is refused:
     TOO_LARGE = 40
     # A ticket waits:
-    QUIET = 41  # something starts where it could load that sizes itself by what is free
-    RESTLESS = 42  # it does so itself, and something is being loaded or unloaded there
-    ONLY_COPY = 43  # for a copy that is in use, as another one would fit on no device
+    QUIET = 41  # where it could load, something that sizes itself by the free memory is starting
+    RESTLESS = 42  # it sizes itself so, and something is being loaded or unloaded there
+    ONLY_COPY = 43  # for a copy that is in use, because another one would fit on no device
     # It is suspended, or unloaded from host memory:
     BY_HAND = 44
     HOST_FULL = 45  # so that another copy can be suspended
     HOST_SHORT = 46  # the host has hardly any memory left
     # Copies are unloaded:
-    OUT_OF_MEMORY = 47  # a load, or a use, ran out of memory where they lie
+    OUT_OF_MEMORY = 47  # a load, or a use, ran out of memory on their devices
     # A ticket is turned away:
     NOT_FREE = 48  # it does not wait, so nothing is evicted for it
 
@@ -98,9 +98,9 @@ class Reason(IntEnum):
 class Why:
     """A reason and its figures, as far as they matter for it.
 
-    need_mb: what the load needs. free_mb: what is free. coming_mb: what is on its way back, or will be when copies that
-    are in use become idle. seconds: a time that the decision rests on. other: the model that it is about, besides one's
-    own. devices: those that it is about, where there are several.
+    need_mb: how much the load needs. free_mb: how much is free. coming_mb: how much is coming back, or will be when
+    copies in use become idle. seconds: a time on which the decision is based. other: the other model that it is about.
+    devices: those that it is about, if there are several.
     """
 
     reason: Reason
@@ -129,17 +129,17 @@ class ModelView:
     """One model that a request waits for or that is loaded.
 
     need_mb: the estimate, or the default. shared: loaded copies that any member can use. owned: loaded copies that only
-    one member can use, by member. loading: copies being loaded, by the member that loads them; shares: what is being
-    loaded will be a handle, as far as known. load_s, hold_s: how long a load and a hold take, 0 unknown. loading_for_s:
-    how long the newest load has been going on. held_for_s: how long the copy that was handed out last is held;
-    held_in_all_s: how long those in use have been held, all together. rate: expected requests a second. lease: it is no
-    model, but a lease. failures: loads that failed since the last one that did not, and how long ago the last of them
-    was. leaving: copies in use, or being loaded, that are unloaded when they are given back, so that no request waits
-    for them; in no other count. superseded: another model has taken its place, so it is not expected to be asked for
-    again. suspending: copies that are being suspended. resume_s: how long a resume takes, 0 unknown. coming_s: how long
-    the newest load takes in all if it is the resume of a suspended copy; 0 where it is a load. bound_mb: with so much
-    free a load has run out of memory, 0 if none has. users: how many may use a copy at a time, the mean of those that
-    are loaded.
+    one member can use, by member. loading: copies being loaded, by the member that loads them; shares: the copies being
+    loaded will have a handle, as far as known. load_s, hold_s: how long a load and a hold take, 0 unknown.
+    loading_for_s: how long ago the newest load began. held_for_s: how long the copy that was handed out last has been
+    held; held_in_all_s: how long all copies in use have been held, in sum. rate: expected requests per second. lease:
+    it is a lease, not a model. failures: loads that have failed since the last one that succeeded; failed_ago_s: how
+    long ago the last of them failed. leaving: copies in use, or being loaded, that will be unloaded when they are given
+    back, so that no request waits for them; in no other count. superseded: another model has taken its place, so it is
+    not expected to be requested again. suspending: copies that are being suspended. resume_s: how long a resume takes,
+    0 unknown. coming_s: how long the newest load takes in all if it resumes a suspended copy; 0 if it is a load.
+    bound_mb: a load has run out of memory with this much free, 0 if none has. users: how many may use a copy at a time,
+    on average over the loaded ones.
     """
 
     model: int
@@ -169,7 +169,7 @@ class ModelView:
 
     @property
     def copies(self) -> int:
-        """All copies that are loaded or being loaded, also those that are unloaded when they are given back."""
+        """All copies that are loaded or being loaded, even those that will be unloaded when they are given back."""
         return self.loaded + sum(self.loading.values()) + self.leaving
 
     @property
@@ -188,7 +188,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class PlacedInstance:
-    """An instance and where it lies: with `mb` on one device, and perhaps on others, (device, MB) each."""
+    """An instance and its devices: it takes `mb` on one device, and perhaps more on others, (device, MB) each."""
 
     row: int
     model: int
@@ -198,25 +198,25 @@ class PlacedInstance:
 
     @property
     def devices(self) -> tuple[int, ...]:
-        """All devices that it lies on."""
+        """All devices on which it lies."""
         return (self.device, *(device for device, _ in self.other_shares))
 
     def mb_on(self, device: int) -> float:
-        """Return what it takes of a device, which must be one of its devices."""
+        """Return how much it takes of a device, which must be one of its devices."""
         return self.mb if device == self.device else dict(self.other_shares)[device]
 
     def is_within(self, devices: Collection[int]) -> bool:
-        """Tell whether all of it lies on some of these devices; empty stands for all there are."""
+        """Tell whether all of it lies on these devices; empty stands for all devices."""
         return not devices or all(device in devices for device in self.devices)
 
 
 @dataclass(frozen=True)
 class IdleInstance(PlacedInstance):
-    """An idle instance. owner: the only member that can use it, None when any can. A pinned one is not evicted.
+    """An idle instance. owner: the only member that can use it, None if any can. A pinned one is not evicted.
 
-    place_in: of an instance that several may use at a time, the row of that: this is a place for one more user, has no
-    memory of its own, and is not evicted by itself. None for a whole instance, which nobody uses.
-    suspendable: if it were evicted it would be suspended in host memory instead of unloaded.
+    place_in: if this is only a place for one more user in an instance that several may use at a time, the row of that
+    instance; a place has no memory of its own, and is not evicted by itself. None for a whole instance that is unused.
+    suspendable: if it were evicted, it would be suspended in host memory instead of being unloaded.
     """
 
     idle_since_s: float
@@ -228,7 +228,7 @@ class IdleInstance(PlacedInstance):
 
 @dataclass(frozen=True)
 class SuspendedInstance(PlacedInstance):
-    """An instance in host memory, which takes `mb` of its device once it is resumed. owner: as with `IdleInstance`.
+    """An instance in host memory, which takes `mb` of its device once it is resumed. owner: as in `IdleInstance`.
 
     since_s: when it was suspended. resume_s: how long a resume is expected to take.
     """
@@ -242,7 +242,7 @@ class SuspendedInstance(PlacedInstance):
 class BusyInstance(PlacedInstance):
     """An instance that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known.
 
-    owner: the only member that can use it, or that is loading it; None when any can.
+    owner: the only member that can use it, or that is loading it; None if any can.
     """
 
     free_in_s: float
@@ -256,12 +256,12 @@ class TicketView:
     """A waiter. `row` identifies it.
 
     preload: above 0, it does not wait for an instance to use, but for `preload` copies that its member can use.
-    head_since_s: since when it is the head of the line, None if it has never been. loadable_on: the devices where it
-    may load; usable_on: those where an instance is of use for it; empty for all. span: how many devices its load takes.
+    head_since_s: since when it has been the head of the line, None if it has never been. loadable_on: the devices where
+    it may load; usable_on: those where it can use an instance; empty for all. span: how many devices its load takes.
     nested: its thread holds or loads something else, so it would wait for itself if it waited to run alone. passed: a
-    load was let past it. rank: its place among those of the same `priority`, see `fairness.rank_ns`. steady: nothing
-    else may be loaded or unloaded where it loads. resumes: a preload that is for a suspended instance alone, and has
-    nothing loaded.
+    later one's load was let past it. rank: its place among waiters of the same `priority`, see `fairness.rank_ns`.
+    steady: nothing else may be loaded or unloaded where it loads. resumes: a preload that only resumes suspended
+    instances, and loads nothing.
     """
 
     row: int
@@ -284,15 +284,15 @@ class TicketView:
 
 @dataclass(frozen=True)
 class DeviceView:
-    """One device, as its ledger says (`policy.ledger`): `used_mb` and `reserved_mb` together are what is committed.
+    """One device, from its ledger (`policy.ledger`): `used_mb` and `reserved_mb` together are committed.
 
-    used_mb: what is believed to be in use, or to be coming back. reserved_mb: what loads in progress and leases may
-    take. unloading_mb: what copies in mid-unload still take, returning_mb: what unloads have not given back yet; both
-    are part of `used_mb`. leased_mb: what leases are for, part of `reserved_mb`. external_mb: what is not ours, part
-    of `used_mb`; external_least_mb: so much of that is certain. extra_mb: by how much the limit is raised for one that
-    has the device to itself, see `admission.widened`. isolated: a copy runs alone on it. unloading: copies in
-    mid-unload; suspending: those of them that are being suspended. steady: the model of what starts on it and must not
-    be disturbed.
+    used_mb: the memory that is believed to be in use, or coming back. reserved_mb: how much loads in progress and
+    leases may take. unloading_mb: what copies in mid-unload still take, returning_mb: what unloads have not given back
+    yet; both are part of `used_mb`. leased_mb: the memory of leases, part of `reserved_mb`. external_mb: memory that is
+    not ours, part of `used_mb`; external_least_mb: the part of it that is certain. extra_mb: by how much the limit is
+    raised for a copy that has the device to itself, see `admission.widened`. isolated: a copy runs alone on it.
+    unloading: copies in mid-unload; suspending: those of them that are being suspended. steady: the model that is
+    starting on it and must not be disturbed.
     """
 
     device: int
@@ -313,12 +313,12 @@ class DeviceView:
 
 @dataclass(frozen=True)
 class View:
-    """The state that a plan is made from. `idle` lists instances newest first; `busy` those in use or being loaded.
+    """The input of a plan. `idle` lists instances, newest first; `busy` those in use or being loaded.
 
     tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
         the first ones of that model.
-    leases: those that are held, with what each is for. suspended: instances in host memory, newest first.
-    host_free_mb: what is left of the host's memory for further ones; 0 also where no idle instance would be suspended.
+    leases: those that are held, with the memory of each. suspended: instances in host memory, newest first.
+    host_free_mb: how much host memory is left for further ones; also 0 if no idle instance would be suspended.
     """
 
     now_s: float
@@ -355,7 +355,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Resume:
-    """Let a ticket resume a suspended instance, for which what it had of its devices is reserved."""
+    """Let a ticket resume a suspended instance; the memory that it had on its devices is reserved for that."""
 
     ticket: int
     instance: int
@@ -375,8 +375,7 @@ class Evict:
 
 @dataclass(frozen=True)
 class Wait:
-    """A ticket waits, and why. `first`: it is the head of the line. `passed`: a load is let past
-    it."""
+    """A ticket waits, and why. `first`: it is the head of the line. `passed`: a later one's load is let past it."""
 
     ticket: int
     reason: Reason
@@ -395,7 +394,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Satisfied:
-    """A preload has nothing to do, or nothing any more."""
+    """A preload has nothing to do, or nothing left to do."""
 
     ticket: int
 
