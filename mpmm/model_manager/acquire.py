@@ -214,7 +214,7 @@ def load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[],
 
 def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[], Any]) -> Any:
     found: LoadedInstance | Booking | None = booking
-    # A second turn needs room to be made, which this request may not ask for.
+    # A second turn needs room to be made, and none is made for a request that takes only what is free.
     is_last = acquisition.takes_only_free
     while isinstance(found, Booking):
         if found.resumes:

@@ -85,7 +85,7 @@ class AsyncAcquire:
 
     def abandon(self) -> None:
         """Leave what the operation holds to the background thread, because nothing continues it."""
-        # In this order, because a thread that still works for this acquire checks in the opposite one.
+        # In this order: a thread that works for this acquire writes the second flag before it reads the first.
         self._is_abandoned = True
         if not self._works_in_thread:
             self._session.abandon(self._operation)

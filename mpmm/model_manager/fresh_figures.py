@@ -138,7 +138,7 @@ class FreshFigures:
         return Growth(self, self._namespace, may_measure and self._are_fresh())
 
     def measured_shares(self, row: int, server: int) -> tuple[float, ...]:
-        """Return the measured memory of a server (reference) on each of a copy's devices; empty if it has none.
+        """Return the measured memory of a server (reference) on each of a copy's devices; empty if there is none.
 
         Needs the lock.
         """

@@ -114,10 +114,10 @@ class Leader:
         self._learning = Learning(namespace)
         self._lock_file = namespace.open_lock_file("leader.lock")
         self._poll_due = 0.0
-        # The count of reaps at this process's last plan after one.
+        # How many reaps the plans of this process have taken into account.
         self._reaps_seen = -1
-        # How many samples this process has published, and how many it had when a poll stopped waiting for its own; None
-        # if the last poll got its sample. Counted here, because the sampling thread counts a sample as ended only after
+        # How many samples this process has published, and how many it had before a poll that did not get its own in
+        # time; None if the last poll did. Counted here, because the sampling thread counts a sample as ended only after
         # it has called `note_sample`.
         self._published = 0
         self._late_since: int | None = None

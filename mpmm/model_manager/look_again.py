@@ -22,7 +22,7 @@ LONGEST_LOOK_AGAIN_S = 30.0
 
 
 class LookAgain:
-    """Looks at a waiter that other processes may not look at, because its model backs off, or it was called up.
+    """Looks at a waiter for which no other process may plan in time, because its model backs off, or it was called up.
 
     The waiter looks when the back-off ends, when the tenure of the process that called it up ends
     (`mpmm.model_manager.tenure`), and when it is time to log that it has waited for long.

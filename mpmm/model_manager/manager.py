@@ -569,7 +569,7 @@ class ModelManager(BeamNames):
         """Change settings of the namespace, under their names in `ModelManager(…)`, for all its processes.
 
         They are checked as at creation, and either all of them change or none; None means no limit. Every process
-        follows them from its next transaction on, and the policy decides at once anew for all waiting requests. No copy
+        follows them from its next transaction on, and the policy decides anew at once for all waiting requests. No copy
         is unloaded for a change, except those beyond a lower `max_model_copies`: idle ones at once, others when they
         are released. Pinned models keep their copies, but get no more.
 

@@ -85,7 +85,7 @@ class OwnedObjects:
 
     def _put(self, copy: LoadedInstance, model: int) -> None:
         with self._mutex:
-            # A seat's row is freed without telling this process, and another model may have had that row before.
+            # A seat's row is freed without telling this process, so this row may still be listed for another model.
             self._strike_off(copy.row)
             self.in_rows[copy.row] = copy
             self.rows_of_model[model].append(copy.row)
