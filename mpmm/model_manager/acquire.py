@@ -128,7 +128,7 @@ def queue(acquisition: Acquisition) -> LoadedInstance | Booking | None:
             expect_no_deadlock(acquisition, firm)
             return sleep_until_answered(acquisition)
     except ClosedError:
-        # The end of the process waits for calls that go on.
+        # First, because a process that leaves waits for calls in progress, and this one may never return.
         session.abandon(acquisition.operation)
         stand_still_in_daemon()
         raise
