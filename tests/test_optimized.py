@@ -46,7 +46,7 @@ def test_change_from_a_state_that_cannot_be_is_refused(new_manager: Callable[...
     for change in changes:
         # More of the transaction is undone with it.
         with (
-            pytest.raises(SegmentCorruptError, match="from which this change cannot be made"),
+            pytest.raises(SegmentCorruptError, match="which does not allow this change"),
             namespace.transaction() as t,
         ):
             t.set(namespace.tables.instance(row) + Instance.SINCE, 1)

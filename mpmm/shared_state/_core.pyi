@@ -1,4 +1,4 @@
-"""What `_core.c` has; there where it could be compiled."""
+"""Types of `_core.c`; the module exists only where it could be compiled."""
 
 from collections.abc import Sized
 from typing import Any

@@ -1,7 +1,7 @@
 """Typed reads of whole tables: `tables.ticket_columns().deadline` instead of a column by its number.
 
-For choices among many rows, with NumPy. A column has an entry for each row that was ever in use, free ones among them,
-and is a view of the live segment: it needs the lock, and must not be kept, because that would keep the mapping open.
+For NumPy choices among many rows. A column has an entry for each row that was ever in use, including free ones, and is
+a view of the live segment: it needs the lock, and must not be kept, because that would keep the mapping open.
 """
 
 from __future__ import annotations

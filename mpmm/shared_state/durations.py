@@ -1,4 +1,4 @@
-"""Seconds, as people give them, in nanoseconds, as words of the segment hold them."""
+"""Converts seconds, which people use, to nanoseconds, which the segment stores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ LONGEST_NS = 2**62
 
 
 def to_ns(seconds: float) -> int:
-    """Return a duration, or a time, in whole nanoseconds: at most `LONGEST_NS`, which is what `inf` stands for.
+    """Return a duration, or a time, in whole nanoseconds: at most `LONGEST_NS`, which also stands for `inf`.
 
-    Below 0 it is 0: there is no such time, and a word holds none.
+    A negative one becomes 0, because a word cannot hold it.
     """
-    # Compared before it is converted, because an integer cannot be made of infinity.
+    # Compare before converting: infinity has no integer.
     return int(seconds * 1e9) if 0 < seconds < LONGEST_NS / 1e9 else LONGEST_NS if seconds > 0 else 0

@@ -10,7 +10,7 @@ __all__ = ["Cause", "EventKind", "placed"]
 
 @unique
 class EventKind(IntEnum):
-    """What happened; the comment says what the event's `value` is."""
+    """What happened; each comment says what the event's `value` is."""
 
     JOINED = 1  # slot of the member
     LEFT = 2  # pid of the member; the event's own pid may be that of another process, which has found it ended
@@ -39,8 +39,8 @@ class EventKind(IntEnum):
     UNPINNED = 25  # slot of the member
     OUT_OF_MEMORY = 26  # MB: the estimate until now, nan if there was none
     WAITS = 27  # seconds waited so far
-    UNLOAD_ON_RELEASE = 28  # MB that come free once the copy is given back
-    SETTINGS = 29  # 0: they were changed
+    UNLOAD_ON_RELEASE = 28  # MB that become free once the copy is given back
+    SETTINGS = 29  # 0
     SUSPEND_BEGAN = 40  # MB expected back
     SUSPEND_ENDED = 41  # seconds taken
     SUSPEND_FAILED = 42  # seconds taken: the copy is unloaded
@@ -50,19 +50,19 @@ class EventKind(IntEnum):
     RESUME_GIVEN_UP = 46  # seconds taken: the copy is suspended again
 
 
-# So many devices have a bit in an event.
+# How many devices have a bit in an event.
 _DEVICES_IN_EVENTS = 32
 
 
 def placed(kind: int, devices: int) -> int:
-    """Return the word for an event of something that is placed on devices (bits), see `Event.KIND`."""
+    """Return `Event.KIND` for an event about something that is placed on `devices` (bits)."""
     return kind | (devices & (1 << _DEVICES_IN_EVENTS) - 1) << 32
 
 
 class Cause(NamedTuple):
     """A decision's reason (a number of `policy.view.Reason`) and its figures.
 
-    other: reference to a model, 0 none. on: bits of the devices that it is about, 0 where that goes without saying.
+    other: reference to a model, 0 none. on: bits of the devices that it is about, 0 where they are obvious.
     """
 
     reason: int

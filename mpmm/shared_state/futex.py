@@ -1,13 +1,12 @@
-"""Sleeping until a word of the segment changes, and waking those who sleep on it.
+"""Sleeping until a word of the segment changes, and waking the threads that sleep on it.
 
-Linux has this as `futex(2)`: the kernel compares the word and puts the thread to sleep in one step, so a
-wake-up between the look and the sleep cannot be lost, a thousand threads need no descriptor each, and a
-dead sleeper leaves nothing behind. That is why the doorbells are words and not named pipes: a pipe's round
-trip is some microseconds faster (9 us against 17 us), but needs a file per waiter, or a reader thread per
-process that costs more than it saves. Elsewhere the word is looked at every few milliseconds.
+On Linux this is `futex(2)`: the kernel compares the word and puts the thread to sleep in one step, so no wake-up is
+lost between the two, threads need no descriptors, and a dead sleeper leaves nothing behind. That is why the doorbells
+are words and not named pipes: a pipe's round trip is some microseconds faster (9 us against 17 us), but needs a file
+per waiter, or a reader thread per process that costs more than it saves. Other systems read the word every few
+milliseconds.
 
-The word that is compared is the low half of an 8-byte word (little-endian machines), so only its low 32
-bits matter.
+The kernel compares the low half of the 8-byte word (little-endian machines), so only its low 32 bits matter.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _FUTEX_WAKE = 1
 _SYSCALL = {"x86_64": 202, "aarch64": 98, "ppc64le": 221, "riscv64": 98}.get(os.uname().machine)
 HAVE_FUTEX = sys.platform == "linux" and sys.byteorder == "little" and _SYSCALL is not None
 _POLL_S = 0.003
-#: So many words can be waited for at a time, by the kernel's rules.
+#: How many words the kernel lets a thread wait for at a time.
 WAITED_FOR_AT_MOST = 128
 # Since Linux 5.16, with the same number on every machine.
 _SYSCALL_WAITV = 449
@@ -63,9 +62,9 @@ if HAVE_FUTEX:
 
 
 def wait_for_change(read: Callable[[], int], address: int, seen: int, timeout_s: float) -> None:
-    """Sleep until the word at `address` is no longer `seen`, a wake-up, a signal, or `timeout_s` has passed.
+    """Sleep until the word at `address` is no longer `seen`, a wake-up or signal comes, or `timeout_s` has passed.
 
-    read: returns the word's value. The caller looks at the word again, whatever ended the sleep.
+    read: returns the word's value. Whatever ended the sleep, the caller reads the word again.
     """
     if timeout_s <= 0:
         return
@@ -84,10 +83,10 @@ def wait_for_change(read: Callable[[], int], address: int, seen: int, timeout_s:
 
 
 def wait_for_any(seen: Sequence[tuple[int, int]], timeout_s: float) -> None:
-    """Sleep until one of several words changes, is woken, a signal, or `timeout_s` has passed.
+    """Sleep until one of several words changes, a wake-up or signal comes, or `timeout_s` has passed.
 
-    seen: (address, value) of each, `WAITED_FOR_AT_MOST` of them; where values have changed already, that is a change.
-    Kernels before 5.16, and other systems, cannot do it: there it is a sleep of three milliseconds at most.
+    seen: (address, value) of each word, at most `WAITED_FOR_AT_MOST`; a word with another value by now ends the sleep.
+    Kernels before 5.16, and other systems, cannot do this: there it sleeps for at most three milliseconds.
     """
     if not 0 < len(seen) <= WAITED_FOR_AT_MOST:
         raise ValueError(f"{len(seen)} words to wait for: expected 1 to {WAITED_FOR_AT_MOST}")
@@ -111,7 +110,7 @@ def wait_for_any(seen: Sequence[tuple[int, int]], timeout_s: float) -> None:
 
 
 def yield_processor() -> None:
-    """Let others run: other processes and, unlike `os.sched_yield` of older Pythons, other threads of this one."""
+    """Let other processes run and, unlike `os.sched_yield` of older Pythons, other threads of this one."""
     _sched_yield()
 
 

@@ -1,14 +1,14 @@
 """The byte layout of a namespace's segment: the one place that knows where a word lies and what it means.
 
-The segment is an array of 8-byte words, because one aligned word is the unit that is stored whole (see
+The segment is an array of 8-byte words, because the processor stores one aligned word as a whole (see
 `transaction.py`). A number is an unsigned integer, or the bits of an IEEE double where the comment says
 *float*; `nan` stands for unknown. Text is one word with its length in bytes, then its UTF-8 bytes. A
 *reference* to a row is its index plus one, so that 0 means none. Times are `time.monotonic_ns()` unless
-*wall* is said. Memory is in MiB, which names abbreviate to `mb`.
+the comment says *wall*. Memory is in MiB, which names abbreviate to `mb`.
 
-The tables follow one another in the order of `TABLES`. Every word below is written only inside a
+The tables follow one another in the order of `_ROWS`. Every word below is written only inside a
 transaction (lock held, undo logged), except the header words marked *raw* and the event rows, whose
-rules stand beside them. Words marked *derived* can be recounted from the others; `invariants.py` does so.
+rules are given beside them. Words marked *derived* can be recounted from the others; `invariants.py` does so.
 The invariants (H1, M1, …) hold whenever the lock is free.
 """
 
@@ -49,22 +49,22 @@ MAGIC = int.from_bytes(b"mpmm-seg", "little")
 LAYOUT_VERSION = 11
 WORD = 8
 WORDS_PER_CACHE_LINE = 8
-# So many of the tables, the first ones, say in `Header.ENDS` how far they have grown.
+# How many of the tables, from the first, record in `Header.ENDS` how far they have grown.
 GROWING = 5
-# A transaction that has overwritten so many words stops where it can, and another one goes on.
+# A transaction that has overwritten this many words stops as soon as it can, and another one continues.
 STEP_WORDS = 8192
 MOST_UNDO = 1 << 28
-# Device rows are named by bits of one word.
+# A set of device rows is a bit mask in one word.
 MOST_DEVICES = 64
 # Devices that one copy can span.
 MOST_SPANNED = 8
-# Users that one copy can have at a time: the seats of so many are made in one transaction, in 2 * STEP_WORDS
-# where the handle is as long as it can be.
+# Users that one copy can have at a time. One transaction makes all their seats, in 2 * STEP_WORDS where the handle is
+# as long as it can be.
 MOST_USERS = 128
 
 
 def text_words(max_bytes: int) -> int:
-    """Return how many words a text field of up to `max_bytes` takes, its length included."""
+    """Return how many words a text field of up to `max_bytes` takes, including the word for its length."""
     return 1 + -(-max_bytes // WORD)
 
 
@@ -84,9 +84,10 @@ class Header:
     """One row, at word 0.
 
     H1  `CHANGE` is even; `UNDO_COUNT` is 0.
-    H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` == instance rows in that state; `LOADING` == those in state
-        LOADING or RESUMING.
-    H3  `ISOLATED` has the bits of the devices whose ISOLATED is set; `STEADY` those of the instances whose STEADY is.
+    H2  `WAITING` == ticket rows in state WAITING; `ACTIVE` == instance rows in state ACTIVE; `LOADING` == those in
+        state LOADING or RESUMING.
+    H3  `ISOLATED` has the bits of the devices whose ISOLATED is set; `STEADY` those of the devices of instances whose
+        STEADY is set.
     H4  `NEXT_TICKET` is greater than the number of every ticket row.
     H5  every used row of the tables in `ENDS` lies below its table's word there.
     """
@@ -96,29 +97,29 @@ class Header:
     SIZE_BYTES = 2
     CHANGE = 3  # raw: odd while a transaction is open; +2 for each committed one
     UNDO_COUNT = 4  # raw: entries in the undo log
-    LOCK_HOLDER = 5  # raw: pid that took the lock last
-    LOCK_TAKEN = 6  # raw: when
-    BOOT = 7  # hash of the machine's boot id: what was written before a reboot is void
+    LOCK_HOLDER = 5  # raw: pid of the process that took the lock last
+    LOCK_TAKEN = 6  # raw: when it took it
+    BOOT = 7  # hash of the machine's boot id: a segment written before a reboot is void
     TOKEN = 8  # the same random word as in the runtime directory's `token` file
     CREATED_WALL = 9  # wall, ns
     CAPACITIES = 10  # nine words, in the order of `Capacities`
-    CONTENDED = 19  # raw, also without the lock; futex word: 1 when somebody may sleep until the lock is free
+    CONTENDED = 19  # raw, also without the lock; futex word: 1 when a process may be asleep until the lock is free
 
     NEXT_TICKET = 20
     WAITING = 21  # derived
     ACTIVE = 22  # derived
     LOADING = 23  # derived
     ISOLATED = 24  # derived: a bit for each device on which an instance runs alone
-    STARVING = 25  # raw, also without the lock; futex word: until when the lock is left to the one that starves
+    STARVING = 25  # raw, also without the lock; futex word: until when the lock is left to the process that starves
     LEADER = 26  # reference to the member that polls
     LEADER_SINCE = 27
-    NEXT_GENERATION = 28  # raw: never decreases, whatever is undone
+    NEXT_GENERATION = 28  # raw: never decreases, even if a transaction is undone
     EVENTS = 29  # events written so far; the ring holds the last ones
-    STARVING_SINCE = 30  # raw, also without the lock: since when that one waits
+    STARVING_SINCE = 30  # raw, also without the lock: since when the process that starves has waited
     OBSERVATIONS_MADE = 31
-    SOLVED_AT = 32  # value of OBSERVATIONS_MADE that the last solution has seen
+    SOLVED_AT = 32  # value of OBSERVATIONS_MADE at the last solution
     RESETS = 33
-    POLLED = 34  # when the leader, or somebody in its place, polled last
+    POLLED = 34  # when the leader, or another process in its place, polled last
 
     NEWEST_TICKET = 35  # index of the ticket row that was taken last
 
@@ -134,44 +135,44 @@ class Header:
     WRITTEN_OFF = 44  # float: MB that never came back after unloads
     OUT_OF_MEMORY = 45  # loads and uses that ran out of memory
 
-    POLL_CLAIMED = 46  # raw, also without the lock: when somebody last set out to poll in the leader's place
+    POLL_CLAIMED = 46  # raw, also without the lock: when a process last set out to poll in the leader's place
 
-    # What the source of memory figures can do, written by the leader; whether it measures processes also by those whose
-    # sample shows it.
-    SOURCE_COUNTS_NAMED = 47  # 1: its figure holds nothing but the processes that it is asked about
+    # What the source of memory figures can do. The leader writes it; any process whose sample shows whether the source
+    # measures processes writes that, too.
+    SOURCE_COUNTS_NAMED = 47  # 1: its figure counts only the processes that it is asked about
     SOURCE_MEASURES_PROCESSES = 48  # 1 once it has shown what a process of ours takes, until it shows that it does not
     SOURCE_FREES_LATE = 49
     SOURCE_ACCOUNTING_ONLY = 50
     SOURCE_NAME = 51  # text: the source that the leader reads
-    SOURCE_ASKED = 56  # text: the one that the creator asked for
+    SOURCE_ASKED = 56  # text: the source that the creator asked for
     SOURCE_NAME_BYTES = 31
 
-    # Raw, also without the lock: IS_CLOSED once the last worker has left, or a deserted namespace was removed, so that
-    # nobody may join any more. Nothing else counts, because junk in this word must not keep newcomers waiting.
+    # Raw, also without the lock: IS_CLOSED once the last worker has left, or a deserted namespace was removed; from
+    # then on no process may join. Any other value is ignored, because junk here must not keep newcomers waiting.
     CLOSED = 61
     IS_CLOSED = int.from_bytes(b"mpmm-end", "little")
-    PUT_BACK = 62  # files that members have put back because something had removed them
-    PID_NAMESPACE = 63  # inode of the pid namespace of all members, 0 unknown or several: pids say nothing then
+    PUT_BACK = 62  # files that members have put back after something had removed them
+    PID_NAMESPACE = 63  # inode of the pid namespace of all members; 0 if unknown or several: then pids say nothing
     SETTINGS = 64  # one float each, in the order of `Settings` in settings.py
     # One word per table of `Layout.growing`: how many of its rows, from the first, were ever in use. Rows are taken
-    # lowest first, so nothing is to be found behind that.
+    # lowest first, so all rows behind that are free.
     ENDS = 88
     # Hashes of the root's path with the folder above it, and with the mount namespace of the creator: a newcomer that
-    # has one in common with the segment means the same place, even if somebody has made the root anew.
+    # has one in common with the segment means the same place, even if the root was removed and made again.
     ROOT_PLACE = 93
     ROOT_MOUNTS = 94
-    # When SETTINGS were changed last, 0 never: who has read them at another time reads them again.
+    # When SETTINGS were changed last, 0 never. A process that sees another time than at its last read reads them again.
     SETTINGS_CHANGED = 95
-    ROOT = 96  # text: the root's path, empty if it is longer than fits
+    ROOT = 96  # text: the root's path, empty if it is too long for the field
     ROOT_BYTES = 1024
-    # float: host memory that suspended copies may take together where `suspend_budget_mb` does not say it.
+    # float: host memory that suspended copies may take together unless `suspend_budget_mb` says so.
     HOST_SHARE_MB = ROOT + text_words(ROOT_BYTES)
     SUSPENDS = HOST_SHARE_MB + 1
     RESUMES = SUSPENDS + 1
-    SUSPEND_FAILURES = RESUMES + 1  # suspensions and resumes that came to nothing, and cost the copy
+    SUSPEND_FAILURES = RESUMES + 1  # suspensions and resumes that failed, and cost the copy
     STEADY = SUSPEND_FAILURES + 1  # derived: a bit for each device on which an instance starts quietly
     # Raw, also without the lock: when a process of the compiled core set out for the file lock, 0 if none has. In a
-    # cache line of its own, as others look at it all the time while they wait.
+    # cache line of its own, because processes that wait read it all the time.
     SPIN_LOCK = -(-(STEADY + 1) // WORDS_PER_CACHE_LINE) * WORDS_PER_CACHE_LINE
     WORDS = SPIN_LOCK + WORDS_PER_CACHE_LINE
 
@@ -180,7 +181,7 @@ class Member:
     """One attached process. B1: no two used rows have the same GENERATION.
 
     A used row's process is alive exactly while the lock file `m<slot>.lock` of inode LOCK is held. If the path leads to
-    no such file, somebody has removed it, and the pid decides (`liveness.py`).
+    no such file, the file was removed, and the pid decides (`liveness.py`).
     """
 
     STATE = 0  # FREE, WORKER, SERVER or GUEST
@@ -189,12 +190,12 @@ class Member:
     GENERATION = 3
     ATTACHED = 4
     BELL = 5  # futex word, never rolled back: rung when this process has something to do
-    INSTANCE = 6  # SERVER: reference to the instance that this process holds the memory of
+    INSTANCE = 6  # SERVER: reference to the instance whose memory this process holds
     MEASURED_MB = 7  # float: device memory of the process in the last sample, nan if the source does not know
     PEAK_MB = 8  # float: its highest figure
     MEASURES = 9  # WORKER: what its source of memory figures can tell, see `mpmm.sources.base.Measures`
     LOCK = 10  # inode of the lock file
-    SHARES = 11  # floats, SERVER of a copy that spans several devices: what MEASURED_MB is on each, lowest first
+    SHARES = 11  # floats, SERVER of a copy that spans several devices: MEASURED_MB on each, lowest device first
     NAME = SHARES + MOST_SPANNED  # text: SERVER: tag of the shared object; WORKER, GUEST: name of the program
     NAME_BYTES = 631
     WORDS = NAME + text_words(NAME_BYTES)
@@ -202,14 +203,14 @@ class Member:
     FREE = 0
     WORKER = 1
     SERVER = 2
-    # A manager inside a model server: loads and holds like a worker, but neither leads nor counts as one that is left.
+    # A manager inside a model server: loads and holds like a worker, but never leads, and does not keep the namespace.
     GUEST = 3
 
 
 class Model:
-    """One tag; or one lease, a claim on memory that is no model's, under the name it was given.
+    """One tag; or one lease, a claim on memory for no model, under the name that its caller gave.
 
-    A lease's row lasts from its request to its end. It is found by row alone, so that names may be the same.
+    A lease's row lasts from its request to its end. It is found by row alone, so two leases may have the same name.
 
     M1  LOADED == ACTIVE + IDLE, and each equals the number of instance rows of this model in that state.
     M2  the IDLE_HEAD list holds exactly the model's IDLE instances without OWNER, each once, newest first.
@@ -218,8 +219,8 @@ class Model:
     M4  no two rows in state MODEL have the same TAG.
     M5  PINS equals the pin rows of this model.
     M6  no model has more ACTIVE, IDLE and LOADING copies together than `max_model_copies`; those with UNLOAD_ON_RELEASE
-        do not count, nor do seats. Where SETTINGS_CHANGED, one that was pinned then may have more.
-    M7  a row in state LEASE is KNOWN, and is that of one ticket, or of one LEASED instance, or of both.
+        do not count, nor do seats. Not checked after SETTINGS_CHANGED: copies that were pinned then may have stayed.
+    M7  a row in state LEASE is KNOWN, and belongs to one ticket, or to one LEASED instance, or to both.
     M8  LOAD_S, HOLD_S, MEAN_INTERARRIVAL_S, SUSPEND_S and RESUME_S are finite and not below 0; so are AT_LEAST_MB,
         EXPECT_MB and, where KNOWN, SD_MB.
     M9  FAILED_AT is 0 exactly where FAILURES is 0.
@@ -237,39 +238,39 @@ class Model:
     UNLOADING = 8  # derived
     WAITING = 9  # derived
     IDLE_HEAD = 10  # reference to the shared instance that became idle last
-    USED_AT = 11  # when a copy of it began to load or was dropped last; of a lease's free row, when it became free
+    USED_AT = 11  # when a copy last began to load or was dropped; for a lease's free row, when it became free
     LOADS = 12
     HITS = 13
     EVICTIONS = 14
     MEASURED = 15  # 1 when the estimate was read from processes, not inferred from whole devices
-    SHARES = 16  # 1 when its loader has made a handle: one load serves every process
+    SHARES = 16  # 1 when its loader has returned a handle: one load serves every process
     LOAD_S = 17  # float: smoothed duration of a load, 0 unknown
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
-    PINS = 19  # derived: members that want its idle copies kept
+    PINS = 19  # derived: pins, of members and the namespace, that keep its idle copies
     MEAN_INTERARRIVAL_S = 20  # float: decayed mean time between two requests, 0 unknown; see `policy.demand`
     REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
-    SD_MB = 23  # float: standard deviation of the estimate; 0: taken for exact
-    AT_LEAST_MB = 24  # float: a bound, no estimate: it ran out of memory with so much free, so it needs more; 0: none
-    FAILURES = 25  # loads that failed since the last one that came to an end
-    FAILED_AT = 26  # when the last of them did
-    EXPECT_MB = 27  # float: what a copy takes as its users say, which counts until it is KNOWN; 0: nobody has said it
-    SUPERSEDED = 28  # 1 while another model has taken its place, so that its idle copies are evicted before all others
+    SD_MB = 23  # float: standard deviation of the estimate; 0: the estimate counts as exact
+    AT_LEAST_MB = 24  # float: a bound, no estimate: it ran out of memory with this much free, so it needs more; 0: none
+    FAILURES = 25  # loads that failed since the last one that succeeded
+    FAILED_AT = 26  # when the last of them failed
+    EXPECT_MB = 27  # float: what a copy takes according to its users, used until it is KNOWN; 0: no user has said
+    SUPERSEDED = 28  # 1 while another model has taken its place: its idle copies are evicted before all others
     SUSPENDED = 29  # derived
     SUSPENDS = 30
     RESUMES = 31
     SUSPEND_S = 32  # float: smoothed duration of a suspension, 0 unknown
     RESUME_S = 33  # float: smoothed duration of a resume, 0 unknown
-    # Why its copies are not suspended any more, see `mpmm.policy.suspension.Unsuspendable`; 0: they may be.
+    # Why its copies are no longer suspended, see `mpmm.policy.suspension.Unsuspendable`; 0: they may be.
     UNSUSPENDABLE = 34
-    # How long its idle copies are kept, in ns plus one, as its users say; 0: as `idle_ttl_seconds` says.
+    # How long its users want idle copies kept, in ns plus one; 0: `idle_ttl_seconds` decides.
     KEEP_ALIVE = 35
-    USERS = 36  # how many may use a copy at a time that is loaded from now on, as its users say; 0: one
-    SEATS = 37  # derived: rows among LOADED that are seats, and no copies of their own
-    EVENTS_BEFORE = 38  # the last event's number when this tag or lease took the row: up to it, others are meant
-    TAG = 39  # text; stays after a lease's end, for the events that are about it, until the row is taken again
+    USERS = 36  # how many users at a time a copy that is loaded from now on may have, set by its users; 0: one
+    SEATS = 37  # derived: rows among LOADED that are seats, not copies
+    EVENTS_BEFORE = 38  # number of the last event before this tag or lease took the row; earlier events mean another
+    TAG = 39  # text; stays after a lease's end, for events about it, until the row is taken again
     TAG_BYTES = 511
-    NAME = TAG + text_words(TAG_BYTES)  # text: what people call it, see `mpmm.text.display_names`; empty: nothing else
+    NAME = TAG + text_words(TAG_BYTES)  # text: what people call it, see `mpmm.text.display_names`; empty: just TAG
     NAME_BYTES = 127
     WORDS = NAME + text_words(NAME_BYTES)
 
@@ -277,42 +278,43 @@ class Model:
     MODEL = 1
     LEASE = 2
 
-    # The value of KEEP_ALIVE for copies that are unloaded as soon as they are idle, and nobody waits for one.
+    # The value of KEEP_ALIVE for copies that are unloaded as soon as they are idle and have no waiter.
     AT_ONCE = 1
 
 
 class Instance:
     """One copy of a model, from the decision to load it until its memory is given back; or one lease that is held.
 
-    A LEASED row is nothing but a reservation that stands until its HOLDER gives it back or dies: what the process in
-    PROGRAM and its descendants are measured to take, its MB, is part of the device's figure and comes off.
+    A LEASED row is only a reservation, which lasts until its HOLDER gives it back or dies. The memory that the process
+    in PROGRAM and its descendants are measured to take, MB, is in the device's figure already, and is subtracted.
 
-    Loaders that return the same handle have made twins: rows that have holders of their own, but one memory. One of the
-    rows stands for that; the handle is unloaded with the last of them.
+    When loaders return the same handle, their rows are *twins*: each has a holder of its own, but they share one
+    memory, which is accounted to one of them. The handle is unloaded with the last of them.
 
-    A copy can span several devices. What it reserves it reserves in equal shares; what it takes of each, SHARES says.
+    A copy can span several devices. It reserves equal shares of them; SHARES says what it takes of each.
 
     A copy that several may use at a time has a *seat* for each user beyond the first: a row that is taken and given
     back like a copy, with a holder of its own, but has no memory and refers to the row of its copy. So a copy is in use
-    as long as its own row or one of its seats is ACTIVE. Seats are made when the copy becomes ACTIVE, and an idle one
-    goes with its copy; of a copy that is to be unloaded, the seats that are in use stay until they are given back, and
-    its own row may be UNLOADING meanwhile: nobody begins with that before the last of them is.
+    as long as its own row or one of its seats is ACTIVE. Seats are made when the copy becomes ACTIVE. Unloading a copy
+    frees its idle seats; those in use stay until they are given back. Meanwhile the copy's own row may be UNLOADING,
+    but the unload begins only after the last seat was given back.
 
     I1  a LOADING, ACTIVE or LEASED row has a HOLDER, and IDLE and SUSPENDED have none; the HOLDER of an UNLOADING,
-        SUSPENDING or RESUMING row is the one that does that. UNLOAD_LATE and HANDED_AT are 0 in every state but
-        UNLOADING.
+        SUSPENDING or RESUMING row is the member that unloads, suspends or resumes it. UNLOAD_LATE and HANDED_AT are 0
+        in every state but UNLOADING.
     I2  MODEL refers to a used model row; HOLDER, OWNER and SERVER to used member rows.
-    I3  RESERVED_MB >= 0; above 0 only while LOADING or RESUMING, and while LEASED always.
+    I3  RESERVED_MB >= 0; it is above 0 only in states LOADING, RESUMING and LEASED, and always in LEASED.
     I4  no two used rows have the same GENERATION.
     I5  DEVICES names 1 to `MOST_SPANNED` used device rows; for several, MB is the sum of the SHARES.
     I6  exactly the LEASED rows have a MODEL row in state LEASE; they have neither OWNER nor SERVER.
     I7  of ACTIVE and IDLE rows with the same HANDLE, twins, at most one has MB and RESERVED_MB above 0.
-    I9  only a LOADING or LEASED row is STEADY, and of those on one device one at the most.
+    I9  only a LOADING or LEASED row is STEADY, and at most one on each device.
     I8  SUSPENDING, SUSPENDED and RESUMING rows have a WAY; DEVICE_MB is 0 in every other state, and HOST_MB in every
         other one but UNLOADING.
     I10 a seat is ACTIVE or IDLE, without MB, RESERVED_MB, SERVER and WAY. Its copy is no seat, has the same MODEL,
-        OWNER and DEVICES, and is ACTIVE or IDLE, or UNLOADING. Seats of a copy that is UNLOADING, or has
-        UNLOAD_ON_RELEASE, are ACTIVE and have that, too; those of others have not. SEATS equals the rows of its seats.
+        OWNER and DEVICES, and is ACTIVE, IDLE or UNLOADING. Seats of a copy that is UNLOADING, or has
+        UNLOAD_ON_RELEASE, are ACTIVE and have UNLOAD_ON_RELEASE, too; those of other copies do not. SEATS equals the
+        rows of its seats.
     """
 
     STATE = 0
@@ -322,27 +324,27 @@ class Instance:
     OWNER = 4  # reference to the only member that can use the object; 0 for a handle
     SERVER = 5  # reference to the member that keeps the memory of a handle, 0 if not known
     DEVICES = 6  # a bit for each device row that it lies on
-    SEAT_OF = 7  # reference to the row of the copy that this is a seat of; 0 for a copy
+    SEAT_OF = 7  # of a seat: reference to the row of its copy; 0 for a copy
     SEATS = 8  # derived: seats of this copy
-    MB = 9  # float: what the copy takes, by measurement or else by estimate; for a lease what was measured, or 0
+    MB = 9  # float: what the copy takes, measured or else estimated; for a lease what was measured, or 0
     RESERVED_MB = 10  # float: what a load or a lease may take, of all its devices together
     SINCE = 11  # when STATE changed last
     LOADED_AT = 12
     NEXT = 13  # } IDLE_HEAD list
     PREVIOUS = 14  # }
-    # To be unloaded as soon as its holder lets go. LOST: its server died, so nothing is left to unload. ASKED: somebody
-    # asks for it, see `Unloads.ask`.
+    # To be unloaded as soon as its holder gives it back. LOST: its server died, so nothing is left to unload. ASKED: a
+    # caller has asked for it, see `Unloads.ask`.
     UNLOAD_ON_RELEASE = 15
     HAS_SERVER = 16  # 1: the handle named a live shared object when the load ended
     USES = 17
-    PROGRAM = 18  # LEASED: pid of the process that uses the memory, 0 if that is not known
+    PROGRAM = 18  # LEASED: pid of the process that uses the memory, 0 if unknown
     UNLOAD_LATE = 19  # UNLOADING: 1 once it has taken too long to count on its memory
-    HANDED_AT = 20  # UNLOADING: when another member was made its HOLDER last, 0 never
+    HANDED_AT = 20  # UNLOADING: when another member last became its HOLDER, 0 never
     WAY = 21  # how it can be suspended, 0 not at all; see `mpmm.policy.suspension.Way`
     DEVICE_MB = 22  # float: what it took of its device when it was suspended, and what its resume reserves
     HOST_MB = 23  # float: what it takes of host memory while it is suspended
-    STEADY = 24  # LOADING, LEASED: 1 while nothing else is to be loaded on, or unloaded from, its devices
-    SHARES = 25  # floats: where it spans several devices, what MB is on each, lowest device first
+    STEADY = 24  # LOADING, LEASED: 1 while nothing else may be loaded on, or unloaded from, its devices
+    SHARES = 25  # floats: where it spans several devices, its part of MB on each, lowest device first
     HANDLE = SHARES + MOST_SPANNED  # text, empty for an object
     HANDLE_BYTES = 631
     WORDS = HANDLE + text_words(HANDLE_BYTES)
@@ -369,7 +371,7 @@ class Ticket:
     T2  INSTANCE is set exactly in states GRANTED (an ACTIVE row, or a LEASED one) and LOAD (a LOADING row, or a
         RESUMING one), whose HOLDER is MEMBER.
     T3  HEAD_OF_LINE_AT and CALLED_UP are 0 or not before ENQUEUED.
-    T4  RANK is ENQUEUED and a head start, of one of the steps that there are.
+    T4  RANK is `policy.fairness.rank_ns` of ENQUEUED and an urgency in its range.
     """
 
     STATE = 0
@@ -383,24 +385,24 @@ class Ticket:
     SIGNAL = 8  # futex word, never rolled back
     REASON = 9  # why it waits, see policy.view.Reason
     NEED_MB = 10  # float
-    # Copies that a preload wants MEMBER to have at its disposal; ONLY_RESUMES for who wants a suspended one resumed and
-    # none loaded; 0 for who wants one to use.
+    # How many copies a preload wants available to MEMBER; ONLY_RESUMES for a request to resume a suspended copy, but to
+    # load none; 0 for a request for a copy to use.
     PRELOAD = 11
-    HEAD_OF_LINE_AT = 12  # when it became the first one without room; 0: it never was, or not since OVERTAKEN
+    HEAD_OF_LINE_AT = 12  # when it became the first waiter without memory; 0: it never was, or not since OVERTAKEN
     FREE_MB = 13  # float } figures of REASON, as they were when
     COMING_MB = 14  # float } it became the reason
     SECONDS = 15  # float }
-    OTHER = 16  # reference to the model that REASON is about besides its own, or 0
+    OTHER = 16  # reference to the other model that REASON is about, or 0
     ON = 17  # bits of the devices that REASON is about, or 0
     LOADABLE_ON = 18  # bits of the devices where it may load, 0 for all
-    USABLE_ON = 19  # bits of the devices on which a copy must lie to be of use for it, 0 for all
-    SPAN = 20  # how many devices what it loads lies on
-    NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, though it be unknown
+    USABLE_ON = 19  # bits of the devices on which a copy must lie so that it can use it, 0 for all
+    SPAN = 20  # over how many devices its load spreads
+    NESTED = 21  # 1: its thread holds or loads something else, so it cannot wait to run alone, even if unknown
     OVERTAKEN = 22  # 1 once a load that more waiters share was let past it
-    WARNED = 23  # 1 once the log has said that nothing which can be unloaded would serve it
+    WARNED = 23  # 1 once the log has said that unloading everything that can be unloaded would not serve it
     CALLED_UP = 24  # when it was told to look for itself once another process's tenure is over; 0: it was not
-    RANK = 25  # its place among those of the same PRIORITY, lowest first, see `policy.fairness.rank_ns`
-    STEADY = 26  # 1: nothing else is to be loaded or unloaded where it loads, or has its lease
+    RANK = 25  # its place among tickets of the same PRIORITY, lowest first, see `policy.fairness.rank_ns`
+    STEADY = 26  # 1: nothing else may be loaded or unloaded on the devices of its load or lease
     WORDS = 27
 
     FREE = 0
@@ -409,15 +411,15 @@ class Ticket:
     LOAD = 3
     REFUSED = 4  # can never fit: the waiter raises ModelTooLargeError or LeaseTooLargeError
     RESET = 5  # a force_reset ended the wait
-    ENOUGH = 6  # of a preload: there are as many copies as it wants, or as there may be; or none is left to be resumed
+    ENOUGH = 6  # of a preload: there are as many copies as it wants, or as are allowed; or none is left to resume
 
     ONLY_RESUMES = 2**32  # more than there are rows for copies
 
 
 class Pin:
-    """One member's request that idle copies of a model are not evicted. It goes with the member.
+    """One member's request that idle copies of a model are not evicted. It ends with the member.
 
-    One without a member is the namespace's, and stands until somebody ends it.
+    A pin without a member belongs to the namespace, and lasts until a call ends it.
 
     P1  MODEL refers to a used row in state MODEL, MEMBER to a used one or none; no two used rows have both in common.
     """
@@ -445,23 +447,23 @@ class Device:
     PEAK_RESET = 5
     HIGHEST_MB = 6  # float: highest figure since creation
     RETURNING_MB = 7  # float, derived: sum of the RETURNS
-    EXTERNAL_MB = 8  # float: in use, and of no instance and no lease, see `policy.ledger`; nan before the first sample
-    EXTERNAL_LEAST_MB = 9  # float: so much of that is certainly not ours
+    EXTERNAL_MB = 8  # float: in use, but by no instance and no lease, see `policy.ledger`; nan before the first sample
+    EXTERNAL_LEAST_MB = 9  # float: the part of EXTERNAL_MB that is certainly not ours
     RETURN_COUNT = 10  # used entries of RETURNS
     RING_NEXT = 11
     ISOLATED = 12  # reference to the instance that runs alone, 0 outside isolation
-    BASELINE_MB = 13  # float: memory in use when that began to load
+    BASELINE_MB = 13  # float: memory in use when the ISOLATED instance began to load
     CONFIGURED_AT = 14  # when the set of copies loaded on it changed last
     UNRELATED_MB = 15  # float: of processes that are not the namespace's, as far as the source knows
-    TRIED = 16  # when somebody last tried to take a figure
-    CLAIMED = 17  # raw, also without the lock: when somebody last set out to poll it in the leader's place
+    TRIED = 16  # when a process last tried to take a figure
+    CLAIMED = 17  # raw, also without the lock: when a process last set out to poll it in the leader's place
     MEASURED = 18  # 1 when a source that can measure has described it
     UUID = 19  # text
     UUID_BYTES = 63
     NAME = UUID + text_words(UUID_BYTES)  # text
     NAME_BYTES = 63
-    # Memory that unloads have given up and that no sample has shown to be free: (end of the unload, float MB, float
-    # figure that stood then), oldest first.
+    # Memory that unloads have given back and that no sample has shown to be free yet: (end of the unload, float MB,
+    # float figure at that time), oldest first.
     RETURNS = NAME + text_words(NAME_BYTES)
     RETURNS_LENGTH = 16
     RETURN_WORDS = 3
@@ -481,7 +483,7 @@ class Observation:
     NEXT = 2
     UPDATED = 3
     PAIRS_USED = 4
-    DEVICE = 5  # reference to the device, 0 for readings that a caller has made
+    DEVICE = 5  # reference to the device, 0 for readings that a caller passed in
     READINGS = 6  # floats
     READINGS_KEPT = 20
     PAIRS = READINGS + READINGS_KEPT  # model generation << 16 | copies
@@ -493,21 +495,21 @@ class Event:
     """One transition, in a ring that is written raw, before `Header.EVENTS` is set to count it.
 
     E1  an event exists if its SEQUENCE is right and not above `Header.EVENTS`. The two rows behind the newest may
-        hold some that were rolled back, or are being written, instead of the oldest.
+        hold events that were rolled back, or are being written, in place of the oldest ones.
     """
 
     SEQUENCE = 0  # 1, 2, 3, …; lies in row (SEQUENCE - 1) % capacity
     TIME = 1
-    # The kind; 8 bits further up the reason plus one where there is one, see policy.view.Reason; and from bit 32 on, a
-    # bit for each device row, of the first 32, on which a load or lease is placed.
+    # The kind; from bit 8 on, the reason plus one if there is one, see policy.view.Reason; from bit 32 on, a bit for
+    # each device row, of the first 32, on which a load or lease is placed.
     KIND = 2
     PID = 3
     MODEL = 4  # reference
     INSTANCE = 5  # reference
     TICKET = 6  # ticket number plus one
-    VALUE = 7  # float, meaning by KIND
-    NEED_MB = 8  # float } figures of the reason; left over from older events where there is none,
-    FREE_MB = 9  # float } because the warm path shall not pay for clearing them
+    VALUE = 7  # float, its meaning depends on KIND
+    NEED_MB = 8  # float } figures of the reason; without a reason, left over from older events,
+    FREE_MB = 9  # float } because the warm path must not pay for clearing them
     COMING_MB = 10  # float }
     SECONDS = 11  # float }
     OTHER = 12  # reference to a model }
@@ -527,7 +529,7 @@ class Undo:
 class Capacities:
     """Rows of each table, chosen when a namespace is created.
 
-    The defaults take 7 MB of shared memory and are meant to be enough for one host.
+    The defaults take 7 MB of shared memory and should suffice for one host.
 
     undo: entries of the undo log; 0 derives them from the other tables, so that the largest single step fits.
     """
@@ -553,10 +555,10 @@ class Capacities:
             object.__setattr__(self, "undo", self._derived_undo())
 
     def _derived_undo(self) -> int:
-        """Return how many words the largest single step can overwrite at full tables, with room for one step before it.
+        """Return how many words the largest single step can overwrite when all tables are full, plus one step before.
 
-        An instance row costs 15 words where many copies of one handle are unloaded together, a member's 22 where a
-        sample shows a figure for each, a ticket's 2 where its model becomes known, a model's 3 where all requests are
+        An instance row costs 15 words when many copies of one handle are unloaded together, a member row 22 when a
+        sample has a figure for each, a ticket row 2 when its model becomes known, a model row 3 when all requests are
         counted, a device's ledger and description 240.
         """
         rows = 24 * (self.members + self.instances) + 8 * (self.tickets + self.models) + 4 * self.pins
@@ -567,7 +569,7 @@ class Capacities:
 class Table:
     """Where a table lies: row `r`, field `f` is word `base + r * words + f`.
 
-    end_word: the word in `Header.ENDS`, 0 for a table that has none because all of its rows are looked at.
+    end_word: the word in `Header.ENDS`, 0 for a table without one, whose rows are always all read.
     """
 
     name: str
@@ -583,7 +585,7 @@ class Table:
 
 
 class Layout:
-    """The tables' places for given capacities."""
+    """Where each table lies, given the capacities."""
 
     def __init__(self, capacities: Capacities) -> None:
         self.capacities = capacities

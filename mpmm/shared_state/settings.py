@@ -1,7 +1,7 @@
 """The parameters that hold for a whole namespace: its creator chooses them, and processes that join later follow them.
 
-Each is declared once, in `Settings`, with its default, unit, range and meaning. `ModelManager` checks its arguments by
-that, `mpmm help settings` prints it, and a test holds the signature and the docstring of `ModelManager` equal to it.
+Each is declared once, in `Settings`, with its default, unit, range and meaning. `ModelManager` checks its arguments
+against that, `mpmm help settings` prints it, and a test compares it with `ModelManager`'s signature and docstring.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NEVER, ALWAYS = 0, 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What is said about one setting, once for checks, docs and `mpmm help settings`.
+    """The description of one setting, for checks, docs and `mpmm help settings`.
 
-    unit, low, high: what values are allowed. meaning: a sentence. fixed: why it cannot be changed at run time, empty if
-    it can be.
+    unit, low, high: which values are allowed. meaning: a sentence. fixed: why it cannot be changed at run time, empty
+    if it can be.
     """
 
     unit: str
@@ -50,7 +50,7 @@ _BUDGET = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of `ModelManager`, with Beam's defaults where Beam has them. Stored as one float each, in this order."""
+    """Numeric parameters of `ModelManager`, with Beam's defaults where it has any; stored as floats, in this order."""
 
     slack_percentage: float = _setting(0.10, _SHARE, 0.0, 0.99, "the share of a device that is never filled")
     poll_interval: float = _setting(0.5, _SECONDS, 0.01, 3600.0, "the time between two samples of the leader")
@@ -124,7 +124,7 @@ class Settings:
         "how many requests may wait for one model; further ones get QueueFullError at once; None allows any number",
     )
     suspend_budget_mb: float = _setting(
-        math.inf,  # chosen by what the host has, see `Header.HOST_SHARE_MB`
+        math.inf,  # the creator then derives it from the host's memory, see `Header.HOST_SHARE_MB`
         _MB,
         0.0,
         math.inf,
@@ -149,9 +149,9 @@ class Settings:
             object.__setattr__(self, name, number)
 
     def changed(self, changes: Mapping[str, object]) -> Settings:
-        """Return these parameters with some changed at run time; None is no limit. Raises InvalidArgumentError."""
+        """Return these parameters with some changed at run time; None means no limit. Raises InvalidArgumentError."""
         for name, value in changes.items():
-            # People know this one by the parameter.
+            # People know this setting by the parameter `suspend`.
             setting = SETTINGS.get("suspend_checkpoints" if name == "suspend" else name)
             if setting is None:
                 raise InvalidArgumentError(f"setting {in_brief(name)}: expected one of {', '.join(CHANGEABLE)}")

@@ -9,7 +9,7 @@ __all__ = ["Signal"]
 
 
 class Signal:
-    """One such word. Who has news changes it in a transaction, and wakes the sleeper once that is committed.
+    """One such word. A process with news changes it in a transaction, and wakes the sleeper after the commit.
 
     word: its index in the segment. address: where it is mapped.
     """
@@ -22,13 +22,13 @@ class Signal:
         self.address = segment.address + 8 * word
 
     def seen(self) -> int:
-        """Return a number that changes with each news; without the lock. Raises ValueError if it is unmapped."""
+        """Return a number that changes with every piece of news; without the lock. Raises ValueError if unmapped."""
         return self._words[self.word]
 
     def wait(self, seen: int, timeout_s: float) -> None:
-        """Sleep until there are news, or `wake` is called; not at all if `seen` is not what stands there any more."""
+        """Sleep until there is news, or `wake` is called; return at once if the word no longer is `seen`."""
         wait_for_change(self.seen, self.address, seen, timeout_s)
 
     def wake(self) -> None:
-        """End the sleep without news, so that nothing is remembered of it; without the lock."""
+        """End the sleep without news, which leaves the word as it is; without the lock."""
         wake_all(self.address)

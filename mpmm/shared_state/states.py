@@ -1,8 +1,8 @@
-"""The states of rows as enumerations, for those who show or compare them off the warm path.
+"""The states of rows as enumerations, for code off the warm path that shows or compares them.
 
 `layout` keeps the same numbers as plain ints for everything that runs with the lock held: `InstanceState.ACTIVE` takes
 80 ns longer to look up than `Instance.ACTIVE` (Python 3.11), and a transaction looks up a dozen of them in 11 us.
-`tests/test_snapshot.py` holds the two equal, name by name.
+`tests/test_snapshot.py` compares the two, name by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ModelState(IntEnum):
 
 @unique
 class InstanceState(IntEnum):
-    """What is done with an instance at present."""
+    """What is being done with an instance."""
 
     FREE = Instance.FREE
     LOADING = Instance.LOADING

@@ -1,47 +1,46 @@
 """The lock that guards the segment, and transactions that are undone when their process dies.
 
-**Lock.** An in-process mutex, then a kernel file lock on a descriptor that stays open; the kernel drops the
-latter when its process dies, at whatever instruction. A blocking `flock` could not be given up after
-`lock_timeout_seconds`, and a hundred threads that try again every millisecond leave no processor to the holder. So
-who finds the lock taken tries a few times more, as it is held for microseconds; then sets `Header.CONTENDED` and sleeps
-on it. Who lets go of the lock and then sees it set clears it and wakes one sleeper; who was woken sets it again, as
-more may sleep. The file lock alone decides who is in: a wake-up that is lost because its sender was killed costs its
-receiver `LONGEST_SLEEP_S`, no more. Of processes with a compiled core one at a time tries; the others spin (see
-`core.py`).
+**Lock.** An in-process mutex, then a kernel file lock on a descriptor that stays open; when the process dies, at any
+instruction, the kernel drops the file lock. A blocking `flock` could not be given up after `lock_timeout_seconds`, and
+a hundred threads that retry every millisecond leave no processor to the holder. So a process that finds the lock taken
+tries a few more times, because the lock is held for microseconds; then it sets `Header.CONTENDED` and sleeps on it. A
+process that releases the lock and then sees that word set clears it and wakes one sleeper, which sets it again, because
+more may be asleep. The file lock alone decides which process has the lock: if a wake-up is lost because its sender was
+killed, the sleeper loses `LONGEST_SLEEP_S`, no more. Of the processes with a compiled core one at a time tries; the
+others spin (see `core.py`).
 
-So the lock goes to whoever comes by when it is free, which is quick, and mostly fair enough. But when all processes of
-a crowd want it at once, and there are few processors, one of them may come by at the wrong moment for seconds. So who
-has waited for `STARVES_AFTER_S` claims the lock in `Header.STARVING`: until it is in, everybody else stands back,
-asleep, and who lets go of the lock wakes the claimant. One claims at a time, and who has waited longer takes over.
-A claim lapses by itself unless it is repeated, for its writer may die.
+So the lock goes to the process that tries while it is free, which is fast, and mostly fair enough. But when a crowd of
+processes wants it at once, on few processors, one of them may try at the wrong moments for seconds. So a process that
+has waited for `STARVES_AFTER_S` claims the lock in `Header.STARVING`: until it has the lock, all others stand back,
+asleep, and the holder that releases the lock wakes the claimant. One process claims at a time; one that has waited
+longer takes the claim over. A claim lapses unless its writer, which may die, repeats it.
 
-Where there are more busy processes than processors, one would use up its time slice in the middle of a transaction as
-often as not, and all the others would run into its lock. So a process that meets others at the lock offers its
-processor after every few transactions, when it holds nothing.
+If busy processes outnumber processors, a process would often use up its time slice in the middle of a transaction, and
+all the others would run into its lock. So a process that meets others at the lock yields its processor after every few
+transactions, when it holds nothing.
 
-**Transaction.** Before a word is overwritten, its index and old value are written behind the undo log's end,
-and the log's length is stored; only then is the word changed. Commit stores length 0. Whoever takes the lock
-next and finds a length above 0 writes the old values back, last entry first. That may itself be cut short and
-repeated: writing an old value twice is harmless. So a process that is killed at any store leaves the state
-before its transaction or the state after it. (Stores of one process are seen by others in order once the
-kernel has stopped it; the log is in the order of SQLite's journal rules: save, overwrite, commit with one
-small store.)
+**Transaction.** Before it overwrites a word, a transaction writes the word's index and old value behind the end of the
+undo log, and stores the log's new length. Commit stores length 0. The next process that takes the lock and finds a
+length above 0 writes the old values back, last entry first. If it dies meanwhile, the next one repeats that: writing an
+old value twice is harmless. So a process that is killed at any store leaves the state before its transaction or the
+state after it. (Other processes see the stores of one process in order once the kernel has stopped it; the log follows
+SQLite's journal rules: save, overwrite, commit with one small store.)
 
 **An exception is a small death.** A signal handler may raise between any two bytecodes of a thread that lives on, and
-garbage collection may run a finalizer there that wants the lock, too. So the mutex is one that knows its owner, noted
-by the interpreter in the very act of taking it, and a transaction notes the frame that runs its `with`. Whoever finds
-the mutex taken can thus tell a transaction that runs, whose frame is on its thread's stack, from one that an exception
-has left. If it is the thread's own, it takes over what was left, and undoes it like a dead process's; another thread
-does so once two looks have found the same (`end_abandoned`), with a new mutex. What asks from within a running
-transaction of its own thread, a finalizer or signal handler, gets ReentrantCallError. For this to be right a function
-that catches what leaves its transaction does not begin another one in the same frame.
+garbage collection may run a finalizer there that wants the lock, too. So the mutex is an RLock, whose owner the
+interpreter records in the act of taking it, and a transaction records the frame that runs its `with`. A thread that
+finds the mutex taken can thus tell a running transaction, whose frame is on its thread's stack, from one that an
+exception has left. If the abandoned transaction is the thread's own, the thread takes it over and undoes it like a dead
+process's; another thread does so once two looks have found the same (`end_abandoned`), with a new mutex. A finalizer or
+signal handler that asks for the lock inside a running transaction of its own thread gets ReentrantCallError. For this
+to work, a function that catches an exception from its transaction must not begin another one in the same frame.
 
-**Readers without the lock.** `Header.CHANGE` is odd while a transaction is open. A copy of the segment is
-consistent if the counter was the same before and after the copy, and even; or odd, and two copies in turn are
-equal (the writer is stopped or slow), once the undo log in the copy has been rolled back in the copy.
+**Readers without the lock.** `Header.CHANGE` is odd while a transaction is open. A copy of the segment is consistent if
+the counter was the same before and after the copy, and even; or, if it was odd and two successive copies are equal (the
+writer is stopped or slow), once the undo log has been rolled back in the copy.
 
-Every store goes through `segment.words[index] = value`; a crash test replaces `words` by an object that counts
-the stores and kills the process at the n-th (`TransactionLock.intercept_stores`).
+Every store is `segment.words[index] = value`; a crash test replaces `words` by an object that counts the stores and
+kills the process at the n-th (`TransactionLock.intercept_stores`).
 """
 
 from __future__ import annotations
@@ -74,29 +73,29 @@ __all__ = ["CORE_TURN", "CROWDED_TURNS", "Transaction", "TransactionLock", "floa
 # Measured with 16 processes on 2 processors that do nothing else: without the quick tries a third of the throughput is
 # lost to sleeping and waking; without the turns the 99th percentile of an acquire and release is 12 ms instead of 3.
 QUICK_TRIES = 8
-# In transactions. Shorter ones cost throughput, longer ones the tail.
+# In transactions. Shorter turns cost throughput, longer ones lengthen the tail.
 TURN = 8
-# Of the compiled core, whose transactions are shorter by far. With 16 processes that have a copy each, on 2 processors
-# that others use, too: turns of 8 make 21 000 to 28 000 pairs a second, turns of 128 make 31 000 to 43 000, and the
+# For the compiled core, whose transactions are far shorter. With 16 processes that have a copy each, on 2 processors
+# that others use, too, turns of 8 make 21 000 to 28 000 pairs a second, turns of 128 make 31 000 to 43 000, and the
 # 99th percentile of an acquire is 5 to 9 ms instead of 10.
 CORE_TURN = 128
-# Who has met others at the lock expects them for so many turns; a process that is alone never gives up its processor.
+# For how many turns a process that has met others at the lock expects them; one that is alone never yields.
 CROWDED_TURNS = 20
 LONGEST_SLEEP_S = 0.01
-# 64 processes that want the lock for 2 ms each ten times a second, with eight more that keep 2 processors busy: the
-# longest wait is 0.4 s, without claims 1.5 s. Had everybody who starves tried again every 2 ms, it would be 1.6 s:
-# so many attempts leave the holder no processor, and once there it stays like that.
+# If 64 processes want the lock for 2 ms each, ten times a second, and eight more keep 2 processors busy, the longest
+# wait is 0.4 s, without claims 1.5 s. If all starving processes tried again every 2 ms, it would be 1.6 s: that many
+# attempts leave the holder no processor, and the crowd never thins out.
 STARVES_AFTER_S = 0.1
 STARVING_SLEEP_S = 0.002
 # How long a claim holds: longer than its writer sleeps.
 CLAIM_NS = 5_000_000
-# With 64 processes on 2 processors, each with several threads at work, one thread may have to wait for longer than the
-# second or two that a caller grants; for longer than this only behind a process that is stopped.
+# With 64 processes on 2 processors, each with several busy threads, one thread may have to wait for longer than the
+# second or two that a caller allows; it waits for longer than this only behind a stopped process.
 PATIENT_S = 30.0
-# While threads wait for another one of their process, one of them looks so often whether that has been left by an
-# exception. Each look goes through all threads: if a thousand took a look each, nothing else would be done.
+# While threads wait for a transaction of their process, one of them checks this often whether an exception has left it.
+# A check walks the stacks of all threads: if a thousand threads checked, they would do nothing else.
 ABANDONED_LOOK_S = 0.05
-# What `repr` says of a mutex that is taken; there is no other way to learn whose it is.
+# What `repr` shows for a mutex that is taken; nothing else tells its owner.
 _OWNER = re.compile(r"^<locked .* owner=(\d+) ")
 _DOUBLE = struct.Struct("<d")
 _WORD = struct.Struct("<Q")
@@ -108,16 +107,16 @@ def float_bits(value: float) -> int:
 
 
 def roll_back(words: Any, undo: Table) -> int:
-    """Undo what the log of `words` describes and empty it; return the number of words restored.
+    """Undo the changes in the undo log of `words` and empty it; return the number of words restored.
 
-    `words` may be a live segment (then the lock is held) or a private copy. Raises SegmentCorruptError, before
-    anything is changed, when this is no log of ours.
+    words: a live segment, with the lock held, or a private copy. Raises SegmentCorruptError, before anything is
+    changed, if this is no log of ours.
     """
     count = int(words[Header.UNDO_COUNT])
     if count > undo.capacity or any(words[undo.base + 2 * entry] >= undo.base for entry in range(count)):
         raise SegmentCorruptError(
-            f"the undo log claims {count} entries of at most {undo.capacity}, or leads outside of the tables: "
-            "something else has written into the segment",
+            f"the undo log claims {count} entries (limit {undo.capacity}), or one that is outside the tables: another "
+            "program has written into the segment",
             name="undo log",
         )
     for entry in range(count - 1, -1, -1):
@@ -131,47 +130,47 @@ def roll_back(words: Any, undo: Table) -> int:
 
 
 class TransactionLock:
-    """The segment's lock, one object a process; hands out its one `Transaction` at a time."""
+    """The segment's lock, one object per process; it runs one `Transaction` at a time."""
 
     def __init__(self, segment: Segment, timeout_seconds: float) -> None:
         self.segment = segment
         self.timeout_seconds = timeout_seconds
         self._pid = os.getpid()
         self._file = segment.lock_file()
-        # An RLock, because it knows its owner; it is taken once at a time nevertheless.
+        # An RLock, because it knows its owner; it is never taken twice by its thread, though.
         self._mutex: Any = new_rlock()
         # How often it has been taken, which tells one transaction of a thread from the next.
         self._takes = 0
-        # The frame that runs the `with` of the transaction that is open.
+        # The frame that runs the `with` of the open transaction.
         self._frame: FrameType | None = None
-        # Who decides that a mutex was abandoned, and what was seen at the last look. An RLock, because a signal handler
-        # may come by while its own thread decides.
+        # Held while a thread decides whether a mutex was abandoned; and what the last look saw. An RLock, because a
+        # signal handler may interrupt the thread that decides.
         self._healing = new_rlock()
         self._suspected: tuple[int, ...] | None = None
         self._next_look = 0.0
-        # The transaction that an exception has left may have locked the file, and nobody has let go of it since.
+        # The transaction that an exception has left may have locked the file, which then is still locked.
         self._may_be_locked = False
-        # Calls to make after transactions, by the identity of their lists, until they were made; and those seen before.
+        # Calls to make after transactions, by the id of their lists, until they are made; and those of the last look.
         self._calls: dict[int, list[Callable[[], object]]] = {}
-        # The lists themselves, or a new one might come to lie where one was that is gone, and be taken for it.
+        # The lists themselves, because a new list may get the id of one that was freed, and be taken for it.
         self._calls_seen: dict[int, list[Callable[[], object]]] = {}
-        # Threads that finish what would have to be done again: see `patient_here`.
+        # Threads that finish work which would otherwise have to be repeated, see `patient_here`.
         self._patient: set[int] = set()
         self._deadline = math.inf
-        # For so many turns others are expected at the lock, and so many transactions of this one are over.
+        # For how many more turns others are expected at the lock, and the transactions done in the current turn.
         self._crowded_turns = 0
         self._turn = 0
         self._transaction = Transaction(self)
         self.words: Any = segment.words
-        #: Makes transactions of the warm path under this lock, where it can; see `core.py`.
+        #: Makes the warm path's transactions under this lock, if it is there; see `core.py`.
         self.core: Core | None = None
-        #: Called when a transaction of Python begins: wakes who watches for those that an exception has left.
+        #: Called when a Python transaction begins: wakes the thread that looks for abandoned transactions.
         self.wake_watcher: Callable[[], object] | None = None
 
     def __call__(self, timeout_s: float | None = None) -> Transaction:
-        """Return the transaction to be entered by `with`.
+        """Return the transaction to enter by `with`.
 
-        timeout_s: gives up the lock after so long, if that is less than `timeout_seconds`.
+        timeout_s: how long to wait for the lock, if that is less than `timeout_seconds`.
         """
         if timeout_s is None or timeout_s >= self.timeout_seconds:
             return self._transaction
@@ -179,19 +178,19 @@ class TransactionLock:
 
     @property
     def changes(self) -> int:
-        """A number that is another one after each transaction, of whatever process; without the lock."""
+        """A number that differs after each transaction of any process; without the lock."""
         return int(self.words[Header.CHANGE])
 
     def set_timeout(self, timeout_seconds: float) -> None:
-        """Let transactions that name no time-out of their own give up the lock after so long."""
+        """Set how long transactions without a time-out of their own wait for the lock."""
         self.timeout_seconds = self._transaction._timeout_s = timeout_seconds
 
     @contextlib.contextmanager
     def patient_here(self) -> Iterator[None]:
-        """Let the calling thread wait for the lock for longer than `timeout_seconds`, where it names no time-out.
+        """Let the calling thread wait for the lock for longer than `timeout_seconds`, unless it gives a time-out.
 
-        For what has been decided or done already, as an unload, or a load that has succeeded: giving up on a crowded
-        host would only leave the work to a process that begins it again.
+        For what has been decided or done already, such as an unload, or a load that has succeeded: if this process gave
+        up on a crowded host, another one would only have to begin the work again.
         """
         ident = threading.get_ident()
         self._patient.add(ident)
@@ -202,9 +201,9 @@ class TransactionLock:
 
     @contextlib.contextmanager
     def give_up_at(self, deadline: float) -> Iterator[None]:
-        """Let no transaction wait for the lock beyond `deadline` (`time.monotonic()`), however many there are.
+        """Let no transaction in this block wait for the lock beyond `deadline` (`time.monotonic()`).
 
-        For who has to answer in time, as long as no other thread has this lock.
+        For a caller that has to answer in time, while no other thread knows this lock.
         """
         self._deadline = deadline
         try:
@@ -213,7 +212,7 @@ class TransactionLock:
             self._deadline = math.inf
 
     def _timeout_here(self, began: float, timeout_s: float) -> float:
-        """Return for how long the calling thread waits that was to wait for `timeout_s` from `began` on."""
+        """Return how long the calling thread really waits, if it asked for `timeout_s` from `began` on."""
         if timeout_s == self.timeout_seconds and threading.get_ident() in self._patient:
             timeout_s = max(timeout_s, PATIENT_S)
         return min(timeout_s, max(0.0, self._deadline - began))
@@ -223,18 +222,18 @@ class TransactionLock:
         return bool(self._mutex._is_owned())
 
     def is_busy_here(self) -> bool:
-        """Tell whether the calling thread is in the middle of a transaction, and not one that an exception has left."""
+        """Tell whether the calling thread is inside a transaction that no exception has left."""
         return self.held_by_this_thread() and self._is_at_work(sys._getframe())
 
     def acquire(self, timeout_s: float, frame: FrameType) -> None:
-        """Take mutex and file lock; undo what a dead process, or an exception, left.
+        """Take mutex and file lock; undo the transaction that a dead process, or an exception, left.
 
-        frame: it runs the `with` of the transaction. Raises LockTimeoutError, ClosedError, ReentrantCallError when this
-        thread is inside a transaction.
+        frame: the one that runs the transaction's `with`. Raises LockTimeoutError, ClosedError, ReentrantCallError if
+        this thread is inside a transaction.
         """
         began: float | None = None
         mutex = self._mutex
-        # acquire() without a time-out is the fast case, and by far the most common.
+        # acquire() without a time-out is fast, and almost always succeeds.
         if mutex._is_owned() or not mutex.acquire(blocking=False):
             began = time.monotonic()
             self._wait_for_mutex(began, timeout_s, frame)
@@ -243,11 +242,11 @@ class TransactionLock:
             self._takes += 1
             if self._file.fd < 0:
                 raise ClosedError(f"this process has left the namespace of {self.segment.path}")
-            # The thread that is woken takes it back.
+            # The thread that it wakes resets it to None.
             wake_watcher = self.wake_watcher
             if wake_watcher is not None:
                 wake_watcher()
-            # Who starves waits for this very process if that has the file locked: it must not stand back.
+            # If this process still has the file locked, the starving one waits for it: it must not stand back.
             stands_back = self.segment.words[Header.STARVING] and not self._may_be_locked
             if stands_back or not self._file.take_quickly():
                 self._crowded_turns = CROWDED_TURNS
@@ -263,14 +262,14 @@ class TransactionLock:
             raise
 
     def release(self) -> None:
-        """Let go of file lock and mutex."""
+        """Release file lock and mutex."""
         turn_is_over, file_is_locked = False, True
         try:
             if self._file.fd >= 0:
                 words = self.segment.words
                 self._file.give_up_quickly()
                 file_is_locked = False
-                # Read after that: who goes to sleep sets it, and then tries once more.
+                # Read after the unlock: a process that goes to sleep sets the word, then tries once more.
                 if words[Header.STARVING]:
                     wake_one(self.segment.address + 8 * Header.STARVING)
                 elif words[Header.CONTENDED]:
@@ -284,7 +283,7 @@ class TransactionLock:
                         turn_is_over = True
         finally:
             if file_is_locked and self._file.fd >= 0:
-                # An exception has come first. Nobody would look for the lock of a file whose mutex is free.
+                # An exception came first. Once the mutex is free, no thread would look for a locked file.
                 self._file.give_up_quickly()
             self._frame = None
             self._mutex.release()
@@ -294,9 +293,9 @@ class TransactionLock:
     def end_abandoned(self) -> bool:
         """End a transaction that an exception has left in another thread; return whether there was one.
 
-        The next one of this process undoes it, and gives up the file lock, which this process has until then.
+        The next transaction of this process undoes it, and releases the file lock, which this process holds until then.
 
-        That takes two calls: only if both find the same is it certain that it was no other transaction of the thread.
+        That takes two calls: only if both find the same, the first one did not see two transactions of the thread.
         """
         with self._healing:
             found = self._abandoned()
@@ -306,15 +305,15 @@ class TransactionLock:
             self._suspected = None
             self._frame = None
             self._may_be_locked = True
-            # The old one can be given up by its owner alone, which does not know of it any more.
+            # Only its owner can release the old one, and that thread no longer knows of it.
             self._mutex = new_rlock()
             return True
 
     def finish_calls(self) -> None:
-        """Make the calls after transactions that an exception has kept from being made, if any since the last call.
+        """Make the calls after transactions that an exception prevented, and that were missing at the last look, too.
 
-        The exception may have come before the commit, so that the transaction was undone: such calls are wake-ups, log
-        lines, and what looks for itself.
+        The exception may have come before the commit, so that the transaction was undone. That is harmless: such calls
+        are wake-ups, log lines, and calls that look for themselves.
         """
         if self._calls or self._calls_seen:
             left = dict(self._calls)
@@ -324,11 +323,11 @@ class TransactionLock:
 
     @property
     def may_be_abandoned(self) -> bool:
-        """Tell whether a transaction is open, or calls after one are to be made: the next look has something to do."""
+        """Tell whether a transaction is open, or calls after one are due, so that the next look has something to do."""
         return self._frame is not None or bool(self._calls) or _OWNER.match(repr(self._mutex)) is not None
 
     def _abandoned(self) -> tuple[int, ...] | None:
-        """Return what tells the transaction of another thread from others if no frame of that thread is at it."""
+        """Return the identity of another thread's transaction (see `_seen`) if no frame of that thread runs it."""
         seen = self._seen()
         if seen is None or seen[0] == threading.get_ident():
             return None
@@ -338,10 +337,10 @@ class TransactionLock:
         return seen
 
     def _seen(self) -> tuple[int, ...] | None:
-        """Return whose the mutex is, and which time it has been taken; None if it is free, or given up.
+        """Return the mutex's owner and how often it has been taken; None if it is free, or the lock is closed.
 
-        Nothing of that is in the segment: an exception may have left the mutex alone, without the file locked, and
-        then other processes go on there.
+        The segment cannot tell that: an exception may have left only the mutex taken, and not the file locked, so that
+        other processes continue there.
         """
         owner = _OWNER.match(repr(self._mutex))
         if owner is None or self._file.fd < 0:
@@ -349,7 +348,7 @@ class TransactionLock:
         return int(owner[1]), self._takes
 
     def _is_at_work(self, frame: FrameType | None) -> bool:
-        """Tell whether a thread, at `frame`, is inside the transaction that is open, or at its beginning or end."""
+        """Tell whether a thread, now in `frame`, is inside the open transaction, or enters or leaves one."""
         open_in = self._frame
         while frame is not None:
             if frame is open_in or frame.f_code in _AT_WORK:
@@ -358,15 +357,18 @@ class TransactionLock:
         return False
 
     def _take_over(self, frame: FrameType) -> bool:
-        """Take over what this thread has left; return False if others have ended it. Raises ReentrantCallError."""
+        """Take over the transaction that this thread has left; return False if another thread has ended it.
+
+        Raises ReentrantCallError.
+        """
         with self._healing:
             if not self._mutex._is_owned():
                 return False
             if self._is_at_work(frame):
                 raise ReentrantCallError(
                     f"a finalizer or signal handler asked for the lock {self.segment.path} in the middle of a "
-                    "transaction of its own thread; only what gives something back may be called there "
-                    "(release_model, unpin, Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
+                    "transaction of its own thread; it may only call what gives something back (release_model, unpin, "
+                    "Lease.release, shutdown): let it set a flag, or leave the rest to a thread"
                 )
             self._suspected = None
             self._may_be_locked = True
@@ -379,7 +381,7 @@ class TransactionLock:
             if self._mutex._is_owned() and self._take_over(frame):
                 return
             left = began + timeout_s - time.monotonic()
-            # Read anew each time, as it may have been replaced.
+            # Read again each time, because it may have been replaced.
             if self._mutex.acquire(timeout=min(max(0.0, left), ABANDONED_LOOK_S)):
                 return
             if left <= 0:
@@ -391,7 +393,7 @@ class TransactionLock:
     def close(self) -> None:
         """Close the descriptor; later transactions raise ClosedError. Not inside a transaction."""
         if not self._mutex._is_owned():
-            # Another thread's may have been left by an exception.
+            # An exception may have left a transaction of another thread.
             while not self._mutex.acquire(timeout=ABANDONED_LOOK_S):
                 self.end_abandoned()
             self._mutex.release()
@@ -400,7 +402,7 @@ class TransactionLock:
             self._file.close()
 
     def forget_after_fork(self) -> None:
-        """In a forked child: give up the parent's descriptor, whoever held the mutex at the fork."""
+        """In a forked child: close the parent's descriptor, whichever thread held the mutex at the fork."""
         self._give_core_up()
         self._file.forget_after_fork()
         self._pid = os.getpid()
@@ -411,7 +413,7 @@ class TransactionLock:
         self.wake_watcher = None
 
     def intercept_stores(self, wrap: Callable[[Any], Any]) -> None:
-        """Send every store through `wrap(words)`; for crash tests, which kill the process at the n-th."""
+        """Send every store through `wrap(words)`; for crash tests, which kill the process at the n-th store."""
         self._give_core_up()
         self.words = wrap(self.segment.words)
         self._transaction = Transaction(self)
@@ -422,7 +424,7 @@ class TransactionLock:
             core.close()
 
     def _wait_for_file_lock(self, began: float, timeout_s: float) -> None:
-        """Take the file lock, `timeout_s` after `began` at the latest. Raises LockTimeoutError."""
+        """Take the file lock, at most `timeout_s` after `began`. Raises LockTimeoutError."""
         words = self.segment.words
         timeout_s = self._timeout_here(began, timeout_s)
         began_ns = int(began * 1e9)
@@ -433,14 +435,14 @@ class TransactionLock:
             now = time.monotonic()
             now_ns, left = int(now * 1e9), began + timeout_s - now
             lapses = words[Header.STARVING]
-            # A claim that reaches further than any was never written by a claimant.
+            # No claimant writes a claim that lasts longer than CLAIM_NS.
             claimed = now_ns < lapses <= now_ns + CLAIM_NS
             starves = now - began >= STARVES_AFTER_S and not (claimed and words[Header.STARVING_SINCE] < began_ns)
             if starves:
                 words[Header.STARVING_SINCE] = began_ns
                 words[Header.STARVING] = lapses = now_ns + CLAIM_NS
             else:
-                # Before the attempt: who lets go of the lock between that and the sleep changes it, so nobody sleeps.
+                # Before the attempt: a release between attempt and sleep changes the word, so this process stays awake.
                 words[Header.CONTENDED] = 1
                 if lapses and not claimed:
                     words[Header.STARVING] = 0
@@ -453,7 +455,7 @@ class TransactionLock:
             else:
                 self._sleep(Header.CONTENDED, 1, min(left, LONGEST_SLEEP_S))
         if starves:
-            # Whose turn is next says so again.
+            # The next process that starves writes its own claim.
             words[Header.STARVING] = 0
 
     def _sleep(self, word: int, seen: int, seconds: float) -> None:
@@ -471,7 +473,7 @@ class TransactionLock:
     def _recover(self) -> None:
         words = self.words
         if roll_back(words, self.segment.layout.undo):
-            # One whole store, so it needs no undo of its own.
+            # A single store, so it needs no undo log entry.
             words[Header.ROLLBACKS] = words[Header.ROLLBACKS] + 1
 
 
@@ -487,9 +489,9 @@ class Transaction:
         self._undo_base = self._undo.base
         self._undo_capacity = self._undo.capacity
         self._count = 0
-        # `time.monotonic_ns()` when the lock was taken: one moment for all that the transaction changes.
+        # `time.monotonic_ns()` when the lock was taken: one time for all changes of the transaction.
         self.now = 0
-        # Calls to make once the lock is free again: wake-ups, log lines. Dropped by a rollback.
+        # Calls to make once the lock is free again: wake-ups, log lines. A rollback drops them.
         self.after: list[Callable[[], object]] = []
 
     def __enter__(self) -> Transaction:
@@ -497,7 +499,7 @@ class Transaction:
         try:
             self._begin()
         except BaseException:
-            # `with` calls __exit__ only after __enter__ has returned. What was begun here the next holder ends.
+            # `with` calls __exit__ only after __enter__ has returned. The next holder undoes what began here.
             self._lock.release()
             raise
         return self
@@ -533,30 +535,30 @@ class Transaction:
                 words[Header.UNDO_COUNT] = 0
             words[Header.CHANGE] = words[Header.CHANGE] + 1
         except BaseException:
-            # An exception from a signal handler between the two stores: finish whichever way the log says.
+            # An exception from a signal handler between the two stores: commit or undo, as the log says.
             roll_back(words, self._undo)
             raise
 
     @property
     def is_long(self) -> bool:
-        """Tell whether it has overwritten so much that what is left to do belongs into another transaction."""
+        """Tell whether it has overwritten so much that the remaining work belongs in another transaction."""
         return self._count >= min(STEP_WORDS, self._undo_capacity // 4)
 
     def set(self, index: int, value: int) -> None:
-        """Store a word, its old value logged. Raises ValueError outside 0 … 2**64-1, TableFullError (undo)."""
+        """Store a word after logging its old value. Raises ValueError outside 0 … 2**64-1, TableFullError (undo)."""
         self.set_all(((index, value),))
 
     def set_all(self, changes: Sequence[tuple[int, int]]) -> None:
         """Store several (word, value) pairs, no word twice; see `set`.
 
-        One step of the log for all of them: 0.25 us a word where single calls of `set` take 0.6 us.
+        One step of the log covers all of them: 0.25 us a word, where single calls of `set` take 0.6 us.
         """
         words = self.words
         count = self._count
         after = count + len(changes)
         if after > self._undo_capacity:
             raise TableFullError(
-                f"the undo log has room for {self._undo_capacity} words and the transaction needs more; "
+                f"the undo log has room for {self._undo_capacity} words, and the transaction needs more; "
                 "create the namespace with a larger Capacities.undo",
                 table="undo",
                 capacity=self._undo_capacity,
@@ -573,13 +575,13 @@ class Transaction:
             words[index] = value
 
     def add(self, index: int, amount: int) -> None:
-        """Add to a word. Raises ValueError when that would make it negative."""
+        """Add to a word. Raises ValueError if that would make it negative."""
         self.set(index, self.words[index] + amount)
 
     def count_up(self, index: int) -> None:
-        """Add 1 to a word for good: a rollback leaves it, so that the word never has one value twice.
+        """Add 1 to a word for good: a rollback leaves it, so that the word never has the same value twice.
 
-        For words that others compare without the lock with what they saw last.
+        For words that other processes, without the lock, compare with the value that they saw last.
         """
         self.words[index] = self.words[index] + 1
 
@@ -592,7 +594,7 @@ class Transaction:
         self.set_float(index, self._lock.segment.floats[index] + amount)
 
     def set_text(self, index: int, text: bytes) -> None:
-        """Store a text field; the caller has checked its length against the field's."""
+        """Store a text field; the caller has checked that it fits."""
         self.set(index, len(text))
         for offset in range(0, len(text), 8):
             index += 1
@@ -607,7 +609,7 @@ class Transaction:
         value: float = 0.0,
         cause: Cause | None = None,
     ) -> None:
-        """Append to the event ring; `model` and `instance` are references, `ticket` is a number plus one."""
+        """Append to the event ring; `model` and `instance` are references, `ticket` is the ticket's number plus one."""
         self.set_all((self.next_event(kind, model, instance, ticket, value, cause),))
 
     def next_event(
@@ -622,7 +624,7 @@ class Transaction:
     ) -> tuple[int, int]:
         """Write the next row of the event ring; return the change for `set_all` that makes it an event.
 
-        ahead: so many rows were written before in the same way; the last one's change makes events of them all.
+        ahead: how many rows were already written this way; the change of the last row makes all of them events.
         """
         words = self.words
         sequence: int = words[Header.EVENTS] + 1 + ahead
@@ -648,13 +650,13 @@ class Transaction:
 
 
 def _call_all(calls: Iterable[Callable[[], object]]) -> None:
-    """Make the calls that follow a transaction. Raises the first exception, but not before all of them were made."""
+    """Make the calls that follow a transaction. Raises the first exception after all calls were made."""
     failed: Exception | None = None
     for call in calls:
         try:
             call()
         except Exception as error:
-            # A program's own log handler, say. The wake-ups behind it are to be made nevertheless.
+            # For example a program's own log handler. The wake-ups after it must still be made.
             failed = failed or error
     if failed is not None:
         raise failed
