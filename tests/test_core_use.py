@@ -127,7 +127,7 @@ def test_without_the_extension_python_does_it(
     assert which() == "python"
     assert new_manager()._connected().namespace.lock.core is None
     monkeypatch.setenv(CORE_VARIABLE, "compiled")
-    with pytest.raises(InvalidArgumentError, match="the compiled core is not there"):
+    with pytest.raises(InvalidArgumentError, match="the compiled core is missing"):
         ModelManager(namespace="elsewhere", memory_source="booked")
     assert core_line().startswith("MPMM_CORE=compiled: ")
 

@@ -47,4 +47,4 @@ def test_a_host_whose_memory_is_unknown_suspends_nothing(
     joined = Namespace.join(namespace)
     assert joined.segment.floats[Header.HOST_SHARE_MB] == 0.0
     joined.leave()
-    assert "nothing is suspended, because the memory of the host is unknown: no such file" in caplog.text
+    assert "nothing is suspended, because the host's memory is unknown: no such file" in caplog.text

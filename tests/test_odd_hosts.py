@@ -582,7 +582,7 @@ def test_a_program_that_closes_what_it_has_not_opened_is_told_so(runtime_root: P
     said = run_program(program)
     prune(runtime_root)
     assert said.startswith("RuntimeDirectoryError: this process has lost the lock on /")
-    assert "something in it has closed descriptors that are not its own" in said
+    assert "some code in it has closed descriptors that it does not own" in said
 
 
 @pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])

@@ -1,21 +1,21 @@
-"""The compiled core of the warm path, where there is one: `_core.c` makes the commonest transactions.
+"""The compiled core of the warm path, where there is one: `_core.c` makes the most frequent transactions.
 
-It takes an idle copy, and gives one back: so that it is idle, or kept in this process's tenure, or handed to the first
-waiter. It queues where a newcomer is known to wait for a copy that others have, sleeps until there is an answer, and
-takes what that gives. In every case that is out of the ordinary it says so, with nothing changed. Python is the
-definition, and does what the core does not: without a compiler all of it. `MPMM_CORE=python` has Python do everything,
-too; `MPMM_CORE=compiled` refuses to do without.
+It takes an idle copy, and gives one back, which then is idle, or kept in this process's tenure, or handed to the first
+waiter. It queues a newcomer that certainly has to wait for a copy in use, sleeps until there is an answer, and takes
+the copy that the answer grants. In every unusual case it says so, and changes nothing. Python is the definition, and
+does what the core does not; without a compiler, everything. `MPMM_CORE=python` makes Python do everything, too;
+`MPMM_CORE=compiled` refuses to run without the core.
 
-The core knows no word's place by itself. It names the words that it needs (`OFFSETS`), and they are looked up in
-`layout.py` here. A field of a model's or an instance's row that is not named in `_FAMILIAR`, because it was added
-later, has to be 0 for the core to act: the one who adds it may change what these transactions have to do.
+The core does not know where any word lies. It names the words that it needs (`OFFSETS`), and this module looks them up
+in `layout.py`. A field of a model or instance row that `_FAMILIAR` does not name, because it was added later, must be 0
+for the core to act: the new field may change what these transactions have to do.
 
 **The spin lock.** Processes that run at the same time, on a processor each, must not all try for the file lock: the
-kernel guards that by a lock of its own, and on 16 processors the holder, who wanted to let go, stood in line behind
-those who tried in vain, for 4 us instead of 0.4. So a process of the core looks at a word of shared memory,
-`Header.SPIN_LOCK`, until it has that, and only then tries for the file lock. The word holds the time when it was taken,
-and lapses, because its owner may be stopped or dead. It guards nothing: the file lock alone decides who is in, and
-Python, whose transactions are few beside a core's, goes without.
+kernel guards it by a lock of its own, and on 16 processors the holder, to release it, queued behind the processes that
+tried in vain, for 4 us instead of 0.4. So a process of the core first spins until it has a word of shared memory,
+`Header.SPIN_LOCK`, and only then tries for the file lock. The word holds the time when it was taken, and lapses,
+because its owner may be stopped or dead. It guards nothing: the file lock alone decides which process has the lock, and
+Python, which makes few transactions compared to a core, does without the spin lock.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ __all__ = [
 CORE_VARIABLE = "MPMM_CORE"
 _CHOICES = ("python", "compiled")
 
-# What `Core.release` is told to do with a copy for which others wait: hand it to the first of them, or leave it idle
-# for this process, which has called the first of them up, or is to.
+# What `Core.release` does with a copy for which others wait: hand it to the first waiter; or leave it idle for this
+# process, which has already called up the first waiter (KEEP), or does so now (KEEP_AND_CALL_UP).
 TO_NEXT, KEEP, KEEP_AND_CALL_UP = range(3)
-# What has become of it; 0 if Python decides, 1 if it is idle because nobody waits.
+# What it returns; also 0 if Python has to decide, 1 if the copy is idle because it has no waiter.
 KEPT, HANDED_OVER = 2, 3
 
-# What a copy's reuse leaves as it is, or changes as the core does.
+# Fields that a copy's reuse leaves alone, or changes as the core does.
 _FAMILIAR: dict[type[Model | Instance], tuple[str, ...]] = {
     Model: (
         *("STATE", "GENERATION", "ESTIMATE_MB", "KNOWN", "LOADED", "ACTIVE", "IDLE", "LOADING", "UNLOADING", "WAITING"),
@@ -77,25 +77,25 @@ _FAMILIAR: dict[type[Model | Instance], tuple[str, ...]] = {
         *("WAY", "DEVICE_MB", "HOST_MB"),
     ),
 }
-# A process spins for so long before it sleeps, for each processor besides its own: so many others may be before it. On
-# the 16 processors of an H200's host, 16 processes with a copy each made 73 000 to 85 000 pairs a second without the
-# spin lock, 272 000 if they spun for 20 us, 278 000 for 100, and 300 000 for 400.
+# How long a process spins before it sleeps, for each processor but its own, because one process on each may be ahead of
+# it. On the 16 processors of an H200's host, 16 processes with a copy each made 73 000 to 85 000 pairs a second without
+# the spin lock, 272 000 if they spun for 20 us, 278 000 for 100, and 300 000 for 400.
 _SPIN_NS, _LONGEST_SPIN_NS = 10_000, 160_000
-# Words that are not looked up by their names in `layout.py`: where each setting lies, and what a request without
-# urgency adds to the time when it came.
+# Numbers that have no name in `layout.py`: where each setting lies, and what the rank of a request of usual urgency
+# adds to the time when it came.
 _SETTINGS = SimpleNamespace(**{field.name: Header.SETTINGS + row for row, field in enumerate(fields(Settings))})
 _DERIVED = SimpleNamespace(USUAL_RANK_NS=rank_ns(0, 0))
-# From these fields on, to the end of the row.
+# The first of the fields at the end of the row that `_strange` ignores.
 _TEXTS: dict[type[Model | Instance], int] = {Model: Model.TAG, Instance: Instance.SHARES}
 
 
 def which() -> str:
-    """Return `compiled` or `python`, whichever makes the transactions of the warm path. Raises InvalidArgumentError."""
+    """Return what makes the warm path's transactions: `compiled` or `python`. Raises InvalidArgumentError."""
     return "python" if _core_class() is None else "compiled"
 
 
 def is_compiled() -> bool:
-    """Tell whether `which` returns `compiled`, for who chooses a figure by it; False where that raises."""
+    """Tell whether `which` returns `compiled`, for callers that choose a figure by it; False if it raises."""
     try:
         return which() == "compiled"
     except InvalidArgumentError:
@@ -103,10 +103,11 @@ def is_compiled() -> bool:
 
 
 def make_core(segment: Segment, pid: int, smoothing: float, turn: int, crowded_turns: int) -> Core | None:
-    """Return the core for a segment and the process that uses it; None if Python is to do it all.
+    """Return the core for a segment and the process that uses it; None if Python does everything.
 
-    smoothing: weight of the newest hold in the mean. turn: transactions after which a process that meets others at
-    the lock offers its processor. crowded_turns: for so many of these it expects others. Raises InvalidArgumentError.
+    smoothing: weight of the newest hold in the mean. turn: after how many transactions a process that meets others at
+    the lock yields its processor. crowded_turns: for how many turns it then expects others. Raises
+    InvalidArgumentError.
     """
     core = _core_class()
     if core is None:
@@ -119,7 +120,7 @@ def make_core(segment: Segment, pid: int, smoothing: float, turn: int, crowded_t
 
 
 def _spin_ns() -> int:
-    """Return for how long a process spins: not at all if it has the only processor, for then nobody else runs."""
+    """Return how long a process spins: 0 if it has only one processor, because then no other process runs."""
     return min((len(os.sched_getaffinity(0)) - 1) * _SPIN_NS, _LONGEST_SPIN_NS)
 
 
@@ -134,8 +135,8 @@ def _core_class() -> type[Core] | None:
     except ImportError as error:
         if choice == "compiled":
             raise InvalidArgumentError(
-                f"{CORE_VARIABLE}=compiled: the compiled core is not there ({error}); install mpmm with a C compiler "
-                "and Python's headers at hand, or leave the variable out"
+                f"{CORE_VARIABLE}=compiled: the compiled core is missing ({error}); install mpmm where there are a C "
+                "compiler and Python's headers, or unset the variable"
             ) from error
         return None
     return Core
@@ -157,6 +158,6 @@ def _offsets(capacities: Capacities) -> tuple[int, ...]:
 
 @functools.cache
 def _strange(row: type[Model | Instance]) -> tuple[int, ...]:
-    """Return the fields of a row that nothing is known of here."""
+    """Return the fields of a row that `_FAMILIAR` does not name."""
     known = {getattr(row, name) for name in _FAMILIAR[row]}
     return tuple(word for word in range(_TEXTS[row]) if word not in known)

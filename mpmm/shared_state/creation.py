@@ -1,6 +1,6 @@
-"""The segment that a process joins: the one that is there, or a new one. Used by `Namespace.join` alone.
+"""Opens the segment that a process joins, or makes a new one. Only `Namespace.join` uses this.
 
-All of it happens with the lifecycle lock held.
+The caller holds the lifecycle lock.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _LOG = printable_logger("mpmm")
 
 
 class StartAgain(Exception):
-    """What was to be joined is being removed."""
+    """The namespace to join is being removed."""
 
 
 class NoNamespaceError(FileNotFoundError):
-    """There is none, and none was to be made."""
+    """There is no namespace, and none may be made."""
 
 
 def read_settings(segment: Segment) -> Settings:
@@ -53,7 +53,7 @@ def read_settings(segment: Segment) -> Settings:
 def open_or_replace(
     runtime: RuntimeDirectory, deserted: bool, must_exist: bool
 ) -> tuple[Segment | None, tuple[ModelInfo, ...]]:
-    """Return the namespace's segment, None if one is to be made, and models whose estimates are worth keeping."""
+    """Return the namespace's segment, None if one has to be made; and the models whose estimates are kept."""
     estimates: tuple[ModelInfo, ...] = ()
     name = segment_name(runtime.root, runtime.name)
     try:
@@ -73,7 +73,7 @@ def open_or_replace(
         unlink_segment(name)
         segment = None
     if segment is not None and segment.is_closed and not deserted:
-        # Who has closed it is about to remove it.
+        # The process that has closed it is about to remove it.
         segment.close()
         raise StartAgain
     if (
@@ -81,8 +81,8 @@ def open_or_replace(
         and deserted
         and (segment.is_closed or close_segment(segment, runtime, (Member.WORKER, Member.SERVER, Member.GUEST)))
     ):
-        # All of its users crashed, and none of their model servers is left: nothing of it holds any more but what
-        # was learnt of the models. The parameters are the newcomer's.
+        # All users and their model servers are gone: only the estimates of their models are still valid. The
+        # newcomer chooses the parameters.
         with contextlib.suppress(SegmentCorruptError):
             models = decode(bytearray(segment.copy()), segment.layout, runtime.name, name, with_events=False).models
             estimates = tuple(model for model in models if model.kind == "model")
@@ -90,12 +90,12 @@ def open_or_replace(
         segment.close()
         segment = None
     if segment is None and not deserted:
-        # A new one in addition would be a second set of accounts.
+        # A new segment would be a second set of accounts.
         raise segment_lost(runtime.name, name)
     if segment is None and must_exist:
         raise NoNamespaceError(f"there is no namespace {runtime.name!r} in {runtime.root}")
     if segment is not None:
-        # Whoever has removed it, it is the same namespace.
+        # The token may have been removed; it still is the same namespace.
         write_once(runtime.file("token"), f"{segment.words[Header.TOKEN]:016x}")
     return segment, estimates
 
@@ -106,10 +106,10 @@ def create(runtime: RuntimeDirectory, capacities: Capacities, settings: Settings
     try:
         segment = Segment.create(segment_name(runtime.root, runtime.name), capacities, _token(runtime))
     except FileExistsError:
-        # By one who holds another `lifecycle.lock`.
+        # Made by a process that holds another `lifecycle.lock`.
         raise StartAgain from None
     words = segment.words
-    # Nobody takes the segment for one of ours before it is sealed, so these stores need no transaction.
+    # No process uses the segment before it is sealed, so these stores need no transaction.
     words[Header.CREATED_WALL] = time.time_ns()
     words[Header.PID_NAMESPACE] = pid_namespace()
     words[Header.ROOT_PLACE], words[Header.ROOT_MOUNTS] = place_of(runtime.root)
@@ -124,7 +124,7 @@ def create(runtime: RuntimeDirectory, capacities: Capacities, settings: Settings
 
 
 def _host_share_mb() -> float:
-    """Return the host memory that suspended copies may take unless somebody has chosen it: half of what is left."""
+    """Return the host memory that suspended copies may take by default: half of what is left."""
     # Imported here, because model servers join, too, and never create.
     from mpmm.sources.host_memory import host_memory_left_mb
 
@@ -132,7 +132,7 @@ def _host_share_mb() -> float:
         return host_memory_left_mb() / 2
     except (OSError, ValueError, psutil.Error) as error:
         _LOG.warning(
-            "mpmm: nothing is suspended, because the memory of the host is unknown: %s; suspend_budget_mb sets it",
+            "mpmm: nothing is suspended, because the host's memory is unknown: %s; set suspend_budget_mb",
             error,
         )
         return 0.0
@@ -145,7 +145,7 @@ def _store_text(words: Any, at: int, text: bytes) -> None:
 
 
 def _token_if_any(runtime: RuntimeDirectory) -> int | None:
-    """Return the word that ties directory and segment together, None if there is none or it cannot be read."""
+    """Return the word that ties directory and segment together, None if it is missing or invalid."""
     try:
         return int(runtime.file("token").read_text(encoding="ascii"), 16)
     except (FileNotFoundError, ValueError):
@@ -160,7 +160,7 @@ def _token(runtime: RuntimeDirectory) -> int:
         if token is not None:
             return token
         if not write_once(path, f"{secrets.randbits(64):016x}"):
-            # There is one by now, or what is there is none.
+            # Another process has made one by now, or the file holds no token: then remove it.
             with contextlib.suppress(FileNotFoundError):
                 if _token_if_any(runtime) is None:
                     os.unlink(path)

@@ -14,7 +14,7 @@ __all__ = ["check_invariants"]
 
 
 def check_invariants(snapshot: Snapshot) -> list[str]:
-    """Return what is wrong with a state, one line each that begins with the invariant's name; empty if all is well."""
+    """Return the broken invariants of a state, a line for each that begins with its name; empty if all hold."""
     checks = (_header, _members, _models, _instances, _tickets, _pins, _devices)
     return [line for check in checks for line in check(snapshot)]
 
@@ -86,7 +86,7 @@ def _models(snapshot: Snapshot) -> Iterator[str]:
         )
         seats = sum(copy.seat_of is not None for copy in instances[model.row])
         too_many = model.loaded - seats + model.loading - going > snapshot.settings.max_model_copies
-        # Once they were changed, some may have stayed that were pinned then.
+        # After a change of the settings, copies that were pinned at that time may have stayed.
         if too_many and snapshot.settings_changed_ago_s is None:
             yield f"M6 {model.tag}: {model.loaded} loaded and {model.loading} loading are more than max_model_copies"
         if model.seats != seats or model.users > MOST_USERS:

@@ -1,4 +1,4 @@
-"""What crashed processes have left, of whatever kind: found and removed, for `mpmm prune`."""
+"""Finds and removes everything that crashed processes have left, for `mpmm prune`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Leftover", "prune"]
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that belongs to nobody: what it is, how much memory it takes, and how one knows."""
+    """Something that no process uses: what it is, how much memory it takes, and how that is known."""
 
     what: str
     size_mb: float
@@ -27,9 +27,9 @@ class Leftover:
 
 
 def prune(root: Path, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove segments without a root, and below `root` namespaces without a worker; return what that was.
+    """Remove segments without a root, and namespaces below `root` without a worker; return what was removed.
 
-    dry_run: only return it. Raises RuntimeDirectoryError where this user may not look.
+    dry_run: only return it. Raises RuntimeDirectoryError if this user may not read `root`.
     """
     with told_by_file(root):
         return _prune(root, dry_run)
@@ -38,7 +38,7 @@ def prune(root: Path, *, dry_run: bool = False) -> list[Leftover]:
 def _prune(root: Path, dry_run: bool) -> list[Leftover]:
     removed = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        # Where this user may not look, a pattern for paths finds nothing, and says nothing.
+        # Raises if this user may not read the folder, where `glob` would silently find nothing.
         os.scandir(root).close()
     for name in namespaces_below(root):
         size_mb = 0.0

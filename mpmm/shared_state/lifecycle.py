@@ -1,6 +1,7 @@
-"""The lifecycle lock: held exclusively while somebody creates, joins, leaves or removes a namespace.
+"""The lifecycle lock: a process holds it exclusively while it creates, joins, leaves or removes a namespace.
 
-Used by `namespace` and `removal`. Lock 1 in the order of `namespace`'s docstring: take none of the others before it.
+Used by `namespace`, `creation` and `removal`. It is lock 1 in `namespace`'s docstring: take none of the others before
+it.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ __all__ = ["LIFECYCLE_TIMEOUT_S", "REMOVAL_TIMEOUT_S", "Lifecycle", "close_segme
 
 # Joining and leaving take milliseconds, unless the last member is unloading everything on its way out.
 LIFECYCLE_TIMEOUT_S = 60.0
-# A process that cleans up after others does not wait for one that has been stopped in the middle of it.
+# A process that cleans up after others does not wait longer for one that was stopped in the middle of it.
 REMOVAL_TIMEOUT_S = 5.0
 
 
 class Lifecycle:
-    """`with Lifecycle(runtime) as current:` the lifecycle lock; `current` is False if the directory was replaced.
+    """`with Lifecycle(runtime) as current:` holds the lifecycle lock; `current` is False if the directory was replaced.
 
-    Raises FileNotFoundError when the directory vanished, LockTimeoutError.
+    Raises FileNotFoundError if the directory is gone, LockTimeoutError.
     """
 
     def __init__(self, runtime: RuntimeDirectory, timeout_s: float = LIFECYCLE_TIMEOUT_S) -> None:
@@ -48,20 +49,20 @@ class Lifecycle:
 
 
 def close_segment(segment: Segment, runtime: RuntimeDirectory, kinds: tuple[int, ...]) -> bool:
-    """Let nobody join a segment any more; return False, and let them, if a member of one of these kinds lives in it.
+    """Close a segment to newcomers; return False, and leave it open, if a member of one of these kinds lives in it.
 
     Raises LockTimeoutError.
     """
     tables = Tables(segment)
     try:
         with contextlib.closing(TransactionLock(segment, REMOVAL_TIMEOUT_S)) as lock, lock() as t:
-            # Under the lock: a newcomer takes its row in a transaction that looks at the mark, so it either has one by
+            # Under the lock: a newcomer takes its row in a transaction that checks the mark, so it either has a row by
             # now and is found alive, or will find the mark.
             if has_living_member(tables, runtime.path, kinds):
                 return False
             t.set(Header.CLOSED, Header.IS_CLOSED)
     except SegmentCorruptError:
-        # Nobody can take the lock any more, so nobody can join.
+        # No process can take the lock any more, so none can join.
         return True
     finally:
         tables.close()

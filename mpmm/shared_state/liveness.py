@@ -1,8 +1,8 @@
-"""Whether a member's process lives: by the lock that it holds for life, and by its pid where the lock file is gone.
+"""Tells whether a member's process lives: by the lock that it holds for life, or by its pid if the lock file is gone.
 
-The evidence is the lock. A file that somebody has removed is none, and neither is one that somebody has put in its
-place: the holder of the first may live on. Then the process that has the pid now decides, and if that cannot be told,
-the member counts as alive.
+The lock is the evidence. If the file was removed, or another one is in its place, its lock proves nothing, because the
+holder of the first file may live on. Then the process that now has the pid decides; if that is unknown, the member
+counts as alive.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ __all__ = [
     "pid_namespace",
 ]
 
-# A process is younger than its first tick says by so much at most.
+# A process starts at most this long after the tick in /proc/<pid>/stat.
 TICK_S = 0.05
 
 
 def member_lives(lock_path: str, inode: int, pid: int, attached_ns: int, pids_of: int) -> bool:
-    """Tell whether the member lives that attached at `attached_ns` (monotonic) and holds the lock on a file.
+    """Tell whether the member that attached at `attached_ns` (monotonic) lives.
 
-    inode: that of the lock file. pids_of: the pid namespace in which `pid` means something, see `pid_namespace`.
+    lock_path, inode: of the lock file that it holds. pids_of: the pid namespace in which `pid` is valid, see
+    `pid_namespace`.
     """
     locked = is_locked_as(lock_path, inode)
     if locked is not None:
@@ -44,7 +45,7 @@ def member_lives(lock_path: str, inode: int, pid: int, attached_ns: int, pids_of
 
 
 def member_of_row_lives(tables: Tables, slot: int, lock_path: str) -> bool:
-    """Tell whether the member in a used row lives, by the row and its lock file."""
+    """Tell whether the member in a used row lives."""
     words, at = tables.segment.words, tables.member(slot)
     return member_lives(
         lock_path,
@@ -60,11 +61,11 @@ def has_living_member(
     folder: Path | None,
     kinds: tuple[int, ...] = (Member.WORKER, Member.SERVER, Member.GUEST),
 ) -> bool:
-    """Tell whether a member of one of these kinds lives; folder: where the lock files are, None if they are gone."""
+    """Tell whether a member of one of these kinds lives; folder: with the lock files, None if they are gone."""
     words = tables.segment.words
     return any(
         words[tables.member(slot) + Member.STATE] in kinds
-        # What is not there is what a file in no folder is.
+        # Without a folder, a path that cannot exist.
         and member_of_row_lives(tables, slot, f"{folder}/m{slot}.lock" if folder else "/dev/null/m.lock")
         for slot in tables.used_members()
     )
@@ -72,8 +73,8 @@ def has_living_member(
 
 @cache
 def pid_namespace() -> int:
-    """Return a number for the set of processes that this one can tell by pid, 0 if there is no such number."""
-    # A forked child may be moved to a new one, but its children only.
+    """Return the inode of this process's pid namespace, 0 if unknown."""
+    # Cached, because a process never changes its own, only that of its children.
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -81,17 +82,16 @@ def pid_namespace() -> int:
 
 
 def is_member_here(tables: Tables, slot: int) -> bool:
-    """Tell whether the process that has a member's pid here is that member, and not one of another container.
+    """Tell whether the process that has a member's pid here is that member, and not a process of another container.
 
-    Where there are members in several containers, it is if it has the member's lock file open. False if that cannot be
-    told.
+    If members are in several containers, it is if it has the member's lock file open. False if that is unknown.
     """
     member = tables.members[slot]
     if pid_namespace() in (0, tables.header.pid_namespace):
         return True
     try:
         for entry in os.scandir(f"/proc/{member.pid}/fd"):
-            # Numbers of files are used once on each file system only.
+            # The name as well, because inode numbers are unique only within a file system.
             if os.readlink(entry.path).endswith(f"/m{slot}.lock") and os.stat(entry.path).st_ino == member.lock:
                 return True
     except OSError:
@@ -102,10 +102,11 @@ def is_member_here(tables: Tables, slot: int) -> bool:
 def lives_by_pid(pid: int, attached_ns: int) -> bool:
     """Tell whether the process that has the pid is the one that had it at `attached_ns` (monotonic).
 
-    A process that was there at that moment is that one, so only a younger one is another. Times since the machine's
-    start are compared, which no setting of the clock moves. True if it cannot be told.
+    A process that existed at that moment is the same one; only a younger one is another. Compares times since boot,
+    which do not change when the clock is set. True if unknown.
     """
-    # Imported here because it is needed only where a file is missing, and who looks at a namespace starts faster.
+    # Imported here, because it is needed only if a file is missing, and a process that looks at a namespace starts
+    # faster.
     import psutil
 
     try:
@@ -116,10 +117,10 @@ def lives_by_pid(pid: int, attached_ns: int) -> bool:
     except (psutil.NoSuchProcess, ProcessLookupError):
         return False
     except FileNotFoundError:
-        # It has ended just now; or there is no such file on this system.
+        # The process has just ended; or this system has no such file.
         return bool(psutil.pid_exists(pid))
     except (psutil.Error, OSError, ValueError, IndexError):
         return True
-    # The one clock goes on while the machine sleeps, the other does not.
+    # Ticks count while the machine sleeps, the monotonic clock does not.
     asleep_s = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
     return ticks / os.sysconf("SC_CLK_TCK") <= attached_ns / 1e9 + max(0.0, asleep_s) + TICK_S

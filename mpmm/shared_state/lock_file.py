@@ -1,18 +1,18 @@
 """One kernel file lock on one descriptor: the only way in which mpmm excludes or watches processes.
 
-`flock` locks belong to the open file description, so a descriptor that is opened by this process and
-closed in every child (`fork_hooks`, where it is registered in the act of opening it) makes the lock die with
-this process, however it dies. That is what the rest of the package builds on: a member is alive exactly as
-long as its lock is held. A child that `fork_hooks` knows nothing of, one of native code say, may have inherited
-the descriptor nevertheless; so a lock is given up by unlocking, which ends it for all who have it open.
+`flock` locks belong to the open file description. This process opens the descriptor, and every child closes it
+(`fork_hooks`, which registers it in the act of opening it), so the lock dies with this process, however it dies. The
+rest of the package builds on that: a member is alive exactly as long as its lock is held. A child that `fork_hooks`
+does not see, such as one that native code forks, may still inherit the descriptor; so a lock is released by unlocking,
+which ends it for every process that has it open.
 
-Exclusive attempts go through `filelock.lock_descriptor`; shared ones, which it does not offer, through
-`fcntl.flock` on the same file, with which it contends.
+Exclusive attempts use `filelock.lock_descriptor`; shared ones, which it does not offer, use `fcntl.flock` on the same
+file, so that the two exclude each other.
 
-The lock is that of the file, not that of its path. Whoever removes the file leaves the lock where it is, but the next
-one who opens the path gets another lock. So whoever relies on a lock checks `is_current`, and whoever holds one puts a
-removed file back (`put_back`): the kernel gives no second name to a file that has lost its last one, so the new file is
-made under a name that nobody knows, locked, and only then linked to its path. No one ever finds it unlocked.
+The lock belongs to the file, not to its path. If the file is removed, its lock stays, but the next process that opens
+the path gets another lock. So a process that relies on a lock checks `is_current`, and one that holds a lock puts a
+removed file back (`put_back`): the kernel gives no new name to a file that has lost its last one, so a new file is made
+under a random name, locked, and only then linked to its path. No process ever finds it unlocked.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from mpmm.shared_state.file_errors import told_by_file
 
 __all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "is_open_anywhere", "write_once"]
 
-# Locks that are waited for here are held for milliseconds, by those who join or leave. The first pause is below the
-# kernel's timer slack, the last one is such that a crowd of joiners leaves the processors to those who are at work.
+# Locks that are waited for here are held for milliseconds, by processes that join or leave. The first pause is below
+# the kernel's timer slack; the last one keeps a crowd of joiners from taking the processors from busy processes.
 FIRST_PAUSE_S = 0.000_02
 LONGEST_PAUSE_S = 0.01
 
 
-# What a file system without flock says: NFS and Lustre as they are mounted in some places, some FUSE file systems.
+# Errors of file systems without flock: NFS and Lustre with some mount options, some FUSE file systems.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -49,22 +49,22 @@ _OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 class LockFile:
     """A file opened for locking. Not thread-safe: the owner adds a mutex where threads share it.
 
-    Where the file system has no such locks, taking one raises RuntimeDirectoryError.
+    If the file system has no such locks, taking one raises RuntimeDirectoryError.
     """
 
-    # As long as nothing has been opened.
+    # Until a file was opened.
     fd = -1
     _pid = 0
 
-    # `put_back` has put it at its path, in this process.
+    # Whether this process has put the file at its path, by `put_back`.
     put_here = False
 
     def __init__(self, path: str | Path, *, create: bool = True, folder: bool = False) -> None:
-        """Open, and create if need be, `path` with mode 0600; symbolic links are refused (RuntimeDirectoryError).
+        """Open `path`, or create it with mode 0600; a symbolic link is refused (RuntimeDirectoryError).
 
         create: False raises FileNotFoundError instead. folder: `path` is a folder, which is not created.
         """
-        # Imported here because who only asks `is_locked` does without, and starts faster.
+        # Imported here, so that a process which only calls `is_locked` starts faster.
         from filelock import lock_descriptor, unlock_descriptor
 
         self._at = path
@@ -79,7 +79,7 @@ class LockFile:
             close_in_children(self)
 
     def __del__(self) -> None:
-        # An exception from a signal handler has kept its owner from closing it: the lock would be held for ever.
+        # If an exception from a signal handler kept the owner from closing it, the lock would be held for ever.
         if self.fd >= 0 and self._pid == os.getpid():
             self.close()
 
@@ -91,9 +91,9 @@ class LockFile:
             _raise_what_it_means(error, self._at)
 
     def take_quickly(self) -> bool:
-        """Do what `try_exclusive` does, but return False also where there is something to say against the lock.
+        """Do what `try_exclusive` does, but return False for errors, too.
 
-        The kernel call alone: with what filelock does around it a transaction takes a microsecond more.
+        Only the kernel call: filelock's work around it would cost a transaction another microsecond.
         """
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +102,7 @@ class LockFile:
         return True
 
     def give_up_quickly(self) -> None:
-        """Give up the lock that `take_quickly` or `try_exclusive` has taken."""
+        """Release the lock that `take_quickly` or `try_exclusive` has taken."""
         try:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
         except OSError as error:
@@ -127,7 +127,7 @@ class LockFile:
         self._wait(self.try_shared, timeout_seconds)
 
     def unlock(self) -> None:
-        """Give up the lock; the descriptor stays open."""
+        """Release the lock; the descriptor stays open."""
         try:
             self._unlock(self.fd)
         except OSError as error:
@@ -135,7 +135,7 @@ class LockFile:
 
     @property
     def path(self) -> Path:
-        """Where the file was opened, or made."""
+        """Where the file was opened or made."""
         return Path(self._at)
 
     @property
@@ -148,19 +148,19 @@ class LockFile:
         return found.st_dev, found.st_ino
 
     def is_current(self) -> bool:
-        """Tell whether the path still leads to the open file, and not to nothing or to a newer one."""
+        """Tell whether the path still leads to the open file, and not to another one or none."""
         return identity_of(self._at) == self.identity
 
     def is_replaced(self) -> bool:
-        """Tell whether the path leads to another file; False also where nothing is there."""
+        """Tell whether the path leads to another file; False if it leads to none."""
         return identity_of(self._at) not in (None, self.identity)
 
     def put_back(self, *, shared: bool = False, replace: bool = False) -> LockFile | None:
-        """Return a new file at the path, locked like this one, whose file was removed; this one stays as it is.
+        """Put a new, locked file at the path, from which this one's file was removed, and return it; keep this one.
 
-        The file is never to be seen unlocked. If there is a file at the path by now, which then is not `put_here`, that
-        one is locked and returned, or None if another process keeps us from it. shared: lock it so. replace: put the
-        new file into its place, which only the sole owner of the path may.
+        No process ever sees the new file unlocked. If there already is a file at the path, that file, which is not
+        `put_here`, is locked and returned; or None if another process has locked it. shared: take a shared lock.
+        replace: replace a file that is there, which only the sole owner of the path may do.
         Raises OSError, RuntimeDirectoryError.
         """
         draft = self.path.with_name(f".{self.path.name}.{os.urandom(8).hex()}")
@@ -191,26 +191,26 @@ class LockFile:
         return made
 
     def become(self, other: LockFile) -> None:
-        """Be what `other` is from now on, which is closed, and give up what this one was."""
+        """Take over the descriptor of `other`, which counts as closed from now on, and close our own."""
         with fork_guard:
             old, self.fd, other.fd = self.fd, other.fd, -1
             os.close(old)
 
     def close(self) -> None:
-        """Give up the lock, whoever else has inherited it, and close the descriptor."""
+        """Release the lock, even if a child has inherited it, and close the descriptor."""
         if self.fd >= 0:
-            # Some file systems refuse what they never granted.
+            # A file system that grants no locks may refuse to release them.
             with contextlib.suppress(OSError):
                 self._unlock(self.fd)
             self.forget_after_fork()
 
     def forget_after_fork(self) -> None:
-        """Close the descriptor alone: in a child it is a second handle on the parent's lock, which stays."""
-        # Under the guard, because a child forked in between would close a number that is somebody else's by then.
+        """Only close the descriptor: in a child it is a second handle on the parent's lock, which stays."""
+        # Under the guard, because a child forked in between would close a number that another file has by then.
         with closing_guard():
             if self.fd >= 0:
                 fd, self.fd = self.fd, -1
-                # A program that closes what is not its own has done so already.
+                # A program that closes descriptors which it does not own may have closed it already.
                 with contextlib.suppress(OSError):
                     os.close(fd)
 
@@ -232,14 +232,14 @@ class LockFile:
 def is_locked(path: str | Path) -> bool:
     """Tell whether some process holds the exclusive lock on `path`; a missing file is not locked.
 
-    The question is asked with a shared lock, so that two askers do not take each other for the owner.
+    It tries a shared lock, so that two processes that ask do not take each other for the owner.
     """
     return bool(is_locked_as(path, None))
 
 
 def is_locked_as(path: str | Path, inode: int | None) -> bool | None:
-    """Tell whether the exclusive lock on `path` is held; None if no file of that inode (None: of any) is there."""
-    # All of it under the guard, because the lock that a fork in between would hand to the child looks like an owner's.
+    """Tell whether the exclusive lock on `path` is held; None if there is no file (of `inode`, if given)."""
+    # All of it under the guard: a child forked in between would inherit the lock, and look like its owner.
     with fork_guard:
         try:
             fd = _open_private(path, _OPEN)
@@ -260,12 +260,12 @@ def is_locked_as(path: str | Path, inode: int | None) -> bool | None:
 
 
 def is_open_anywhere(path: str | Path) -> bool:
-    """Tell whether any process has a file open or mapped, of whatever user and container; True if it cannot be told.
+    """Tell whether any process, of any user and container, has a file open or mapped; True if that is unknown.
 
-    A missing file is not. This is to be asked of files of this user, as a process does that removes what is left over.
+    False for a missing file. Meant for files of this user, when a process removes what is left over.
 
-    The kernel grants a lease for writing on a file that nobody else has open, see `fcntl(2)`, F_SETLEASE. Who opens it
-    in the microseconds until the lease is given back waits for so long.
+    The kernel grants a lease for writing on a file that no other process has open, see `fcntl(2)`, F_SETLEASE. A
+    process that opens it in the microseconds until the lease is given back waits for that.
     """
     with fork_guard:
         try:
@@ -275,12 +275,12 @@ def is_open_anywhere(path: str | Path) -> bool:
         except OSError:
             return True
         try:
-            # Of who waits this process is told by a signal: by SIGIO, which ends it, unless another one is chosen.
+            # The kernel signals this process when another one waits: by default with SIGIO, which would end it.
             fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         except OSError:
-            # EAGAIN: somebody has. Another one: this kernel, or a sandbox that stands for one, knows no leases.
+            # EAGAIN: another process has it open. Any other error: this kernel, or sandbox, has no leases.
             return True
         finally:
             os.close(fd)
@@ -288,7 +288,7 @@ def is_open_anywhere(path: str | Path) -> bool:
 
 
 def identity_of(path: str | Path) -> tuple[int, int] | None:
-    """Return device and inode of what is at a path, None if nothing is; a symbolic link is not followed."""
+    """Return device and inode of the file at a path, None if there is none; a symbolic link is not followed."""
     try:
         found = os.stat(path, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
@@ -297,7 +297,7 @@ def identity_of(path: str | Path) -> tuple[int, int] | None:
 
 
 def write_once(path: Path, text: str) -> bool:
-    """Make a file with this text, which is all there at once; return False if there is a file already."""
+    """Make a file that has this text from the start; return False if there already is one."""
     if os.path.lexists(path):
         return False
     draft = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
@@ -316,22 +316,22 @@ def write_once(path: Path, text: str) -> bool:
 
 
 def _link(draft: Path, path: Path) -> None:
-    """Give a file its name. Raises FileExistsError if there is another one."""
+    """Give a file its name. Raises FileExistsError if another file has that."""
     try:
         os.link(draft, path)
     except FileExistsError:
         raise
     except OSError:
-        # A file system without links. That another process does the same this moment has to be borne there.
+        # A file system without links. There a process that does the same at this moment may overwrite the file.
         if os.path.lexists(path):
             raise FileExistsError(path) from None
         os.rename(draft, path)
 
 
 def _open_private(path: str | Path, flags: int) -> int:
-    """Open a file of mode 0600, whatever the umask leaves of that when it is made.
+    """Open a file of mode 0600, regardless of the umask if it is made.
 
-    Raises OSError; RuntimeDirectoryError where that says more, see `file_errors`.
+    Raises OSError; RuntimeDirectoryError if that says more, see `file_errors`.
     """
     try:
         fd = os.open(path, flags, 0o600)
@@ -343,10 +343,10 @@ def _open_private(path: str | Path, flags: int) -> int:
 
 
 def _open_nevertheless(path: str | Path, flags: int, error: OSError) -> int:
-    """Open what the first attempt could not because of its mode; raise what the error means otherwise."""
+    """Open a file whose mode made the first attempt fail; otherwise raise the error, explained if possible."""
     with told_by_file(path):
         if isinstance(error, PermissionError):
-            # Made this instant by a process with a umask that denies even itself, or by one that died then.
+            # A process whose umask denies even itself is making it right now, or died meanwhile.
             found = os.stat(path, follow_symlinks=False)
             if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
                 os.chmod(path, 0o600)
@@ -358,9 +358,9 @@ def _raise_what_it_means(error: OSError, path: str | Path) -> NoReturn:
     """Raise RuntimeDirectoryError if the file system cannot lock or the file was closed, the error itself otherwise."""
     if error.errno == errno.EBADF:
         raise RuntimeDirectoryError(
-            f"this process has lost the lock on {path}: something in it has closed descriptors that are not its own, "
-            "as os.closerange and python-daemon do; make managers and shared objects after that, or in a child that is "
-            "forked then",
+            f"this process has lost the lock on {path}: some code in it has closed descriptors that it does not own, "
+            "as os.closerange and python-daemon do; make managers and shared objects after that, or in a child forked "
+            "after that",
             path=str(path),
         ) from error
     if error.errno not in _UNSUPPORTED:

@@ -1,6 +1,6 @@
-"""The files of one member in the runtime directory: held for life, watched, and put back where something removes them.
+"""The files of one member in the runtime directory: holds them for life, watches them, and puts back removed ones.
 
-Used by `Namespace` alone, whose docstring names the files and says who removes them.
+Only `Namespace` uses this; its docstring lists the files and says what removes them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mpmm.text.printable import printable_logger
 __all__ = ["MemberFiles"]
 
 _LOG = printable_logger("mpmm")
-# How often a member looks whether its files are where they were; twelve system calls.
+# How often a member checks that its files are in place, by twelve system calls.
 LOOK_S = 1.0
-# Cleaners remove what nobody has touched for days.
+# Cleaners remove files that have not been touched for days.
 TOUCH_S = 3600.0
 
 
 class MemberFiles:
-    """What one member holds of the runtime directory: root, folder, `alive.lock` and its own lock file.
+    """What one member holds in the runtime directory: root, folder, `alive.lock` and its own lock file.
 
     alive: None for a member that is no worker.
     """
@@ -53,52 +53,51 @@ class MemberFiles:
         self._slot = -1
         self._life: LockFile | None = None
         self._holds = _hold(runtime)
-        # Locks on files that somebody has removed. Model servers that watch those, or a program with a duplicate, still
-        # go by them.
+        # Locks on removed files. Model servers may still watch those, and a program may have a duplicate open.
         self._removed: list[LockFile] = []
         self._look_due = time.monotonic() + LOOK_S
         self._touch_due = time.monotonic() + TOUCH_S
-        # The segment's name has the root's identity in it, and the root is another one by now.
+        # The root was made anew, and the segment's name has the old root's identity in it.
         self._root_changed = False
         self._lost = False
         self._complained = False
         self._watched = True
 
     def take_life(self, slot: int, life: LockFile) -> None:
-        """Hold for life the lock file of the member's slot, which is taken already."""
+        """Keep for life the lock file of the member's slot, which the caller has locked."""
         self._life = life
         self._slot = slot
 
     @property
     def life_fd(self) -> int:
-        """The descriptor of the lock that says that this member lives. Raises ClosedError before it is taken."""
+        """The descriptor of this member's lock. Raises ClosedError before it is taken."""
         if self._life is None:
             raise ClosedError(f"this process has left the namespace {self._runtime.name!r}")
         return self._life.fd
 
     @property
     def folder_identity(self) -> tuple[int, int]:
-        """Which folder the member holds: another one at the same path is not to be removed for it."""
+        """Device and inode of the folder that the member holds: another one at its path must not be removed instead."""
         return self._holds[-1].identity
 
     def is_in_place(self) -> bool:
-        """Tell whether what was joined is still what the next one will find."""
+        """Tell whether a newcomer would find the same segment and files as this member."""
         held = [*self._holds] if self.alive is None else [*self._holds, self.alive]
         return self._segment.is_current() and all(lock.is_current() for lock in held)
 
     def give_up(self) -> None:
-        """Put nothing back from now on: the member leaves."""
+        """Put nothing back from now on, because the member leaves."""
         self._watched = False
 
     def close(self) -> None:
-        """Let go of everything, and so tell others that this member is gone."""
+        """Close all files, by which others see that this member is gone."""
         self._watched = False
         for file in (self._life, self.alive, *self._holds, *self._removed):
             if file is not None:
                 file.close()
 
     def forget_after_fork(self) -> None:
-        """In a forked child: close the parent's descriptors, and leave the parent its locks."""
+        """In a forked child: close the parent's descriptors without releasing its locks."""
         self._watched = False
         for file in (self._life, self.alive, *self._holds, *self._removed):
             if file is not None:
@@ -128,11 +127,11 @@ class MemberFiles:
 
     @property
     def _may_put_back(self) -> bool:
-        # Where the last worker has left, all is removed on purpose.
+        # Once the last worker has left, everything is removed on purpose.
         return self._watched and not self._segment.is_closed
 
     def put_back(self) -> None:
-        """Put back what is not where it was, and say so once."""
+        """Put back what is no longer in place, and log it; log a failure once."""
         if not self._may_put_back:
             return
         found: list[str] = []
@@ -147,7 +146,7 @@ class MemberFiles:
                 if alive is not None:
                     self._removed.append(self.alive)
                     self.alive = alive
-                    # Each member takes the new file; one of them has put it there.
+                    # Each worker locks the new file, but only the one that has put it there reports it.
                     found += ["alive.lock"] if alive.put_here else []
             self._put_life_back(found)
             self._complained = False
@@ -163,7 +162,7 @@ class MemberFiles:
     def _put_folder_back(self, found: list[str]) -> None:
         if all(hold.is_current() for hold in self._holds):
             for hold in self._holds:
-                # One who keeps the folder from us this moment would otherwise do so for ever.
+                # A cleaner may have held the folder at an earlier attempt, so that we never got the lock.
                 hold.try_shared()
             return
         if not self._runtime.path.is_dir():
@@ -175,8 +174,8 @@ class MemberFiles:
             hold.close()
 
     def _look_for_segment(self, found: list[str]) -> None:
-        """Find the segment under the name that belongs to a root that was made anew, or give it that name."""
-        # Kept from newcomers, who make a segment if they find none.
+        """Give the segment the name that belongs to the current root, unless another member has done so."""
+        # The lifecycle lock keeps newcomers out, which make a segment if they find none.
         with contextlib.closing(LockFile(self._runtime.file("lifecycle.lock"))) as lifecycle:
             if not lifecycle.try_exclusive():
                 return
@@ -189,7 +188,7 @@ class MemberFiles:
         if not self._lost:
             self._lost = True
             lost = segment_lost(self._runtime.name, old)
-            _LOG.error("mpmm: pid %d goes on, but no process can join it: %s", self._pid, lost)
+            _LOG.error("mpmm: pid %d continues, but no process can join it: %s", self._pid, lost)
 
     def _put_life_back(self, found: list[str]) -> None:
         if self._life is None:
@@ -201,7 +200,7 @@ class MemberFiles:
             self._removed.append(self._life)
             self._life = made
             found.append(made.path.name)
-        # Until the row says so, nobody goes by the new file.
+        # Other processes use the new file only once the row has its inode.
         word, inode = self._tables.member(self._slot) + Member.LOCK, self._life.identity[1]
         if self._segment.words[word] != inode:
             with self._lock(REMOVAL_TIMEOUT_S) as t:
@@ -221,7 +220,7 @@ class MemberFiles:
 
 
 def _hold(runtime: RuntimeDirectory) -> list[LockFile]:
-    """Hold root and folder, as far as no cleaner does this moment. Raises FileNotFoundError if one is gone."""
+    """Lock root and folder, unless a cleaner has locked them. Raises FileNotFoundError if one is gone."""
     holds = [LockFile(folder, folder=True) for folder in (runtime.root, runtime.path)]
     for hold in holds:
         hold.try_shared()
@@ -229,7 +228,7 @@ def _hold(runtime: RuntimeDirectory) -> list[LockFile]:
 
 
 def _touch(root: Path) -> None:
-    """Let the files of all namespaces, and of the model servers, look as if they were new."""
+    """Touch the files of all namespaces and model servers, so that they look new."""
     for folder, _, names in os.walk(root):
         for name in ("", *names):
             with contextlib.suppress(OSError):

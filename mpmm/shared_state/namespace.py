@@ -1,32 +1,31 @@
 """Attaching to a namespace, being a member of it, and leaving it.
 
-Files in the runtime directory, and the order in which their locks are taken:
+Files in the runtime directory, in the order in which their locks are taken:
 
-1. `lifecycle.lock`  exclusive while somebody creates, joins, leaves or removes the namespace;
-2. `alive.lock`      shared by every worker as long as it lives: free for an exclusive lock means that no
-                     worker is left. Model servers do not take it, they watch it; nor do managers in them;
+1. `lifecycle.lock`  exclusive while a process creates, joins, leaves or removes the namespace;
+2. `alive.lock`      shared by every worker for life: if an exclusive lock can be had, no worker is left. Model servers
+                     watch it, but neither they nor the managers in them take it;
 3. `m<slot>.lock`    exclusive, held for life by the member in that slot of the members table;
 4. the segment's own file in `/dev/shm`, around every transaction (`transaction.py`).
 
-`leader.lock` is taken with none of them held. `token` holds the random word that ties the directory to its
-segment. Locks 1 and 2 may be waited for; 3 is only tried. Root and folder are held shared, for life, by every member:
-systemd-tmpfiles leaves alone what it cannot lock.
+A process takes `leader.lock` while it holds none of them. `token` holds the random word that ties the directory to its
+segment. Processes may wait for locks 1 and 2; 3 is only tried. Every member holds shared locks on root and folder for
+life, because systemd-tmpfiles leaves alone what it cannot lock.
 
-The kernel drops all of them when a process dies. What it leaves in the tables is taken back by
-`reap_dead_members`.
+When a process dies, the kernel drops all its locks, and `reap_dead_members` takes back what it had in the tables.
 
-**What may be removed under us.** Cleaners go by age and by name, a logout removes shared memory, people delete folders.
-So no path is taken for what was opened there once:
+**Files may be removed under us.** Cleaners go by age and by name, a logout removes shared memory, people delete
+folders. So a path need not lead to the file that was opened there:
 
-- the segment is guarded by a lock on its own file: one segment cannot come under two locks;
-- who removes a namespace marks it `CLOSED` in a transaction in which no other living worker has a row, and who
-  joins looks at the mark in the transaction that gives it a row. So nobody joins what is being removed, even if the
-  two of them hold different `lifecycle.lock`s;
-- a newcomer that finds no segment looks for one of the same place under another name, which it has if somebody has made
-  the root anew, and comes to that one; and when it has joined, it looks whether everything is still where it was;
-- every member looks about once a second (`member_files`), puts back what is missing, and says so. What cannot be
-  put back is the name of the segment: the kernel gives none to a file that has lost its last one. Newcomers are refused
-  then (`SegmentLostError`), and the members work on.
+- the lock that guards a segment is on the segment's own file, so one segment cannot have two locks;
+- a process that removes a namespace marks it `CLOSED` in a transaction in which no other living worker has a row, and a
+  process that joins checks the mark in the transaction that gives it a row. So no process joins a namespace that is
+  being removed, even if the two hold different `lifecycle.lock`s;
+- a newcomer that finds no segment looks for one of the same place under another name, which it has if the root was made
+  anew, and joins that one; after joining, it checks that everything is still in place;
+- every member checks about once a second (`member_files`), puts back what is missing, and says so. Only the segment's
+  name cannot be put back: the kernel gives no new name to a file that has lost its last one. From then on newcomers are
+  refused (`SegmentLostError`), and the members continue.
 """
 
 from __future__ import annotations
@@ -81,9 +80,9 @@ __all__ = [
 ]
 
 _LOG = printable_logger("mpmm")
-# Before another attempt to join what was removed meanwhile.
+# The pause before another attempt to join, when the namespace was removed meanwhile.
 AGAIN_S = 0.005
-# A cleaner may come by while a file is opened, but hardly each time.
+# A cleaner may remove a folder while a file is opened in it, but hardly each time.
 PUT_BACK_TRIES = 5
 _attached: weakref.WeakSet[Namespace] = weakref.WeakSet()
 
@@ -91,7 +90,7 @@ _attached: weakref.WeakSet[Namespace] = weakref.WeakSet()
 class Namespace:
     """This process's membership of one namespace: the segment, its lock and a row in the members table.
 
-    Use `Namespace.join`. After a fork the child's copy is dead (`is_usable` is False) and the child joins anew.
+    Use `Namespace.join`. After a fork the child's copy is unusable (`is_usable` is False), and the child joins anew.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class Namespace:
         self.runtime = runtime
         self.segment = segment
         self._settings = settings
-        # When those were changed that were read last; 0 if they are to be read again should they ever have been.
+        # SETTINGS_CHANGED at the last read; 0 before the first re-read, so that any change so far causes one.
         self._settings_of = 0
         self.kind = kind
         self.pid = os.getpid()
@@ -119,13 +118,13 @@ class Namespace:
             self._folder = str(runtime.path)
             self._files = MemberFiles(runtime, segment, self.tables, self.lock, alive)
         except BaseException:
-            # Here, because whoever keeps the exception keeps this object.
+            # Closed here, because the exception may keep this object alive.
             self.lock.close()
             raise
         self._usable = True
         if made is not None:
             made.append(self)
-        # Last, because from here on this object refers to itself: what only the collector finds may stay for long.
+        # Last, because from here on this object is in a reference cycle, which the collector may find much later.
         self.transitions = Transitions(self.tables, self)
 
     @classmethod
@@ -145,21 +144,20 @@ class Namespace:
     ) -> Namespace:
         """Attach to the namespace, creating it if need be, and take a row in the members table.
 
-        A segment that nobody living uses is replaced, its estimates kept. One whose workers all crashed, but not their
-        model servers, is taken over: what the dead had is taken back.
+        A segment that no living process uses is replaced, its estimates kept. If all workers crashed but model servers
+        live, the segment is taken over, and what the dead members had is taken back.
 
-        made: the membership is added to it before it has anything, for a caller that is interrupted before it has it,
-            and who then has to `leave` it.
-        timeout_s: gives up after so long if others have the locks, for a caller who has to answer in time.
+        made: the membership is appended to it before it holds anything, so that a caller that is interrupted before
+            `join` returns can `leave` it.
+        timeout_s: how long to wait for locks that others hold, for a caller that has to answer in time.
 
-        Raises RuntimeDirectoryError, LayoutMismatchError, SegmentAllocationError, LockTimeoutError,
-        TableFullError (members), FileNotFoundError when `must_exist` and there is none, InvalidArgumentError for a
-        name that cannot be.
+        Raises RuntimeDirectoryError, LayoutMismatchError, SegmentAllocationError, LockTimeoutError, TableFullError
+        (members), FileNotFoundError if `must_exist` and there is none, InvalidArgumentError for an impossible name.
         """
         runtime = RuntimeDirectory(name, root)
         if name == REGISTRY_FOLDER or name.startswith(f"{REGISTRY_FOLDER}.gone."):
             raise InvalidArgumentError(f"namespace {name!r}: the folder of the model servers has this name")
-        # Before anything is made, because it raises where the environment says what cannot be.
+        # Before anything is made, because it raises if the environment asks for the impossible.
         which()
         _expect_processes_to_be_shown()
         began = time.monotonic()
@@ -181,7 +179,7 @@ class Namespace:
             except NoNamespaceError as error:
                 raise FileNotFoundError(str(error)) from None
             except FileNotFoundError as error:
-                # The last member removed the directory under our feet: begin again with a new one.
+                # The last member has removed the directory meanwhile: begin again with a new one.
                 missing = error
             except StartAgain:
                 time.sleep(AGAIN_S)
@@ -219,7 +217,7 @@ class Namespace:
                     raise
             chosen = read_settings(segment)
             if kind == Member.WORKER:
-                # From exclusive to shared is no atomic step, but the lifecycle lock keeps others away meanwhile.
+                # The step from exclusive to shared is not atomic, but the lifecycle lock keeps others away meanwhile.
                 alive.shared(max(0.0, deadline - time.monotonic()))
             else:
                 alive.close()
@@ -230,7 +228,7 @@ class Namespace:
                 segment.close()
             raise
         try:
-            # All waits together: the dead that are reaped first cost one each.
+            # One deadline for all waits: each dead member that is reaped first takes a transaction.
             with namespace.lock.give_up_at(deadline):
                 namespace._enter(kind, label or _program_name())
                 if not namespace._files.is_in_place():
@@ -265,7 +263,7 @@ class Namespace:
 
     @property
     def settings(self) -> Settings:
-        """The parameters of the namespace: as of now in a transaction, else as of the last one that has looked."""
+        """The parameters of the namespace: in a transaction the current ones, else those of the last read."""
         if self.segment.words[Header.SETTINGS_CHANGED] != self._settings_of and self.lock.held_by_this_thread():
             self._settings = read_settings(self.segment)
             self._settings_of = self.segment.words[Header.SETTINGS_CHANGED]
@@ -273,7 +271,7 @@ class Namespace:
         return self._settings
 
     def follow_settings(self) -> None:
-        """Read the parameters again if somebody has changed them. Raises LockTimeoutError."""
+        """Read the parameters again if they were changed. Raises LockTimeoutError."""
         if self.segment.words[Header.SETTINGS_CHANGED] != self._settings_of:
             with self.transaction():
                 _ = self.settings
@@ -285,21 +283,21 @@ class Namespace:
 
     @property
     def is_inherited(self) -> bool:
-        """Tell whether this is a forked child's copy of what its parent is a member of."""
+        """Tell whether this is a forked child's copy of its parent's membership."""
         return self.pid != os.getpid()
 
     @property
     def is_removed(self) -> bool:
-        """Tell whether the last worker has removed the namespace, which a member that is no worker does not prevent."""
+        """Tell whether the last worker has removed the namespace; members that are no workers do not prevent that."""
         return not self._usable or self.segment.is_closed
 
     @property
     def life_fd(self) -> int:
-        """The descriptor of the lock that says that this member lives; whoever has a duplicate open keeps it alive."""
+        """The descriptor of this member's lock; any process that has a duplicate open keeps the member alive."""
         return self._files.life_fd
 
     def transaction(self, timeout_s: float | None = None) -> Transaction:
-        """Return a transaction for `with`, which waits for the lock for `timeout_s` at most.
+        """Return a transaction for `with`, which waits for the lock for at most `timeout_s`.
 
         Raises ClosedError after leaving, LockTimeoutError.
         """
@@ -308,24 +306,24 @@ class Namespace:
         return self.lock(timeout_s)
 
     def member_is_alive(self, slot: int) -> bool:
-        """Tell whether the process in a used row still lives; needs no lock and is advice without it."""
+        """Tell whether the process in a used row still lives; without the lock, as advice."""
         return slot == self.slot or member_of_row_lives(self.tables, slot, self.member_lock_path(slot))
 
     def member_lock_path(self, slot: int) -> str:
         """Return the path of the lock file that the member in `slot` holds for life.
 
-        A plain string: the leader asks for all of them four times a second.
+        A plain string, because the leader asks for all of them four times a second.
         """
         return f"{self._folder}/m{slot}.lock"
 
     def find_dead_members(self) -> list[int]:
-        """Return slots whose processes are gone but whose rows are not; looks without the lock, as advice."""
+        """Return slots whose processes are gone but whose rows are not; without the lock, as advice."""
         return [slot for slot in self.tables.used_members() if not self.member_is_alive(slot)]
 
     def reap_dead_members(self) -> int:
-        """Take back what dead members had; return how many there were. Takes the lock only if there are any."""
+        """Take back what dead members had; return how many there were. Takes the lock only if there may be any."""
         if self.segment.words[Header.CHANGE] % 2:
-            # Rows may show half of what a member did that died meanwhile: taking the lock undoes that.
+            # A member may have died in the middle of a transaction: taking the lock undoes that.
             with self.transaction():
                 pass
         suspects = self.find_dead_members()
@@ -336,7 +334,7 @@ class Namespace:
             done = False
             while not done:
                 with self.transaction() as t:
-                    # Looked at again under the lock: the row may have been reaped, and its slot taken by a newcomer.
+                    # Check again under the lock: the row may have been reaped, and its slot taken by a newcomer.
                     if not self._is_dead(slot):
                         break
                     done = self._reap(t, slot)
@@ -344,7 +342,7 @@ class Namespace:
         return reaped
 
     def reap_if_dead(self, t: Transaction, slot: int) -> bool:
-        """Take back what a member has if it is dead; return False if there is more to do in another transaction."""
+        """Take back what a member had if it is dead; return False if that needs another transaction."""
         return not self._is_dead(slot) or self._reap(t, slot)
 
     def _is_dead(self, slot: int) -> bool:
@@ -359,7 +357,7 @@ class Namespace:
         return done
 
     def reset(self) -> None:
-        """Do `Transitions.reset`, in as many transactions as it takes. Raises ClosedError, LockTimeoutError."""
+        """Run `Transitions.reset` in as many transactions as it takes. Raises ClosedError, LockTimeoutError."""
         with self.transaction() as t:
             before = self.transitions.reset(t)
         while before is not None:
@@ -369,21 +367,21 @@ class Namespace:
     def leave(self, unload_everything: Callable[[], None] | None = None) -> None:
         """Give up membership; the last worker to leave removes segment and directory.
 
-        unload_everything: called by the last one, with the lifecycle lock held, while it still is a member.
+        unload_everything: the last worker calls it, with the lifecycle lock held, while it still is a member.
         Calling `leave` again does nothing.
         """
         if not self.is_usable or self.slot < 0:
-            # Nothing is left to do, unless an exception from a signal handler has ended the first call, or the join.
+            # Nothing is left to do, unless an exception from a signal handler ended the first call, or the join.
             if not self.is_inherited:
                 self._detach()
             return
-        # So that the last one finds what it is to remove.
+        # So that the last worker finds what it has to remove.
         self._files.put_back()
         with contextlib.ExitStack() as stack:
             try:
                 self._leave_locked(stack, unload_everything)
             except BaseException:
-                # Newcomers wait for the shared lock, and would do so until this process came by again.
+                # This process may hold `alive.lock` exclusively, and newcomers wait for a shared lock.
                 if self._usable and self._files.alive is not None:
                     self._files.alive.try_shared()
                 raise
@@ -393,7 +391,7 @@ class Namespace:
             stack.enter_context(Lifecycle(self.runtime))
             last = self._is_last()
         except (FileNotFoundError, LockTimeoutError) as error:
-            # Somebody removed the directory by hand, or a stopped process sits on the lifecycle lock.
+            # The directory was removed by hand, or a stopped process holds the lifecycle lock.
             _LOG.warning("mpmm %s: leaving without the lifecycle lock: %s", self.name, error)
             last = False
         if last and unload_everything is not None:
@@ -404,23 +402,23 @@ class Namespace:
             try:
                 last = self._leave_row(close=last)
             except LockTimeoutError:
-                # A stopped process has the lock. That is no worker, or we would not be the last.
+                # A stopped process has the lock. It is no worker, or this process would not be the last one.
                 if last:
                     self.segment.words[Header.CLOSED] = Header.IS_CLOSED
             if last:
-                # It may have another name by now, which we could not look for as others held the lifecycle lock.
+                # Another member may have renamed it while others held the lifecycle lock, so that we did not notice.
                 with contextlib.suppress(FileNotFoundError):
                     self.segment.rename(segment_name(self.runtime.root, self.name))
                 self.segment.unlink()
                 self.runtime.remove(self._files.folder_identity)
         finally:
-            # Whatever is left undone others do, as for a process that has died.
+            # Other processes do what is left undone, as for a process that has died.
             self._detach()
 
     def _leave_row(self, close: bool = False) -> bool:
-        """Give up the row in the members table; if asked to, and no other worker lives, let nobody join any more.
+        """Give up the row in the members table; close the namespace to newcomers if `close` and no other worker lives.
 
-        Return whether that was done.
+        Return whether it was closed.
         """
         left = False
         while not left:
@@ -437,18 +435,18 @@ class Namespace:
             return False
         if alive.try_exclusive() and alive.is_current() and not self._others_work():
             return True
-        # The failed conversion has cost us the shared lock. Others hold it, so nobody can have taken us for gone.
+        # The failed conversion has cost us the shared lock. Others hold it, so the namespace never looked deserted.
         alive.shared(LIFECYCLE_TIMEOUT_S)
         return False
 
     def _others_work(self) -> bool:
-        """Tell whether another living worker has a row, whose lock on a removed file says nothing."""
+        """Tell whether another living worker has a row; its lock may be on a removed file, where it proves nothing."""
         workers = self.tables.rows_where(self.segment.layout.members, Member.STATE, Member.WORKER)
         return any(slot != self.slot and self.member_is_alive(slot) for slot in workers)
 
     def _enter(self, kind: int, label: str) -> None:
-        # First of all, so that a crowd of crashed processes does not lock newcomers out. What a member had that died in
-        # the middle of a transaction shows once that is undone, as the transaction below does: the leader reaps it.
+        # First, so that rows of many crashed processes do not keep newcomers out. A member that died in the middle of
+        # its first transaction may show only once the transaction below has undone that: the leader reaps it.
         if self.find_dead_members():
             self.reap_dead_members()
         with self.lock() as t:
@@ -458,7 +456,7 @@ class Namespace:
                 lock = LockFile(self.member_lock_path(slot))
                 if lock.try_exclusive():
                     break
-                # Held by a process that has not yet been reaped, or for microseconds by one that asks `is_locked`.
+                # Held by a process whose row is free already, or for microseconds by one that calls `is_locked`.
                 lock.close()
             else:
                 capacity = self.segment.layout.members.capacity
@@ -478,9 +476,9 @@ class Namespace:
                 t.set(Header.PID_NAMESPACE, 0)
 
     def open_lock_file(self, name: str) -> LockFile:
-        """Open, and make if need be, a file for locking; the folder is put back if somebody has just removed it.
+        """Open a file for locking, or make it; put the folder back if it has just been removed.
 
-        Raises FileNotFoundError if it is removed again and again.
+        Raises FileNotFoundError if the folder is removed again and again.
         """
         path = self.runtime.file(name)
         for _ in range(PUT_BACK_TRIES):
@@ -490,10 +488,10 @@ class Namespace:
         return LockFile(path)
 
     def look_after_files(self, lead: LockFile, leading: bool) -> bool:
-        """Look, once a second at most, whether our files are where they were; put back what is not, and say so.
+        """Check, at most once a second, that our files are in place; put back what is missing, and say so.
 
-        lead: the leader's lock, of which the same holds. Return whether this process still leads: no longer if another
-        one has taken the lead by a new file. Takes the lock only if something was put back.
+        lead: the leader's lock, which is put back, too. Return whether this process still leads, which it does not if
+        another one has taken the lead by a new file. Takes the lock only if something was put back.
         """
         return self._files.look_after(lead, leading)
 
@@ -505,14 +503,14 @@ class Namespace:
         self.segment.close()
 
     def forget_after_fork(self) -> None:
-        """In a forked child: close the parent's descriptors, claim nothing of what it has."""
+        """In a forked child: close the parent's descriptors, and claim nothing that the parent has."""
         self._usable = False
         self._files.forget_after_fork()
         self.lock.forget_after_fork()
 
 
 def _expect_processes_to_be_shown() -> None:
-    """Raise RuntimeDirectoryError on a Linux without /proc, where this process cannot even be told from others."""
+    """Raise RuntimeDirectoryError on Linux without /proc, where not even this process can be identified."""
     if sys.platform == "linux" and not os.path.exists("/proc/self/stat"):
         raise RuntimeDirectoryError(
             "mpmm tells processes apart by /proc, and none is mounted here: mount it (`mount -t proc proc /proc`), or "
@@ -522,13 +520,13 @@ def _expect_processes_to_be_shown() -> None:
 
 
 def _program_name() -> str:
-    """Return what this process is called; a program that embeds Python, or empties its arguments, has no name."""
+    """Return this process's name; `python` for a program that embeds Python or empties its arguments."""
     arguments = getattr(sys, "argv", None)
     return os.path.basename(arguments[0]) if arguments and arguments[0] else "python"
 
 
 def _take_estimates_over(namespace: Namespace, models: tuple[ModelInfo, ...]) -> None:
-    """Give the models of a deserted namespace their estimates back, as far as there are rows for them."""
+    """Give the models of a deserted namespace their estimates back, as far as the table has rows for them."""
     transitions = namespace.transitions
     with contextlib.suppress(TableFullError, InvalidArgumentError):
         for model in models:
@@ -542,7 +540,7 @@ def _take_estimates_over(namespace: Namespace, models: tuple[ModelInfo, ...]) ->
 
 def _log_death(name: str, state: int, pid: int) -> None:
     if state == Member.SERVER:
-        # Mostly it was told to end, because its model is unloaded.
+        # Usually it was told to end, because its model was unloaded.
         _LOG.debug("mpmm %s: model server pid %d has ended", name, pid)
         return
     text = "mpmm %s: pid %d has died; its holds, loads and places in the queue are free again"
@@ -560,8 +558,8 @@ in_forked_child(_forget_all_after_fork, ChildStep.SEGMENT)
 
 
 def run_at_exit(leave: Callable[[], None]) -> object:
-    """Have `leave` called when this process ends in an orderly way, as a main program or a multiprocessing child.
+    """Have `leave` called when this process exits normally, as a main program or a multiprocessing child.
 
-    `atexit` alone misses the latter. Returns an object; calling it does it now, its `cancel()` never.
+    `atexit` alone misses the latter. Return an object: calling it calls `leave` now, its `cancel()` prevents the call.
     """
     return multiprocessing.util.Finalize(None, leave, exitpriority=100)

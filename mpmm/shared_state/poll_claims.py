@@ -1,7 +1,7 @@
-"""Claims to poll in the leader's place, or to look at a device, so that one process does it and the others see that.
+"""Claims to poll in the leader's place, or to sample a device, so that one process does it and the others know.
 
-Raw words, which are written without the lock: whoever looks is about to find out whether the leader is stuck, and the
-leader may have the lock. Two that claim at the same time poll twice, which costs only time.
+Raw words, written without the lock: a process claims when the leader may be stuck, and the leader may hold the lock. If
+two processes claim at the same time, both poll, which only costs time.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ __all__ = ["claim_late_looks", "claim_late_polls", "times_of_polls"]
 
 
 def times_of_polls(tables: Tables, devices: Iterable[int]) -> tuple[int, ...]:
-    """Return the words in which it stands when the last poll was, and the last look at each of these devices (rows)."""
+    """Return the times of the last poll, and of the last sample of each of these devices (rows)."""
     return tuple(tried for tried, _ in _poll_places(tables, devices))
 
 
 def claim_late_polls(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
-    """Claim the poll if the last one, or the last look at one of these devices (rows), is too long ago; else return
-    False.
+    """Claim the poll if the last one, or the last sample of one of these devices (rows), is too old; else return False.
 
-    late_ns: what is too long. claim_lasts_ns: for so long another one's claim counts; then it may have died.
+    late_ns: how old is too old. claim_lasts_ns: how long another process's claim counts; after that it may have died.
     """
     return _claim(tables, _poll_places(tables, devices), late_ns, claim_lasts_ns)
 
 
 def claim_late_looks(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
-    """Claim the look at these devices (rows) if the last one at any is too long ago; else return False.
+    """Claim to sample these devices (rows) if the last sample of any is too old; else return False.
 
-    late_ns, claim_lasts_ns: as above.
+    late_ns, claim_lasts_ns: see `claim_late_polls`.
     """
     return _claim(tables, _places(tables, devices), late_ns, claim_lasts_ns)
 
@@ -42,16 +41,16 @@ def _poll_places(tables: Tables, devices: Iterable[int]) -> list[tuple[int, int]
 
 
 def _places(tables: Tables, devices: Iterable[int]) -> list[tuple[int, int]]:
-    """Return for each device where it stands when somebody last looked, and when somebody last claimed to."""
+    """Return for each device the words with the times of the last try to sample it, and of the last claim to."""
     starts = (tables.device(row) for row in devices)
     return [(at + Device.TRIED, at + Device.CLAIMED) for at in starts]
 
 
 def _claim(tables: Tables, places: list[tuple[int, int]], late_ns: int, claim_lasts_ns: int) -> bool:
     words, now = tables.segment.words, time.monotonic_ns()
-    # 0 is no claim, on a machine that has just started either.
+    # 0 is no claim, even on a machine that has just started.
     late, lapsed = now - late_ns, max(0, now - claim_lasts_ns)
-    # A claim from the future was not written by a claimant, and keeps nobody from it.
+    # No claimant wrote a claim from the future, so it does not count.
     if not any(words[tried] < late and not lapsed < words[claimed] <= now for tried, claimed in places):
         return False
     for _, claimed in places:

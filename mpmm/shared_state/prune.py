@@ -1,15 +1,15 @@
-"""Segments that belong to nobody: found, so that they can be removed, or given back to those who still use them.
+"""Orphaned segments: finds them, so that they can be removed, or given back to the processes that still use them.
 
-A segment lies in `/dev/shm`, its locks in a folder below a root elsewhere. If somebody removes that root, nobody comes
-to the segment by its name any more, which has the root's identity in it:
+A segment lies in `/dev/shm`, its locks in a folder below a root elsewhere. The segment's name contains the root's
+identity, so if that root is removed, no process finds the segment by its name any more:
 
-- if its members live, a newcomer finds the segment here by the *place* of the root, and gives it the name that belongs
-  to the root as it is now (`find_moved`);
-- if they are all dead, it stays for ever, some megabytes of memory. Whoever makes a namespace sweeps such ones away,
-  and so does `mpmm prune`.
+- if its members live, a newcomer finds the segment by the *place* of the root, and gives it the name that belongs to
+  the root as it is now (`find_moved`);
+- if they are all dead, it would stay for ever, some megabytes of memory. A process that makes a namespace removes such
+  segments, and so does `mpmm prune`.
 
-No process may have such a segment open or mapped, of whatever container: the kernel is asked for that, see
-`is_open_anywhere`. What another version of mpmm has made says nothing about its root; that is left to `mpmm prune`.
+A segment that any process, of any container, has open or mapped is no orphan: `is_open_anywhere` asks the kernel. A
+segment that another version of mpmm has made does not tell its root; only `mpmm prune` removes it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NAME = re.compile(r"mpmm-(?P<uid>\d+)-(?P<root>[0-9a-f]{12})-(?P<namespace>.+)"
 
 @dataclass(frozen=True)
 class Orphan:
-    """A segment that belongs to nobody; why says how one knows. identity: device and inode."""
+    """A segment that no process can use any more. why: how that is known. identity: device and inode."""
 
     name: str
     identity: tuple[int, int]
@@ -56,7 +56,7 @@ class Orphan:
 
 
 def sweep_orphans() -> list[Orphan]:
-    """Remove the segments of this user whose root is gone and that no process has open; return them."""
+    """Remove this user's segments whose root is gone and that no process has open; return them."""
     found = find_orphans()
     for orphan in found:
         unlink_segment(orphan.name, orphan.identity)
@@ -65,9 +65,9 @@ def sweep_orphans() -> list[Orphan]:
 
 
 def find_orphans(*, of_other_versions: bool = False, roots: tuple[Path, ...] = ()) -> list[Orphan]:
-    """Return the segments of this user that belong to nobody.
+    """Return this user's orphaned segments.
 
-    of_other_versions: those as well that this version cannot read, unless their names are those of one of `roots`.
+    of_other_versions: include those that this version cannot read, unless their names belong to one of `roots`.
     """
     orphans = []
     for name in _names():
@@ -77,14 +77,14 @@ def find_orphans(*, of_other_versions: bool = False, roots: tuple[Path, ...] = (
             continue
         with contextlib.suppress(FileNotFoundError):
             found = os.stat(path, follow_symlinks=False)
-            # A process may be just about to remove it, or to give it its name back; its renaming is the last change.
+            # A process may be about to remove it, or to give it its name back. The renaming was its last change.
             if GONE not in name or time.time() - found.st_ctime >= REMOVAL_S:
                 orphans.append(Orphan(name, (found.st_dev, found.st_ino), found.st_blocks * 512 / 2**20, why))
     return orphans
 
 
 def find_moved(runtime: RuntimeDirectory, name: str) -> Segment | None:
-    """Return the segment that living members of this namespace use, if its root was made anew; give it its new `name`.
+    """Return the segment that living members of this namespace use, if its root was made anew, and rename it to `name`.
 
     Hold the lifecycle lock.
     """
@@ -103,7 +103,7 @@ def find_moved(runtime: RuntimeDirectory, name: str) -> Segment | None:
                 continue
             if has_living_member(Tables(segment), runtime.path) and segment.rename(name):
                 _LOG.warning(
-                    "mpmm %s: something has removed the folder %s under living processes; this one joins them there",
+                    "mpmm %s: the folder %s was removed while processes were using it; this process joins them",
                     runtime.name,
                     runtime.root,
                 )
@@ -113,23 +113,23 @@ def find_moved(runtime: RuntimeDirectory, name: str) -> Segment | None:
 
 
 def _names() -> Iterator[str]:
-    """Name the segments of this user."""
+    """Yield the names of this user's segments."""
     try:
         names = os.listdir(SHARED_MEMORY)
     except FileNotFoundError:
-        # Of a system without one, which who makes a namespace is told.
+        # A system without /dev/shm; making a namespace there raises an error that says so.
         return
     for name in names:
         match = _NAME.fullmatch(name)
         if match and int(match["uid"]) == os.getuid():
             with contextlib.suppress(FileNotFoundError):
-                # In a user namespace somebody else's may have our number in its name, and its processes do not.
+                # In a user namespace, another user's segment may have our uid in its name, though its file does not.
                 if os.stat(f"{SHARED_MEMORY}/{name}", follow_symlinks=False).st_uid == os.getuid():
                     yield name
 
 
 def _why_abandoned(name: str) -> str | None:
-    """Say why nobody comes to a segment by its name any more, None if somebody may, or if that cannot be told."""
+    """Say why no process can find a segment by its name any more, None if one may, or if that is unknown."""
     header = read_header(name)
     if header is None:
         return None
@@ -149,7 +149,7 @@ def _why_abandoned(name: str) -> str | None:
 
 
 def _why_foreign(name: str, roots: tuple[Path, ...]) -> str | None:
-    """Say why a segment is left over that this version cannot read, None if a process may come to it by its name."""
+    """Say why a segment that this version cannot read is left over, None if a process may find it by its name."""
     if read_header(name) is not None:
         return None
     for root in roots:

@@ -1,4 +1,4 @@
-"""Removing namespaces in which no worker is left: model servers do, and the process that they are forked from."""
+"""Removes namespaces without workers; called by model servers, and by the process from which they are forked."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["is_deserted", "namespaces_below", "remove_all_deserted", "remove_des
 
 
 def remove_deserted(root: Path, name: str) -> bool:
-    """Remove a namespace in which no worker is left; return whether that was so. False if there is a newcomer.
+    """Remove a namespace if no worker is left in it, nor a newcomer; return whether it was removed.
 
-    For those who are left when all workers have crashed: model servers, and the process that they are forked from.
-    Hold none of the namespace's locks.
+    For the processes that are left when all workers have crashed: model servers, and the process from which they are
+    forked. Hold none of the namespace's locks.
     """
     runtime = RuntimeDirectory(name, root)
     with contextlib.suppress(FileNotFoundError, LockTimeoutError), Lifecycle(runtime, REMOVAL_TIMEOUT_S) as current:
@@ -36,7 +36,7 @@ def remove_deserted(root: Path, name: str) -> bool:
 
 
 def _remove_segment(runtime: RuntimeDirectory) -> bool:
-    """Remove a segment in which no worker is left; return False if there is one, whose lock file may be gone."""
+    """Remove the segment; return False if a worker, whose lock file may be gone, still lives in it."""
     name = segment_name(runtime.root, runtime.name)
     try:
         segment = Segment.open(name)
@@ -53,7 +53,7 @@ def _remove_segment(runtime: RuntimeDirectory) -> bool:
 
 
 def is_deserted(root: Path, name: str) -> bool:
-    """Tell whether `remove_deserted` would remove a namespace; change nothing."""
+    """Tell whether `remove_deserted` would remove a namespace, without changing anything."""
     runtime = RuntimeDirectory(name, root)
     with contextlib.suppress(FileNotFoundError, LockTimeoutError), Lifecycle(runtime, REMOVAL_TIMEOUT_S) as current:
         if not current:
@@ -79,14 +79,14 @@ def remove_all_deserted(root: Path) -> None:
 
 
 def namespaces_below(root: Path) -> list[str]:
-    """Name the namespaces below `root` that have a folder, living or not."""
+    """Return the names of the namespaces below `root` that have a folder, living or not."""
     found = {token.parent.name for token in root.glob("[!.]*/token")}
     found.update(lock.parent.name for lock in root.glob("[!.]*/lifecycle.lock") if _is_hardly_begun(lock.parent))
     return sorted(found)
 
 
 def _is_hardly_begun(folder: Path) -> bool:
-    """Tell whether a process has made the folder of a namespace and come no further, for want of descriptors say."""
+    """Tell whether a process only made a namespace's folder and locks, and then failed, say for lack of descriptors."""
     names: set[str] = set()
     with contextlib.suppress(OSError):
         names = {path.name for path in folder.iterdir()}

@@ -1,9 +1,9 @@
 """Typed reads of live rows: `tables.instances[row].mb` instead of a word by its number.
 
-For everything that is not on the warm path, which has `reads`: a read takes 0.7 us, or 0.2 if the row is kept, where a
-word by its number takes 0.15. What is read is what stands in the segment at that moment, so values that belong
-together need the lock. A field has the name that `layout` gives its word; `tests/test_snapshot.py` holds the two equal.
-Nothing here changes a row: `transitions` does.
+For code off the warm path, which uses `reads`: a read takes 0.7 us, or 0.2 if the row object is kept, where a word by
+its number takes 0.15. A read returns what the segment holds at that moment, so values that belong together need the
+lock. A field has the name that `layout` gives its word; `tests/test_snapshot.py` compares the two. Nothing here changes
+a row: `transitions` does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Row:
 
 
 class _Field(Generic[Value]):
-    """A field of a row: the word at `place`, as what it means."""
+    """A field of a row: the word at `place`, converted to what it means."""
 
     def __init__(self, place: int) -> None:
         self.place = place
@@ -86,7 +86,7 @@ class Reference(_Field["int | None"]):
     """The row that a word refers to, None for none."""
 
     def _read(self, segment: Segment, word: int) -> int | None:
-        # Read once: without the lock it may change at any moment.
+        # Read once, because without the lock it may change at any moment.
         found = segment.words[word]
         return found - 1 if found else None
 
@@ -106,38 +106,38 @@ class Devices(_Field["list[int]"]):
 
 
 class HeaderRow(Row):
-    """What the header says of the whole namespace."""
+    """What the header says about the whole namespace."""
 
     __slots__ = ()
 
-    # Odd while a transaction is open, also one that a dead process has left.
+    # Odd while a transaction is open, even one that a dead process has left.
     change = Word(Header.CHANGE)
-    # Written outside every transaction's log: a number that was given once must not come back with a rollback.
+    # Not in the undo log: a rollback must not bring back a number that was handed out.
     next_generation = Word(Header.NEXT_GENERATION)
-    # Who remembers this number sees that somebody has emptied queue and memory since.
+    # A process that remembers this number sees whether queue and memory were emptied since.
     resets = Word(Header.RESETS)
     active = Word(Header.ACTIVE)
     loading = Word(Header.LOADING)
     waiting = Word(Header.WAITING)
-    # Also in the devices' rows (H3): here it is one read for all of them.
+    # Also in the device rows (H3); here one read covers all of them.
     isolated = Devices(Header.ISOLATED)
     leader = Reference(Header.LEADER)
-    # How fresh the lead is, not the figures: a source that hangs does not stop the polls.
+    # Shows that the leader works, not that figures are fresh: a source that hangs does not stop the polls.
     polled = Word(Header.POLLED)
     events = Word(Header.EVENTS)
     observations_made = Word(Header.OBSERVATIONS_MADE)
-    # Equal to the one before where the solver has nothing new to learn.
+    # Equal to `observations_made` if the solver has nothing new to learn.
     solved_at = Word(Header.SOLVED_AT)
-    # 0 where pids say nothing about who lives, so that none is looked up.
+    # 0 if pids cannot tell which process lives, so that none is looked up.
     pid_namespace = Word(Header.PID_NAMESPACE)
     host_share_mb = Number(Header.HOST_SHARE_MB)
-    # Bits, unlike `isolated`: it is only ever compared with those of a row.
+    # Bits, unlike `isolated`, because it is only compared with the bits of a row.
     steady = Word(Header.STEADY)
-    # What the leader's source has shown, and not what this process's own can do.
+    # What the leader's source has shown, not what this process's own source can do.
     source_measures_processes = Flag(Header.SOURCE_MEASURES_PROCESSES)
     source_accounting_only = Flag(Header.SOURCE_ACCOUNTING_ONLY)
     source_frees_late = Flag(Header.SOURCE_FREES_LATE)
-    # 0 as long as they are those that the creator chose.
+    # 0 as long as the creator's choice holds.
     settings_changed = Word(Header.SETTINGS_CHANGED)
 
 
@@ -150,10 +150,10 @@ class MemberRow(Row):
     pid = Word(Member.PID)
     lock = Word(Member.LOCK)
     generation = Word(Member.GENERATION)
-    # Set for servers alone: a worker may have any number, and those name it as their holder or owner.
+    # Set only for servers: a worker may have any number of instances, which name it as their holder or owner.
     instance = Reference(Member.INSTANCE)
     measures = Word(Member.MEASURES)
-    # nan where no sample has shown the process, which is not 0 MB.
+    # nan, not 0 MB, if no sample has shown the process.
     measured_mb = Number(Member.MEASURED_MB)
     peak_mb = Number(Member.PEAK_MB)
 
@@ -167,13 +167,13 @@ class ModelRow(Row):
     generation = Word(Model.GENERATION)
     known = Flag(Model.KNOWN)
     measured = Flag(Model.MEASURED)
-    # nan unless `known`, which neither compares nor adds up to anything.
+    # nan unless `known`, so that no comparison or sum takes it for a figure.
     estimate_mb = Number(Model.ESTIMATE_MB)
     sd_mb = Number(Model.SD_MB)
     at_least_mb = Number(Model.AT_LEAST_MB)
-    # A user's word, 0 for none; the estimate takes its place as soon as there is one.
+    # What users say, 0 for nothing; an estimate takes its place as soon as there is one.
     expect_mb = Number(Model.EXPECT_MB)
-    # These are sums of rows, and agree with them only as long as the lock is held. (M1, M3)
+    # These are sums over rows, and agree with them only while the lock is held. (M1, M3)
     loaded = Word(Model.LOADED)
     active = Word(Model.ACTIVE)
     idle = Word(Model.IDLE)
@@ -184,7 +184,7 @@ class ModelRow(Row):
     hits = Word(Model.HITS)
     pins = Word(Model.PINS)
     shares = Flag(Model.SHARES)
-    # Means of durations are 0 until there was one.
+    # Mean durations are 0 until there was one.
     load_s = Number(Model.LOAD_S)
     hold_s = Number(Model.HOLD_S)
     mean_interarrival_s = Number(Model.MEAN_INTERARRIVAL_S)
@@ -205,7 +205,7 @@ class ModelRow(Row):
 
     @property
     def copies(self) -> int:
-        """How many copies are loaded; a seat is none."""
+        """How many copies are loaded; seats do not count."""
         return self.loaded - self.seats
 
 
@@ -216,7 +216,7 @@ class InstanceRow(Row):
 
     state = Word(Instance.STATE)
     model = Word(Instance.MODEL)
-    # Rows are taken anew: whoever keeps a row's index keeps this beside it, and compares.
+    # Rows are reused: code that keeps a row's index keeps this, too, and compares it.
     generation = Word(Instance.GENERATION)
     holder = Reference(Instance.HOLDER)
     owner = Reference(Instance.OWNER)
@@ -226,7 +226,7 @@ class InstanceRow(Row):
     device_bits = Word(Instance.DEVICES)
     seat_of = Reference(Instance.SEAT_OF)
     seats = Word(Instance.SEATS)
-    # What it takes. What admission counts while it loads is `reserved_mb`. (I3)
+    # What it takes; while it loads, admission counts `reserved_mb` instead. (I3)
     mb = Number(Instance.MB)
     reserved_mb = Number(Instance.RESERVED_MB)
     since = Word(Instance.SINCE)
@@ -250,16 +250,16 @@ class TicketRow(Row):
     __slots__ = ()
 
     state = Word(Ticket.STATE)
-    # Tells a ticket from those that had its row before.
+    # Tells a ticket from earlier ones in its row.
     number = Word(Ticket.NUMBER)
     priority = Word(Ticket.PRIORITY)
     model = Word(Ticket.MODEL)
     member = Reference(Ticket.MEMBER)
     instance = Reference(Ticket.INSTANCE)
     enqueued = Word(Ticket.ENQUEUED)
-    # Others pass it over from then on; its own process takes it away.
+    # After it, other processes skip the ticket; its own process removes it.
     deadline = Word(Ticket.DEADLINE)
-    # The figures below are those of the moment when this became the reason; they do not follow later changes.
+    # The figures below are from the moment when this became the reason, and do not follow later changes.
     reason = Word(Ticket.REASON)
     need_mb = Number(Ticket.NEED_MB)
     preload = Word(Ticket.PRELOAD)
@@ -284,7 +284,7 @@ class DeviceRow(Row):
 
     state = Word(Device.STATE)
     total_mb = Number(Device.TOTAL_MB)
-    # The last figure, however old; 0 before the first one, so look at `sampled`.
+    # The last figure, however old; 0 before the first one, so check `sampled`.
     used_mb = Number(Device.USED_MB)
     sampled = Word(Device.SAMPLED)
     peak_mb = Number(Device.PEAK_MB)
@@ -294,7 +294,7 @@ class DeviceRow(Row):
     external_mb = Number(Device.EXTERNAL_MB)
     external_least_mb = Number(Device.EXTERNAL_LEAST_MB)
     isolated = Reference(Device.ISOLATED)
-    # Counts only while `isolated`, and not before the load has begun: nan until then.
+    # Counts only while `isolated`; nan until the load begins.
     baseline_mb = Number(Device.BASELINE_MB)
     configured_at = Word(Device.CONFIGURED_AT)
     unrelated_mb = Number(Device.UNRELATED_MB)
@@ -307,20 +307,20 @@ class ObservationRow(Row):
 
     __slots__ = ()
 
-    #: Reference to the device, 0 for readings that a caller has made.
+    #: Reference to the device, 0 for readings that a caller passed in.
     device = Word(Observation.DEVICE)
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """Which models (generations) were loaded, and how many copies of each."""
         first, words = self.at + Observation.PAIRS, self.segment.words
-        # One slice: without the lock, a row that is taken anew meanwhile is less likely to be half of two.
+        # One slice: without the lock, it is less likely to mix two configurations of a row that is reused meanwhile.
         packed = words[first : first + words[self.at + Observation.PAIRS_USED]].tolist()
         return [(pair >> 16, pair & 0xFFFF) for pair in packed]
 
     @property
     def readings(self) -> list[float]:
-        """What memory they took together, in MB, each time; in no order."""
+        """The memory that they took together, in MB, each time; in no particular order."""
         first = self.at + Observation.READINGS
         return [
             float(mb) for mb in self.segment.floats[first : first + self.segment.words[self.at + Observation.COUNT]]
@@ -342,7 +342,7 @@ class EventRow(Row):
 
     @property
     def cause(self) -> Cause | None:
-        """The reason and its figures, None where the policy has not decided it."""
+        """The reason and its figures, None if the policy has not decided it."""
         words, floats, at = self.segment.words, self.segment.floats, self.at
         reason = words[at + Event.KIND] >> 8 & 0xFF
         if not reason:
@@ -362,7 +362,7 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class Rows(Generic[AnyRow]):
-    """The rows of one table, by their index."""
+    """The rows of one table, by index."""
 
     def __init__(self, segment: Segment, table: Table, kind: type[AnyRow]) -> None:
         self._segment = segment

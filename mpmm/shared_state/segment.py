@@ -1,15 +1,14 @@
 """The shared-memory segment as an array of words, made and found by name.
 
-`multiprocessing.shared_memory` does the mapping. Two of its habits are turned off: before Python 3.13 the
-resource tracker takes every segment that a process merely attaches to for its own, and unlinks it when that
-process ends; and pages come into being at first touch, so that a full `/dev/shm` would be a SIGBUS in the
-middle of a transaction. Segments made here are unknown to the tracker, and all of their pages are allocated
-at creation.
+`multiprocessing.shared_memory` does the mapping. Two of its habits are turned off: before Python 3.13 the resource
+tracker takes every segment that a process merely attaches to for its own, and unlinks it when that process ends; and
+pages are allocated at first touch, so that a full `/dev/shm` would be a SIGBUS in the middle of a transaction. The
+tracker does not know of segments made here, and all their pages are allocated at creation.
 
-The lock that guards a segment is one on the segment's own file, so that there is no way to come to one segment by two
-locks, whatever is removed. A name may be removed, and made again by somebody else, at any time: what is done to a name
-is done to the segment that has it *now*. So each open segment knows its file's device and inode, and whoever removes a
-name takes it away first, looks at what that was, and gives it back if it was not his.
+The lock that guards a segment is on the segment's own file, so that no removed path can give one segment two locks. A
+name may be removed, and given to a new segment by another process, at any time; an operation on a name applies to the
+segment that has it *now*. So each open segment knows its file's device and inode, and a process that removes a name
+renames the file first, checks which one it is, and gives the name back if it is another one.
 """
 
 from __future__ import annotations
@@ -55,13 +54,13 @@ __all__ = [
 ]
 
 SHARED_MEMORY = "/dev/shm"
-# A segment's name while it is removed; see `prune.py` for those of processes that died then.
+# Part of a segment's name while it is removed; `prune.py` removes it if the process dies then.
 GONE = ".gone."
 _tracker_patch = new_lock()
 
 
 class SegmentProblem(Exception):
-    """A segment of our name that must not be read as ours; the text says what was found and expected."""
+    """A segment of our name that must not be read as ours; the text says what was found and what was expected."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"found {found}, expected {expected}")
@@ -70,14 +69,14 @@ class SegmentProblem(Exception):
 
 
 class UnfinishedSegment(SegmentProblem):
-    """A segment without the magic word, which comes last: a process is making it now, or was killed meanwhile."""
+    """A segment without the magic word, which is stored last: a process is making it, or died while it did."""
 
 
 def segment_name(root: Path, namespace: str) -> str:
     """Return the name in `/dev/shm` for a namespace below the existing folder `root`.
 
-    The folder's identity is part of the name, so that two containers which share `/dev/shm` but not the
-    folder with the locks get two segments rather than one without mutual exclusion.
+    The folder's identity is part of the name, so that two containers that share `/dev/shm` but not the folder with the
+    locks get two segments rather than one without mutual exclusion.
     """
     place = os.stat(root)
     identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
@@ -85,10 +84,10 @@ def segment_name(root: Path, namespace: str) -> str:
 
 
 def place_of(root: Path) -> tuple[int, int]:
-    """Return two words for `Header.ROOT_PLACE` and `ROOT_MOUNTS`, of which one is the same for who means the same root.
+    """Return the words for `Header.ROOT_PLACE` and `ROOT_MOUNTS`; processes with the same root have one in common.
 
-    Two containers that share `/dev/shm` may have roots of one path that are not the same. If neither the folder above
-    nor the set of mounted file systems is, they are not.
+    Two containers that share `/dev/shm` may have different roots at the same path. The roots differ if neither the
+    folder above nor the set of mounted file systems is the same.
     """
     path = os.path.realpath(root)
     above = identity_of(os.path.dirname(path))
@@ -99,7 +98,7 @@ def place_of(root: Path) -> tuple[int, int]:
 
 
 def segment_lost(namespace: str, name: str) -> SegmentLostError:
-    """Return the error for a namespace whose members live, and whose segment is gone."""
+    """Return the error for a namespace whose members live, but whose segment is gone."""
     return SegmentLostError(
         f"namespace {namespace!r} is in use, but its segment {SHARED_MEMORY}/{name} is gone: something has removed it "
         "under its processes (systemd-logind does when a user logs out, unless logind.conf says RemoveIPC=no, and "
@@ -109,11 +108,11 @@ def segment_lost(namespace: str, name: str) -> SegmentLostError:
 
 
 def boot_hash() -> int:
-    """Return a word that is the same until the machine starts anew."""
+    """Return a word that stays the same until the machine reboots."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        # Imported here, like NumPy below, because who only looks at a namespace does without, and starts faster.
+        # Imported here, like NumPy below, so that a process which only looks at a namespace starts faster.
         import psutil
 
         boot = str(int(psutil.boot_time()))
@@ -125,7 +124,7 @@ def _hash(text: str) -> int:
 
 
 class Segment:
-    """A mapped segment. `words` is for reading anywhere and for writing in `transaction.py` alone."""
+    """A mapped segment. Any module may read `words`; only `transaction.py` writes them."""
 
     def __init__(self, mapping: mmap.mmap, name: str, layout: Layout, identity: tuple[int, int]) -> None:
         self.name = name
@@ -136,7 +135,7 @@ class Segment:
         self.words = whole.cast("Q")
         self.floats = whole.cast("d")
         self._closed = False
-        # Made when it is first needed.
+        # Made at first use.
         self._numbers: npt.NDArray[np.uint64] | None = None
         self._anchor: ctypes.c_char | None = ctypes.c_char.from_buffer(mapping)
         self.address = ctypes.addressof(self._anchor)
@@ -145,9 +144,9 @@ class Segment:
     def create(cls, name: str, capacities: Capacities, token: int) -> Segment:
         """Make, allocate and initialise a new segment; the caller holds the namespace's lifecycle lock.
 
-        The creator fills in what else must be there and then calls `seal`; one that dies before leaves something
-        that `open` refuses.
-        Raises SegmentAllocationError when the memory is not to be had, FileExistsError when the name is taken.
+        The caller fills in the rest and then calls `seal`; if it dies before that, it leaves a segment that `open`
+        refuses.
+        Raises SegmentAllocationError if the memory is not available, FileExistsError if the name is taken.
         """
         layout = Layout(capacities)
         try:
@@ -182,29 +181,29 @@ class Segment:
         return segment
 
     def seal(self) -> None:
-        """Store the magic word: from now on others may attach."""
+        """Store the magic word: from now on other processes may attach."""
         self.words[Header.MAGIC] = MAGIC
 
     @classmethod
     def open(cls, name: str, token: int | None = None) -> Segment | None:
-        """Map an existing segment; None when there is none.
+        """Map an existing segment; None if there is none.
 
-        Raises SegmentProblem when it is not of this layout, this boot, this size or, where `token` is
-        given, this runtime directory: such a segment is never read any further.
+        Raises SegmentProblem if it is not of this layout, this boot, this size or, if `token` is given, this runtime
+        directory: such a segment is not read any further.
         """
         try:
-            # Not by `SharedMemory`: to import that takes longer than all that a mere look at a namespace does.
+            # Not by `SharedMemory`: importing that takes longer than everything else that a snapshot needs.
             fd = _posixshmem.shm_open(f"/{name}", os.O_RDWR, mode=0o600)
         except FileNotFoundError:
             return None
         except OSError as error:
-            # It names the segment as `shm_open` does, without the folder.
+            # The error names the segment as `shm_open` does, without the folder.
             raise file_error(OSError(error.errno, error.strerror), f"{SHARED_MEMORY}/{name}") from error
         try:
             found = os.fstat(fd)
             size = found.st_size
             if not size:
-                # Its creator is, or died, between making and sizing it.
+                # Its creator has not sized it yet, or died before that.
                 raise UnfinishedSegment("an empty segment", "an initialised one")
             mapping = mmap.mmap(fd, size)
         finally:
@@ -213,12 +212,12 @@ class Segment:
 
     @property
     def path(self) -> str:
-        """The path of the segment's file, as long as nobody removes it."""
+        """The path of the segment's file, unless that was removed."""
         return f"{SHARED_MEMORY}/{self.name}"
 
     @property
     def is_closed(self) -> bool:
-        """Tell whether nobody may join any more, because the segment is being removed."""
+        """Tell whether no process may join any more, because the segment is being removed."""
         return self.words[Header.CLOSED] == Header.IS_CLOSED
 
     def is_current(self) -> bool:
@@ -226,7 +225,7 @@ class Segment:
         return identity_of(self.path) == self.identity
 
     def lock_file(self) -> LockFile:
-        """Open the file on whose lock all of the segment's users agree. Raises FileNotFoundError if it was removed."""
+        """Open the file whose lock guards the segment. Raises FileNotFoundError if it was removed."""
         file = LockFile(Path(self.path), create=False)
         if file.identity != self.identity:
             file.close()
@@ -234,13 +233,13 @@ class Segment:
         return file
 
     def unlink(self) -> None:
-        """Remove the name if it still is this segment's."""
+        """Remove the name if it still belongs to this segment."""
         unlink_segment(self.name, self.identity)
 
     def rename(self, name: str) -> bool:
         """Give the segment another name; return False if another segment has that, or has taken the old one.
 
-        Of several processes that do it at once one does it, and all return True.
+        If several processes do this at once, one of them renames it, and all return True.
         """
         if name == self.name:
             return self.is_current()
@@ -267,7 +266,7 @@ class Segment:
         import numpy as np
 
         if self._closed:
-            # Another thread has unmapped it. What Python says of a view that was released.
+            # Another thread has unmapped it. Python's message for a released view.
             raise ValueError("operation forbidden on released memoryview object")
         self._numbers = np.frombuffer(self._mapping, dtype=np.uint64, count=self.layout.words)
         return self._numbers
@@ -277,18 +276,18 @@ class Segment:
         return self.words.tobytes()
 
     def copy_in_use(self, *, events: bool = True, into: bytearray | None = None) -> bytearray:
-        """Return the bytes of the segment; without what no row ever used, and without the rest of the undo log.
+        """Return the bytes of the segment, without rows that were never in use and the unused part of the undo log.
 
-        For readers: it takes a fraction of the time of `copy`, which counts while others write, or wait for the lock.
-        events: False leaves out the ring of events, too. into: an earlier copy of that kind, which is brought up to
-        date; a new one's first touch of its memory may take longer than all the rest.
+        For readers: it takes a fraction of the time of `copy`, which matters while others write, or wait for the lock.
+        events: False leaves out the event ring, too. into: an earlier copy of that kind, to bring up to date, because
+        the first touch of a new one's memory may take longer than everything else.
         """
         copied = bytearray(self.layout.size_bytes) if into is None else into
         with memoryview(copied) as whole, whole.cast("Q") as words:
             words[: Header.WORDS] = self.words[: Header.WORDS]
             in_use = {table.name: words[table.end_word] for table in self.layout.growing}
             in_use["undo"] = words[Header.UNDO_COUNT]
-            # The row behind the newest event is being written, or was.
+            # One more row, because the row behind the newest event may be being written.
             in_use["events"] = words[Header.EVENTS] + 1 if events else 0
             for table in self.layout.tables:
                 end = table.base + min(in_use.get(table.name, table.capacity), table.capacity) * table.words
@@ -302,13 +301,13 @@ class Segment:
         self._anchor = None
         self.words.release()
         self.floats.release()
-        # A view that is still referenced somewhere keeps the pages mapped until it goes; nothing else depends on it.
+        # A view that is still referenced somewhere keeps the pages mapped until it is freed; that is harmless.
         with contextlib.suppress(BufferError):
             self._mapping.close()
 
 
 def read_header(name: str) -> list[int] | None:
-    """Return the header's words of a segment of this layout and this boot, None if it is no such segment."""
+    """Return the words of a segment's header, None if there is no segment of this layout and this boot."""
     with contextlib.suppress(OSError), open(f"{SHARED_MEMORY}/{name}", "rb", buffering=0) as file:
         words = memoryview(file.read(Header.WORDS * 8)).cast("B")
         if len(words) == Header.WORDS * 8:
@@ -319,9 +318,9 @@ def read_header(name: str) -> list[int] | None:
 
 
 def unlink_segment(name: str, identity: tuple[int, int] | None = None) -> None:
-    """Remove the name; who has it mapped keeps it. A missing one is fine.
+    """Remove the name; processes that have the segment mapped keep it. A missing name is fine.
 
-    identity: device and inode of the segment that is meant; another one that has the name by now stays.
+    identity: device and inode of the segment to remove; another one that has the name by now stays.
     """
     path = f"{SHARED_MEMORY}/{name}"
     if identity is not None and identity_of(path) != identity:
@@ -332,27 +331,27 @@ def unlink_segment(name: str, identity: tuple[int, int] | None = None) -> None:
             os.rename(path, gone)
             _end_removal(gone, path, identity)
     except BaseException:
-        # One from a signal handler: nobody else would look for it for a while.
+        # An exception from a signal handler: other processes would not look for the segment for a while.
         _end_removal(gone, path, identity)
         raise
 
 
 def _end_removal(gone: str, path: str, identity: tuple[int, int] | None) -> None:
-    """Remove a segment that has been renamed from `path`, or give it its name back if it is not the one meant."""
+    """Remove a segment that was renamed from `path`, or give it its name back if it is not the one to remove."""
     with contextlib.suppress(FileNotFoundError):
         if identity is not None and identity_of(gone) != identity:
-            # Made between the two calls. If there is a third one by now, the second one's maker looks for its name and
-            # begins again, like everybody whose segment was taken away.
+            # It was made between the two calls. If there is a third one by now, the maker of the second notices that
+            # its name is gone and begins again, like every process whose segment was taken away.
             with contextlib.suppress(FileExistsError):
                 os.link(gone, path)
         os.unlink(gone)
 
 
 def _map(memory: SharedMemory) -> mmap.mmap:
-    """Return a mapping of our own of a segment, and close its `SharedMemory`.
+    """Return our own mapping of a segment, and close its `SharedMemory`.
 
-    That one insists on unmapping when it is collected, in whatever order the collector finds our views of it, and
-    complains about those that are left. A mapping that is merely dropped goes with its last view.
+    A `SharedMemory` unmaps when it is collected, possibly before our views of it are, and then complains about those. A
+    plain mapping is unmapped with its last view.
     """
     mapping = mmap.mmap(memory._fd, memory.size)  # type: ignore[attr-defined]  # typeshed has no _fd
     memory.close()
@@ -384,18 +383,18 @@ def _checked_layout(mapping: mmap.mmap, token: int | None) -> Layout:
         return layout
 
 
-# What has an owner do else than where there is no room.
+# What the user has to do about errors other than a lack of memory.
 _ENLARGE = f"free or enlarge {SHARED_MEMORY}, or create the namespace with smaller capacities"
 _WITHOUT_SHARED_MEMORY = {
     errno.ENOENT: f"this host has no {SHARED_MEMORY}: mount a tmpfs there, of mode 1777",
-    errno.EROFS: f"{SHARED_MEMORY} is mounted read-only: have it mounted such that it can be written",
+    errno.EROFS: f"{SHARED_MEMORY} is mounted read-only: mount it read-write",
     errno.EACCES: f"{SHARED_MEMORY} cannot be written by this user: give it mode 1777",
-    errno.EFBIG: "the limit of this process on the size of files is lower: raise it (ulimit -f)",
+    errno.EFBIG: "this process's limit on the size of files is lower: raise it (ulimit -f)",
 }
 
 
 def _refusal(name: str, size_bytes: int, error: OSError) -> OSError | SegmentAllocationError:
-    """Return what an error means that has kept a segment from being made; the error where it is not about memory."""
+    """Return the error to raise when a segment could not be made; `error` itself if that is not about memory."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return error
     limit = limit_behind(error)
@@ -455,6 +454,6 @@ else:
 
 
 def reset_after_fork() -> None:
-    """Give the child a lock that no vanished thread of the parent holds."""
+    """Give the child a new lock, because a thread of the parent may have held the old one."""
     global _tracker_patch
     _tracker_patch = new_lock()

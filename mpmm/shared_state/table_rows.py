@@ -1,7 +1,7 @@
 """Where the rows of the tables lie, and which of them are in use. Nothing here changes a segment.
 
-Searches go over the part of a table that was ever in use, as NumPy arrays: a few microseconds for some dozens of rows,
-0.1 ms for some thousands. They need the lock, because rows move under them otherwise.
+Searches read the part of a table that was ever in use, as NumPy arrays: a few microseconds for some dozens of rows,
+0.1 ms for some thousands. They need the lock, because otherwise rows change under them.
 """
 
 from __future__ import annotations
@@ -79,36 +79,36 @@ class TableRows:
     def view(self, table: Table) -> npt.NDArray[np.uint64]:
         """Return the live rows of a table that may be in use, see `Segment.view`."""
         rows = self.segment.view(table)
-        # Rows are taken lowest first, so behind that none was ever in use. (H5)
+        # Rows are taken lowest first, so no row beyond that was ever in use. (H5)
         return rows[: self.segment.words[table.end_word]] if table.end_word else rows
 
     def model_columns(self) -> ModelColumns:
-        """Return the models' table by columns."""
+        """Return the models table by columns."""
         return ModelColumns(self.view(self._models))
 
     def instance_columns(self) -> InstanceColumns:
-        """Return the instances' table by columns."""
+        """Return the instances table by columns."""
         return InstanceColumns(self.view(self._instances))
 
     def ticket_columns(self) -> TicketColumns:
-        """Return the tickets' table by columns."""
+        """Return the tickets table by columns."""
         return TicketColumns(self.view(self._tickets))
 
     def device_columns(self) -> DeviceColumns:
-        """Return the devices' table by columns."""
+        """Return the devices table by columns."""
         return DeviceColumns(self.view(self._devices))
 
     def text(self, word: int) -> bytes:
         """Return the bytes of the text field that begins at `word`."""
         words = self.segment.words
-        # Read once: without the lock it may change, and the slice and the cut have to go by the same length.
+        # Read once: without the lock it may change, and slice and cut need the same length.
         length = words[word]
-        # Whole words, and what is left of an older, longer text in the last one cut off.
+        # Whole words, then the cut: the last one may end in bytes of an older, longer text.
         return words[word + 1 : word + 1 + (length + 7) // 8].tobytes()[:length]
 
     def string(self, word: int) -> str:
         """Return a text field as str."""
-        # Tags come from anywhere: what is no UTF-8 must be the same bytes again when it is looked up.
+        # Tags may be any bytes: what is no UTF-8 must give the same bytes again when the tag is looked up.
         return self.text(word).decode("utf-8", "surrogateescape")
 
     def used_rows(self, table: Table) -> list[int]:
@@ -123,10 +123,9 @@ class TableRows:
     def free_row(self, table: Table) -> int:
         """Return a row whose first word is 0. Raises TableFullError."""
         states = self.view(table)[:, 0]
-        # The lowest one, so that the part of the table that is searched stays as short as it can. FREE is 0, the least
-        # of all states.
+        # The lowest one, so that the part of the table that searches read stays short. FREE is 0, the lowest state.
         row = int(np.argmin(states)) if len(states) else 0
-        # None below the end word is free: the table grows by one, which the caller writes down.
+        # No row below the end word is free: the table grows by one, and the caller stores the new end.
         if not len(states) or states[row]:
             row = len(states)
         if row == table.capacity:
@@ -144,7 +143,7 @@ class TableRows:
         return self.used_rows(self._members)
 
     def measures_of_workers(self) -> dict[int, int]:
-        """Return how much each worker can measure (`Measures`), by its slot, the lowest one first."""
+        """Return how much each worker can measure (`Measures`), by slot, lowest first."""
         words, members = self.segment.words, self._members
         first = members.base + Member.MEASURES
         workers = self.rows_where(members, Member.STATE, Member.WORKER)
@@ -153,7 +152,7 @@ class TableRows:
     def free_members(self) -> Iterator[int]:
         """Return the free slots, lowest first."""
         states = self.view(self._members)[:, 0]
-        # Several, because a free row's lock file may be held by a process that is about to take the row.
+        # All of them, because another process may still hold a free row's lock file.
         return itertools.chain(np.flatnonzero(states == 0).tolist(), range(len(states), self._members.capacity))
 
     def member_in_use(self, slot: int) -> bool:
@@ -165,18 +164,18 @@ class TableRows:
         column = self._short_column(table, field)
         if column is not None:
             words, base = self.segment.words, table.base
-            # The state is asked last, and only of those that match: mostly there are few.
+            # The state last, and only for rows that match, which usually are few.
             return [row for row, found in enumerate(column) if found == value and words[base + row * table.words]]
-        # Of free rows, too, there are fields left, which nobody clears.
+        # The state, too, because free rows keep their last values.
         rows = self.view(table)
         found: list[int] = np.flatnonzero((rows[:, field] == value) & (rows[:, 0] != 0)).tolist()
         return found
 
     def _short_column(self, table: Table, field: int) -> list[int] | None:
-        """Return a field of all rows that may be in use, if they are few; None for a case for NumPy.
+        """Return a field of all rows that may be in use, if they are few; None if NumPy is faster.
 
-        For 16 rows this takes 0.7 us instead of NumPy's 3.3, and 10 us less where the caches have gone cold, as in a
-        process that has just been woken.
+        For 16 rows this takes 0.7 us instead of NumPy's 3.3, and 10 us less with cold caches, as in a process that has
+        just been woken.
         """
         # A strided slice copies one word of each row in a single step.
         count = self.segment.words[table.end_word] if table.end_word else table.capacity
