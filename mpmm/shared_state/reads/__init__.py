@@ -1,11 +1,11 @@
-"""What others ask of the live rows, who waits, which copy is idle, what runs alone, so that they need touch no word.
+"""Reads of live rows for other modules: which tickets wait, which copy is idle, what runs alone.
 
-`rows` has a field for each word, for callers that are in no hurry. These read what a caller needs in one go, because
-the warm path and the hand-overs ask, and a call for each word would cost them more than the reads. They decide nothing:
-what follows from an answer is the callers' business, or the policy's.
+`rows` has a field for each word, for callers in no hurry. These methods read all that a caller needs in one call,
+because the warm path and the hand-overs use them, and a call for each word would cost more than the reads. They decide
+nothing: that is up to the callers, or the policy.
 
-What belongs together needs the lock. A method that says "without the lock" may be wrong a moment later; only
-`QueueReads.unlocked` makes sure that what it returns stood there together, and was committed.
+Values that belong together need the lock. The answer of a method that says "without the lock" may be wrong a moment
+later; only `QueueReads.unlocked` ensures that its values are of one moment, and committed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Reads"]
 
 
 class Reads:
-    """The reads of one namespace, by what they are about."""
+    """The reads of one namespace, by subject."""
 
     def __init__(self, tables: Tables) -> None:
         self.queue = QueueReads(tables)

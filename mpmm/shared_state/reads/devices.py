@@ -1,4 +1,4 @@
-"""Devices: where a copy runs alone, and whether single processes can be measured."""
+"""Reads about devices: where a copy runs alone, and whether single processes can be measured."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class DeviceReads:
     def isolated_under(self, instance: int) -> bool:
         """Tell whether something runs alone on a device that a copy (row) lies on: the copy itself, or another one."""
         isolated = self._words[Header.ISOLATED]
-        # The header's word alone, mostly: as long as it is 0 the copy's row need not be read.
+        # While the header's word is 0, as it mostly is, the copy's row need not be read.
         return isolated != 0 and isolated & self._words[self._tables.instance(instance) + Instance.DEVICES] != 0
 
     def only_whole_devices_are_measured(self) -> bool:
-        """Tell whether the source knows what a device has in use, but not which process has it."""
+        """Tell whether the source knows how much of a device is in use, but not by which process."""
         words = self._words
         return not (words[Header.SOURCE_ACCOUNTING_ONLY] or words[Header.SOURCE_MEASURES_PROCESSES])

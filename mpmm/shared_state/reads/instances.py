@@ -1,4 +1,4 @@
-"""Instances: which copy is idle, whose it is, and what all of them say to a plan."""
+"""Reads about instances: which copy is idle, which member holds it, and all rows in use for a plan."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from mpmm.shared_state.tables import Tables
 
 __all__ = ["HeldCopy", "InstanceReads", "UsedInstance"]
 
-# What somebody releases sooner or later.
+# States of instances that a member will release.
 _RELEASED = (Instance.ACTIVE, Instance.LOADING, Instance.RESUMING)
 
 
 @dataclass(slots=True)
 class HeldCopy:
-    """What the release of a copy goes by. devices: bits. owner: reference to the only member that can use it, or 0."""
+    """What a release needs to know of a copy.
+
+    devices: bits. owner: reference to the only member that can use it, or 0.
+    """
 
     model: int
     owner: int
@@ -26,11 +29,11 @@ class HeldCopy:
 
 @dataclass(slots=True)
 class UsedInstance:
-    """A row in use, as a plan looks at it.
+    """A row in use, as a plan sees it.
 
     holder, owner: references to members. device: one of its devices, of which it takes `mb`; other_shares: the others,
-    and what it takes of each. since_ns: when its state changed last. to_go: it is in use, or about to be, and unloaded
-    when it is released. seat_of: the row of the copy that it is a seat of; seats: how many this copy has.
+    with the MB that it takes of each. since_ns: when its state changed last. to_go: it is in use, or about to be, and
+    will be unloaded when it is released. seat_of: of a seat, the row of its copy; seats: how many this copy has.
     """
 
     row: int
@@ -63,7 +66,7 @@ class InstanceReads:
         self._instances = tables.segment.layout.instances
 
     def first_idle(self, model: int, usable_on: int = 0) -> int | None:
-        """Return the row of the shared copy of a model that became idle last, None if there is none.
+        """Return the row of the shared copy of a model that became idle last, None if none is idle.
 
         usable_on: bits of the devices on which it must lie, 0 for all.
         """
@@ -78,8 +81,8 @@ class InstanceReads:
         return None
 
     def is_idle(self, row: int, generation: int = 0, usable_on: int = 0) -> bool:
-        """Tell whether a row is that of an idle copy: the one of this generation, if that is not 0, on these devices
-        (bits), if they are not 0."""
+        """Tell whether a row is that of an idle copy: of this generation, unless that is 0, and only on the devices
+        `usable_on` (bits), unless those are 0."""
         words, at = self._words, self._tables.instance(row)
         return (
             words[at] == Instance.IDLE
@@ -105,18 +108,18 @@ class InstanceReads:
         )
 
     def is_still(self, row: int, generation: int) -> bool:
-        """Tell whether a row is that of the copy of this generation; for its holder, or who has seen it, without the
-        lock."""
+        """Tell whether a row still is that of the copy of this generation; without the lock for its holder, or a caller
+        that has seen it."""
         return self._words[self._tables.instance(row) + Instance.GENERATION] == generation
 
     def use(self, row: int) -> tuple[int, int]:
-        """Return the generation of a copy, and how often it was used so far, which together tell one hold from
-        others; for its holder without the lock."""
+        """Return the generation of a copy, and how often it was used, which together identify a hold; for its holder
+        without the lock."""
         words, at = self._words, self._tables.instance(row)
         return words[at + Instance.GENERATION], words[at + Instance.USES]
 
     def held(self, row: int) -> HeldCopy:
-        """Return what the release of a copy goes by."""
+        """Return what a release needs to know of a copy."""
         words, at = self._words, self._tables.instance(row)
         return HeldCopy(
             words[at + Instance.MODEL],
@@ -130,15 +133,15 @@ class InstanceReads:
         return self._words[self._tables.instance(row) + Instance.HAS_SERVER] != 0
 
     def server(self, row: int) -> int | None:
-        """Return the slot of the member that is a copy's server, if that is known; for its holder without the lock."""
-        # Read once: the server's death sets it to 0 at any moment, also while a holder looks without the lock.
+        """Return the slot of a copy's server, None if unknown; for its holder without the lock."""
+        # Read once: when the server dies, it becomes 0, even while a holder reads it without the lock.
         server = self._words[self._tables.instance(row) + Instance.SERVER]
         return server - 1 if server else None
 
     def in_use(self) -> Iterator[UsedInstance]:
         """Yield the rows in use: copies of models, and leases."""
         words, floats, tables = self._words, self._floats, self._tables
-        # By words, not by `tables.instances`: each plan comes by here with the lock held, and a typed row costs 2 us.
+        # By words, not by `tables.instances`: each plan calls this with the lock held, and a typed row costs 2 us.
         for row in tables.used_rows(self._instances):
             at = tables.instance(row)
             # One slice for nine words: it takes half the time of single reads.
@@ -146,7 +149,7 @@ class InstanceReads:
             mb = floats[at + Instance.MB]
             other_shares: tuple[tuple[int, float], ...] = ()
             device = bits.bit_length() - 1
-            # More than one bit: what it has on each is in its SHARES, and MB is their sum.
+            # More than one bit: SHARES has its MB on each device, and MB is their sum.
             if bits & (bits - 1):
                 (device, mb), *others = tables.shares_of(row)
                 other_shares = tuple(others)

@@ -1,4 +1,4 @@
-"""Models: how often they are asked for, how large they are, and what their copies do."""
+"""Reads about models: how often they are requested, how large they are, and what their copies do."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mpmm.shared_state.tables import Tables
 
 __all__ = ["ModelFigures", "ModelReads", "ModelSize"]
 
-# Each request is counted in one of these at any time: a waiter moves from the last to the others. So the sum never goes
-# down, and what has come since it was looked at last is the difference.
+# Each request counts in exactly one of these: a waiter moves from the last to the others. So the sum never decreases,
+# and its growth is the number of new requests.
 _REQUESTS = (Model.HITS, Model.LOADS, Model.RESUMES, Model.LOADING, Model.WAITING)
 _CAN_BE_SHARED = (Instance.ACTIVE, Instance.IDLE, Instance.LOADING)
 
 
 @dataclass(slots=True)
 class ModelSize:
-    """What is known of the memory that a copy takes, in MB; 0 where nothing is. known: there is an estimate."""
+    """What is known about the memory of a copy, in MB, 0 for nothing. known: there is an estimate."""
 
     known: bool
     estimate_mb: float
@@ -27,9 +27,10 @@ class ModelSize:
 
 @dataclass(slots=True)
 class ModelFigures:
-    """What a model's row says of its copies and its past. Times are in ns, durations in seconds, 0 for unknown.
+    """What a model's row says about its copies and its past. Times are in ns, durations in seconds, 0 for unknown.
 
-    active, idle: copies and seats; seats: how many of these. users: how many may use the next copy at a time, 0 one.
+    active, idle: copies and seats; seats: how many of these are seats. users: how many may use the next copy at a time,
+    0 for one.
     """
 
     lease: bool
@@ -58,7 +59,7 @@ class ModelReads:
         self._instances = tables.segment.layout.instances
 
     def figures(self, model: int) -> ModelFigures:
-        """Return what the row says, but for sizes."""
+        """Return what the row says, except sizes."""
         words, floats, at = self._words, self._floats, self._tables.model(model)
         return ModelFigures(
             words[at] == Model.LEASE,
@@ -78,12 +79,12 @@ class ModelReads:
         )
 
     def durations_s(self, model: int) -> tuple[float, float]:
-        """Return for how long a copy is held, and loads, on average."""
+        """Return how long a hold, and a load, of a copy takes on average."""
         floats, at = self._floats, self._tables.model(model)
         return floats[at + Model.HOLD_S], floats[at + Model.LOAD_S]
 
     def size(self, model: int) -> ModelSize:
-        """Return what is known of a copy's memory."""
+        """Return what is known about a copy's memory."""
         words, floats, at = self._words, self._floats, self._tables.model(model)
         return ModelSize(
             words[at + Model.KNOWN] != 0,
@@ -93,7 +94,7 @@ class ModelReads:
         )
 
     def is_sized(self, model: int) -> bool:
-        """Tell whether there is an estimate, or a user's word."""
+        """Tell whether there is an estimate, or users have said what a copy takes."""
         words, at = self._words, self._tables.model(model)
         return bool(words[at + Model.KNOWN] or words[at + Model.EXPECT_MB])
 
@@ -102,20 +103,20 @@ class ModelReads:
         return self._words[self._tables.model(model)] == Model.LEASE
 
     def requests(self, model: int) -> int:
-        """Return how often a model was asked for, ever: it never goes down."""
+        """Return how often a model was requested so far; the number never decreases."""
         words, at = self._words, self._tables.model(model)
         return sum(words[at + count] for count in _REQUESTS)
 
     def in_use(self, model: int) -> bool:
-        """Tell whether somebody holds a copy of a model; without the lock."""
+        """Tell whether a copy of a model is in use; without the lock."""
         return self._words[self._tables.model(model) + Model.ACTIVE] != 0
 
     def copies_serve_everybody(self, model: int) -> bool:
-        """Tell whether every process can have each copy of a model, now or after somebody else."""
+        """Tell whether any process can get each copy of a model, now or after its current user."""
         words, tables = self._words, self._tables
         for row in tables.rows_where(self._instances, Instance.MODEL, model):
             at = tables.instance(row)
-            # UNLOADING and SUSPENDED ones are not coming back for a waiter without a plan.
+            # Without a plan, a waiter does not get a copy that is UNLOADING or SUSPENDED.
             if words[at] not in _CAN_BE_SHARED or words[at + Instance.OWNER] or words[at + Instance.UNLOAD_ON_RELEASE]:
                 return False
         return True

@@ -1,4 +1,4 @@
-"""The queue: who waits, for what, and what became of it."""
+"""Reads about the queue: which tickets wait, for what, and their answers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Answer", "QueueReads", "Told", "Waiter"]
 
 Value = TypeVar("Value")
 
-# Above that NumPy reads the rows of waiters in less time than single words take.
+# For more waiters than this, NumPy reads their rows faster than word by word.
 FEW_WAITERS = 16
-# Elsewhere a processor may reorder the reads of `QueueReads.unlocked`, and Python has no means to forbid it.
+# Other processors may reorder the reads of `QueueReads.unlocked`, and Python cannot prevent that.
 CAN_READ_UNLOCKED = platform.machine() in ("x86_64", "AMD64")
-# Between two transactions of many busy processes there is hardly ever time to read; then the lock has to do.
+# Many busy processes leave hardly any time to read between two transactions; then the caller takes the lock.
 UNLOCKED_TRIES = 16
 _WAITS = int(EventKind.WAITS)
 _WAITER_FIELDS = [
@@ -38,7 +38,7 @@ _VIEW_FIELDS = [
 
 @dataclass(slots=True)
 class Waiter:
-    """A ticket that waits, as the shortcuts look at it. Times are in ns; head_of_line_at and called_up 0 for never.
+    """A waiting ticket, as the shortcuts see it. Times are in ns; head_of_line_at and called_up are 0 for never.
 
     usable_on: bits of the devices on which a copy must lie, 0 for all. reason: why it waits, see `policy.view.Reason`.
     """
@@ -55,12 +55,15 @@ class Waiter:
     called_up: int
 
     def can_use(self, model: int, devices: int) -> bool:
-        """Tell whether it waits for a copy of a model to use, and one on these devices (bits) will do."""
+        """Tell whether it waits for a copy of this model to use, and can use one on these devices (bits)."""
         return self.model == model and not self.preload and not (self.usable_on and devices & ~self.usable_on)
 
 
 class Told(NamedTuple):
-    """What a waiter was told last. on: bits of devices; other: reference to a model; head_of_line: it is, or was."""
+    """What a waiter was told last.
+
+    on: bits of devices. other: reference to a model. head_of_line: it is, or was, the head of the line.
+    """
 
     reason: int
     on: int
@@ -69,9 +72,9 @@ class Told(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a ticket's row says of its answer: its state, and the instance that it gives, if it does.
+    """A ticket's answer: its state, and the row of the instance that it grants, -1 for none.
 
-    number: which tells it from others that the row has had.
+    number: tells the ticket from others in its row.
     """
 
     number: int
@@ -95,11 +98,11 @@ class QueueReads:
         return self._words[Header.WAITING] != 0
 
     def waits_for(self, model: int) -> int:
-        """Return how many wait for a model (row), preloads among them."""
+        """Return how many tickets, preloads included, wait for a model (row)."""
         return self._words[self._tables.model(model) + Model.WAITING]
 
     def comes_after_another(self, ticket: int) -> bool:
-        """Tell whether a request for use that has come before a ticket (row) waits for its model; without the lock."""
+        """Tell whether an earlier request for use waits for the same model as a ticket (row); without the lock."""
         at = self._tables.ticket(ticket)
         model, number = self._words[at + Ticket.MODEL], self._words[at + Ticket.NUMBER]
         if self.waits_for(model) < 2:
@@ -112,18 +115,18 @@ class QueueReads:
         return bool(earlier.any())
 
     def waits_for_tag(self, tag: str) -> bool:
-        """Tell whether there are waiters for a tag, as far as this process has seen it; without the lock."""
+        """Tell whether there are waiters for a tag; without the lock."""
         if not self._words[Header.WAITING]:
             return False
         row = self._tables.model_row(tag)
         return row is not None and self._words[self._tables.model(row) + Model.WAITING] != 0
 
     def waits_for_others_than(self, model: int) -> bool:
-        """Tell whether somebody waits for something else than a model (row)."""
+        """Tell whether a ticket waits for anything but this model (row)."""
         return self._words[Header.WAITING] != self._words[self._tables.model(model) + Model.WAITING]
 
     def waiting(self) -> list[Waiter]:
-        """Return the waiters in any order; few ones without NumPy, which takes most of the time of a hand-over then."""
+        """Return the waiters in any order; a few of them without NumPy, which would take most of a hand-over's time."""
         rows = self._tables.rows_where(self._tickets, Ticket.STATE, Ticket.WAITING)
         if len(rows) > FEW_WAITERS:
             fields = self._tables.view(self._tickets)[rows][:, _WAITER_FIELDS].tolist()
@@ -131,15 +134,14 @@ class QueueReads:
         return list(map(self._waiter, rows))
 
     def newest(self) -> Waiter | None:
-        """Return the ticket that was taken last; None if it does not wait any more, or its row is free by now."""
+        """Return the ticket that was queued last; None if it no longer waits, or its row is free."""
         row = self._words[Header.NEWEST_TICKET]
         return self._waiter(row) if self._words[self._tables.ticket(row)] == Ticket.WAITING else None
 
     def only_one(self) -> int | None:
-        """Return the only waiter; None if there are more, or it takes a search.
+        """Return the only waiter; None if there are several, or finding it takes a search.
 
-        Mostly it is the newest. NEWEST_TICKET may name a row that is free by now, or answered, while an older one
-        waits.
+        Usually it is the newest ticket. But NEWEST_TICKET may be free by now, or answered, while an older one waits.
         """
         words = self._words
         if words[Header.WAITING] != 1:
@@ -148,8 +150,8 @@ class QueueReads:
         return row if words[self._tables.ticket(row)] == Ticket.WAITING else None
 
     def can_use(self, ticket: int, model: int, devices: int) -> bool:
-        """Tell whether a ticket is for a copy of a model to use, one on these devices (bits) will do, and its deadline
-        has not passed."""
+        """Tell whether a ticket is for a copy of this model to use, can use one on these devices (bits), and its
+        deadline has not passed."""
         words, at = self._words, self._tables.ticket(ticket)
         usable_on = words[at + Ticket.USABLE_ON]
         return (
@@ -176,16 +178,16 @@ class QueueReads:
 
     def views(self, rows: Sequence[int]) -> tuple[TicketView, ...]:
         """Return tickets as the policy sees them."""
-        # One copy by NumPy: a plan looks at up to 32 tickets and more, of 14 words each.
+        # One copy by NumPy: a plan reads 32 tickets and more, of 14 words each.
         found = self._tables.view(self._tickets)[rows][:, _VIEW_FIELDS].tolist()
         return tuple(_view(row, *values) for row, values in zip(rows, found, strict=True))
 
     def is_waiting(self, ticket: int) -> bool:
-        """Tell whether a ticket has no answer yet; what its waiter sees without the lock need not be committed."""
+        """Tell whether a ticket has no answer yet; without the lock, its waiter may see an answer not yet committed."""
         return self._words[self._tables.ticket(ticket)] == Ticket.WAITING
 
     def asker(self, ticket: int) -> tuple[int, int]:
-        """Return whose a ticket is (slot), and for which model."""
+        """Return the slot of the member that a ticket belongs to, and the model."""
         words, at = self._words, self._tables.ticket(ticket)
         return words[at + Ticket.MEMBER] - 1, words[at + Ticket.MODEL]
 
@@ -202,15 +204,15 @@ class QueueReads:
     def told_at(self, ticket: int) -> int:
         """Return when a waiter was told why it waits (monotonic, ns).
 
-        Its row does not say that, but the event does. Where that has been overwritten, the waiter may have been told
-        from the first, and so nobody promises it a time that has passed.
+        Its event says so, its row does not. If the event was overwritten, return when the ticket was queued, so that
+        no one promises the waiter a time that has passed.
         """
         words, at, events = self._words, self._tables.ticket(ticket), self._tables.view(self._events)
         told = (events[:, Event.TICKET] == words[at + Ticket.NUMBER] + 1) & (events[:, Event.KIND] & 0xFF == _WAITS)
         return int(events[told, Event.TIME].max(initial=words[at + Ticket.ENQUEUED]))
 
     def answer(self, ticket: int) -> Answer:
-        """Return what became of a ticket; without the lock by way of `unlocked`."""
+        """Return a ticket's answer; without the lock through `unlocked`."""
         words, at = self._words, self._tables.ticket(ticket)
         return Answer(
             words[at + Ticket.NUMBER],
@@ -220,40 +222,40 @@ class QueueReads:
         )
 
     def number(self, ticket: int) -> int:
-        """Return the number of a ticket, which tells it from all others that its row has had, or will have."""
+        """Return the number of a ticket, which is unique."""
         return self._words[self._tables.ticket(ticket) + Ticket.NUMBER]
 
     def is_still(self, ticket: int, number: int) -> bool:
-        """Tell whether a row is still that of the ticket with this number, which the caller has made."""
+        """Tell whether a row still is that of the ticket with this number, which the caller has queued."""
         words, at = self._words, self._tables.ticket(ticket)
         return words[at] != Ticket.FREE and words[at + Ticket.NUMBER] == number
 
     def newest_wants(self, instance: int) -> int | None:
-        """Return the ticket that was taken last if it is for the model of a copy, waiting or not; without the lock."""
+        """Return the ticket that was queued last if it is for a copy's model, waiting or not; without the lock."""
         words, row = self._words, self._words[Header.NEWEST_TICKET]
-        # A guess, whose worst case is a wake-up for nothing: the row may be another ticket's already.
+        # A guess, because the row may be another ticket's already; the worst case is a needless wake-up.
         wanted = words[self._tables.ticket(row) + Ticket.MODEL]
         return row if wanted == words[self._tables.instance(instance) + Instance.MODEL] else None
 
     def state(self, ticket: int) -> int:
-        """Return the state of a ticket; what its waiter sees without the lock need not be committed."""
+        """Return the state of a ticket; without the lock, its waiter may see one not yet committed."""
         return self._words[self._tables.ticket(ticket)]
 
     def signal(self, ticket: int) -> Signal:
-        """Return what changes, and is woken, when a ticket has its answer."""
+        """Return the word that changes, and is woken, when a ticket gets its answer."""
         return Signal(self._tables.segment, self._tables.ticket(ticket) + Ticket.SIGNAL)
 
     def unlocked(self, read: Callable[[], Value | None]) -> Value | None:
-        """Return what `read` has read without the lock, if it was committed and nothing changed meanwhile; else None.
+        """Return what `read` reads without the lock, if it was committed and nothing changed meanwhile; else None.
 
-        None also if `read` says so, if transactions come too fast, or this machine's processors may reorder reads.
+        None also if `read` returns it, if transactions follow too fast, or if this machine may reorder reads.
         """
         if not CAN_READ_UNLOCKED:
             return None
         words = self._words
         for _ in range(UNLOCKED_TRIES):
             change = words[Header.CHANGE]
-            # Odd: a transaction is open, which may yet be rolled back, and with it what is read.
+            # Odd: a transaction is open, and what is read may be rolled back.
             if not change & 1 and (found := read()) is not None and words[Header.CHANGE] == change:
                 return found
         return None

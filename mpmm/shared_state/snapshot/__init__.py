@@ -1,8 +1,8 @@
 """The whole state of a namespace as plain values, read from outside: `inspect`, `check` and the dashboard build on it.
 
-`records` says what there is to know, `kinds` how a field's words are meant, `decode` turns a copy of the segment into
-records, and `read` makes the copy. None of them needs NumPy or psutil, because to import those takes longer than all
-that is done here.
+`records` declares the fields, `kinds` says what their words mean, `decode` turns a copy of the segment into records,
+and `read` makes the copy. None of them needs NumPy, and psutil only in rare cases, because importing those takes longer
+than a snapshot.
 """
 
 from mpmm.shared_state.snapshot.decode import ALL_EVENTS, EventChoice, decode

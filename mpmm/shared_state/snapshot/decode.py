@@ -1,4 +1,4 @@
-"""From a copy of a segment to a `Snapshot`: what `records` declares is read by kind, the rest is computed here."""
+"""Turns a copy of a segment into a `Snapshot`: reads fields by their kind in `records`, and computes the others."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ Record = TypeVar(
 
 _EVENT_KINDS = {kind.value: kind.name.lower() for kind in EventKind}
 _MEMBER_KINDS = {kind.value: kind.name.lower() for kind in MemberState if kind}
-# What these take counts by what is reserved for them: the figure does not show it yet, or somebody else measures it.
+# In these states the reservation counts: the figure does not show the memory yet, or another program uses it.
 _BOOKED_BY_RESERVATION = ("loading", "resuming", "leased")
 
 
 @dataclass(frozen=True, eq=False)
 class EventChoice:
-    """Which events of the ring a snapshot is to have.
+    """Which events of the ring a snapshot returns.
 
-    after: those with a higher sequence number only. newest_of_each: at most so many of each kind and reason, and the
-    last one that says of a present waiter why it waits, by which `observability.formatting` tells for how long it has.
+    after: only those with a higher sequence number. newest_of_each: at most this many of each kind and reason, plus for
+    each present waiter the last one that says why it waits, by which `observability.formatting` tells since when.
     """
 
     after: int = 0
@@ -88,19 +88,19 @@ def decode(
 ) -> Snapshot:
     """Turn a copy of a segment into a snapshot; rolls an open transaction back in the copy.
 
-    Raises SegmentCorruptError when rows hold what mpmm never writes.
+    Raises SegmentCorruptError if rows hold what mpmm never writes.
     """
     words = memoryview(copied).cast("Q")
-    # The copy may be of the middle of a transaction, whose writer was killed or stopped. Its log is in the copy, too,
-    # and leads back to the state before it.
+    # The copy may be from the middle of a transaction whose writer was killed or stopped. The undo log in the copy
+    # restores the state before it.
     torn = roll_back(words, layout.undo)
-    # Thousands of new objects, none of them garbage, would have the collector come by several times.
+    # Thousands of new objects, none of them garbage, would make the collector run several times.
     collects = gc.isenabled()
     try:
         gc.disable()
         wanted = choice if with_events else None
         return _Decoder(copied, layout).snapshot(namespace, segment, torn, held, alive or {}, wanted)
-    # Whatever has written into the segment: junk is refused here, once, and need not be expected where a field is read.
+    # Junk in the segment is refused here, once, so that code that reads a field need not expect it.
     except (IndexError, ValueError, OverflowError) as error:
         raise SegmentCorruptError(
             f"segment {segment} of namespace {namespace!r} holds what mpmm never writes ({error}); "
@@ -121,12 +121,12 @@ def used_members(copied: bytearray, layout: Layout) -> list[tuple[int, int, int,
 
 
 def _used(words: memoryview, table: Table) -> list[int]:
-    # The whole table, not just the part below its end word: what lies above that breaks H5, and a check has to see it.
+    # The whole table, not just the rows below its end word: a used row above that breaks H5, and a check must see it.
     return list(compress(range(table.capacity), words[table.base : table.end : table.words].tolist()))
 
 
 def _records(record: type[Record], rows: Rows, **computed: Iterable[object]) -> list[Record]:
-    """Return a record for each row. `computed` has the columns of the fields that have no kind."""
+    """Return a record for each row. computed: the columns of the fields without a kind."""
     columns = [computed[one.name] if one.name in computed else one.metadata[READ](rows) for one in fields(record)]
     return [record(*values) for values in zip(*columns, strict=True)]
 
@@ -137,10 +137,10 @@ class _Decoder:
         self._layout = layout
         self._words = memoryview(copied).cast("Q")
         self._floats = memoryview(copied).cast("B").cast("d")
-        # Together: the times of events are told by the difference.
+        # Read together, because their difference converts the times of events.
         self._now, self._wall_s = time.monotonic_ns(), time.time()
         self._tags: dict[int, str] = {}
-        # Before any other row is read, because those name their models by it.
+        # Before any other row is read, because other rows take their models' tags from here.
         self._models = _used(self._words, layout.models)
         models = self._rows(layout.models)
         self._tags.update(zip(self._models, [models.text_at(at + Model.TAG) for at in models.starts], strict=True))
@@ -155,7 +155,7 @@ class _Decoder:
         choice: EventChoice | None,
     ) -> Snapshot:
         words, header = self._words, self._rows_at([0])
-        # Whatever those of this process are: rows were written by these.
+        # The segment's settings, not this process's: the members follow these.
         settings = Settings(*self._floats[Header.SETTINGS : Header.SETTINGS + len(fields(Settings))].tolist())
         instances = self._instances()
         devices = self._devices(settings, instances)
@@ -167,9 +167,9 @@ class _Decoder:
             "taken_wall_s": self._wall_s,
             "torn_words": torn,
             "lock": self._lock(header, held),
-            # LEADER_SINCE keeps the time of the last one when there is no leader.
+            # Without a leader, LEADER_SINCE keeps the last one's time.
             "leader_for_s": header.age(words[Header.LEADER_SINCE]) if words[Header.LEADER] else None,
-            # Not from the header's bits, which `check` compares with this. (H3)
+            # Not from the header's bits, because `check` compares those with this. (H3)
             "isolated": min((device.isolated for device in devices if device.isolated is not None), default=None),
             "suspend_budget_mb": self._suspend_budget_mb(settings),
             "settings": settings,
@@ -177,21 +177,20 @@ class _Decoder:
             "members": tuple(self._members(alive)),
             "models": tuple(self._model_infos(instances)),
             "instances": tuple(instances),
-            # In the order in which they are served, as far as that is known without a plan: rows are taken in any
-            # order.
+            # Not by row, but in the order in which they are served, as far as that is known without a plan.
             "tickets": tuple(sorted(self._tickets(), key=_place_in_queue)),
             "pins": tuple(self._pins()),
             "devices": tuple(devices),
             "observations": tuple(self._observations()),
             "events": () if choice is None else tuple(self._events(choice)),
-            # Only a look at the folder tells, see `read`.
+            # `read` fills it in, from the folder.
             "missing_files": (),
         }
         return _records(Snapshot, header, **{name: (value,) for name, value in columns.items()})[0]
 
     def _suspend_budget_mb(self, settings: Settings) -> float:
         chosen = settings.suspend_budget_mb
-        # nan, until somebody has chosen: then it is the share of the host that the namespace's maker has found.
+        # Infinite unless it was chosen: then the creator's share of the host's memory counts.
         return chosen if math.isfinite(chosen) else self._floats[Header.HOST_SHARE_MB]
 
     def _rows(self, table: Table) -> Rows:
@@ -203,13 +202,13 @@ class _Decoder:
     def _lock(self, header: Rows, held: bool | None) -> LockInfo:
         stopped = False
         if held:
-            # Only where the lock is held: the import takes longer than the rest of a snapshot.
+            # Imported only if the lock is held: the import takes longer than the rest of a snapshot.
             import psutil
 
             try:
                 status = psutil.Process(self._words[Header.LOCK_HOLDER]).status()
                 stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-            # It may have ended since, be another pid namespace's, or the word may be junk: then nothing is known of it.
+            # It may have ended since, be in another pid namespace, or the word may be junk: then nothing is known.
             except (psutil.Error, ValueError, OverflowError):
                 stopped = False
         return _records(LockInfo, header, held=(held,), holder_stopped=(stopped,))[0]
@@ -217,7 +216,7 @@ class _Decoder:
     def _members(self, alive: dict[int, bool]) -> list[MemberInfo]:
         table = self._layout.members
         slots, rows = _used(self._words, table), self._rows(table)
-        # Whatever is in STATE, the row is used, and not to be left out.
+        # A row with junk in STATE is in use, too, and must not be left out.
         kinds = [_MEMBER_KINDS.get(found, "worker") for found in rows.words_at(Member.STATE)]
         peaks = rows.floats_at(Member.PEAK_MB)
         return _records(
@@ -226,7 +225,7 @@ class _Decoder:
             slot=slots,
             kind=kinds,
             alive=[alive.get(slot) for slot in slots],
-            # Only servers are measured. The 0 of others would look like a figure.
+            # Only servers are measured; the 0 of other members would look like a figure.
             peak_mb=[peak if kind == "server" else None for kind, peak in zip(kinds, peaks, strict=True)],
         )
 
@@ -238,18 +237,18 @@ class _Decoder:
             ModelInfo,
             rows,
             row=self._models,
-            # ESTIMATE_MB means nothing unless KNOWN.
+            # ESTIMATE_MB means nothing unless KNOWN is set.
             estimate_mb=[mb if known else None for known, mb in estimates],
             keep_alive_s=[_kept_s(word) for word in rows.words_at(Model.KEEP_ALIVE)],
-            # USED_AT is written when a copy begins to load or goes, because a word for each use would be one more on
-            # the warm path. What copies are there say it better.
+            # USED_AT is written only when a copy begins to load or is dropped, to save a store on the warm path. If
+            # there are copies, they say more exactly when the model was used.
             unused_for_s=[used[row] if row in used else rows.age(then) for row, then in used_at],
         )
 
     def _instances(self) -> list[InstanceInfo]:
         table = self._layout.instances
         rows = self._rows(table)
-        # A segment that holds junk may name more devices than there are words for shares of.
+        # A segment with junk may name more devices than a row has words for shares.
         lie_on = [device_rows(bits)[:MOST_SPANNED] for bits in rows.words_at(Instance.DEVICES)]
         return _records(
             InstanceInfo,
@@ -262,19 +261,19 @@ class _Decoder:
         )
 
     def _users(self, rows: Rows) -> list[int]:
-        """Return how many use each copy, its seats included, or each seat."""
+        """Return for each row how many use it: of a copy with its seats, of a seat by itself."""
         numbers = _used(self._words, self._layout.instances)
         users = {row: int(state == Instance.ACTIVE) for row, state in zip(numbers, rows.words_at(0), strict=True)}
         found = dict(users)
         for row, copy in zip(numbers, rows.words_at(Instance.SEAT_OF), strict=True):
             if copy:
-                # A copy's own row is a place like each of its seats, so theirs come on top of its own. `get`, because
-                # junk may name a row that is free.
+                # A copy's own row has a user, like each of its seats, so add theirs. `get`, because junk may name a
+                # free row.
                 found[copy - 1] = found.get(copy - 1, 0) + users[row]
         return [found[row] for row in numbers]
 
     def _shares(self, at: int, devices: list[int]) -> dict[int, float]:
-        # As `Tables.shares_of`: of a single device MB is all there is.
+        # As in `Tables.shares_of`: on a single device, only MB is written.
         if len(devices) == 1:
             return {devices[0]: self._floats[at + Instance.MB]}
         first = at + Instance.SHARES
@@ -283,7 +282,7 @@ class _Decoder:
     def _server_peak(self, server: int) -> float | None:
         if not server:
             return None
-        # Computed, not `Tables`: that reads the live segment, and this is a copy.
+        # Not by `Tables`, which reads the live segment, while this is a copy.
         return self._floats[self._layout.members.base + (server - 1) * Member.WORDS + Member.PEAK_MB] or None
 
     def _tickets(self) -> list[TicketInfo]:
@@ -299,7 +298,7 @@ class _Decoder:
             member=members,
             pid=[self._pid_of(member) for member in members],
             time_left_s=[
-                # For a wait without an end the word is not a time.
+                # The word of a wait without a limit is not a time.
                 -rows.age(deadline) if deadline < LONGEST_NS else math.inf
                 for deadline in rows.words_at(Ticket.DEADLINE)
             ],
@@ -307,7 +306,7 @@ class _Decoder:
 
     def _pid_of(self, slot: int) -> int:
         table = self._layout.members
-        # MEMBER may be junk, too, and the checks are to say so instead of this failing.
+        # MEMBER may be junk; do not fail here, so that the checks can report it.
         return int(self._words[table.base + slot * table.words + Member.PID]) if 0 <= slot < table.capacity else 0
 
     def _pins(self) -> list[PinInfo]:
@@ -316,7 +315,7 @@ class _Decoder:
     def _devices(self, settings: Settings, instances: list[InstanceInfo]) -> list[DeviceInfo]:
         table = self._layout.devices
         numbers, rows = _used(self._words, table), self._rows(table)
-        # Both as the scheduler counts them, so that what people see explains its decisions.
+        # Both as the scheduler counts them, so that the shown figures explain its decisions.
         used = [self._used_mb(row, at, instances) for row, at in zip(numbers, rows.starts, strict=True)]
         committed = [self._committed_mb(row, at, instances) for row, at in zip(numbers, rows.starts, strict=True)]
         sampled = rows.words_at(Device.SAMPLED)
@@ -326,17 +325,17 @@ class _Decoder:
             row=numbers,
             limit_mb=[total * (1 - settings.slack_percentage) for total in rows.floats_at(Device.TOTAL_MB)],
             used_mb=used,
-            # Before the first sample there is a 0, which was never measured.
+            # Before the first sample the word is 0, which was never measured.
             peak_mb=[mb if then else None for then, mb in zip(sampled, rows.floats_at(Device.PEAK_MB), strict=True)],
             committed_mb=committed,
-            # Never below 0: where the figure is higher than what is accounted for, nothing of it is reserved.
+            # Never below 0: if the figure exceeds the accounts, nothing is reserved.
             reserved_mb=[max(0.0, mb - (shown or 0.0)) for mb, shown in zip(committed, used, strict=True)],
             returns_mb=[self._returns(at) for at in rows.starts],
             samples=[self._samples(at + Device.RING) for at in rows.starts],
         )
 
     def _used_mb(self, device: int, at: int, instances: list[InstanceInfo]) -> float | None:
-        """Return the last figure, or where nothing is measured what is accounted for; None before the first figure."""
+        """Return the last figure, None before the first; or, if nothing is measured, what is accounted for."""
         if self._words[Header.SOURCE_ACCOUNTING_ONLY]:
             here = (one for one in instances if device in one.shares_mb and one.state not in _BOOKED_BY_RESERVATION)
             return math.fsum(one.shares_mb[device] for one in here)
@@ -344,19 +343,19 @@ class _Decoder:
 
     def _committed_mb(self, device: int, at: int, instances: list[InstanceInfo]) -> float:
         """Return what admission counts as taken of a device, see `policy.ledger`."""
-        # A device's own row does not say it: admission adds the rows up each time, and so does this.
+        # A device's row does not have this sum: admission adds up the instance rows each time, and so does this.
         here = [one for one in instances if device in one.shares_mb]
         returning = self._floats[at + Device.RETURNING_MB] if self._words[Header.SOURCE_FREES_LATE] else 0.0
         committed = math.fsum(self._committed(one, device) for one in here) + returning
-        # nan before the first sample, and the sum of anything with that.
+        # nan before the first sample, which would make the sum nan, too.
         external = self._floats[at + Device.EXTERNAL_MB]
         return committed + (0.0 if math.isnan(external) else external)
 
     def _committed(self, instance: InstanceInfo, device: int) -> float:
-        """What a copy or a lease counts for on a device, see `policy.ledger` and `Scheduler.read_copies`."""
+        """Return the MB that admission counts for a copy or lease on a device; see `policy.ledger`, `CopiesReader`."""
         span = len(instance.shares_mb)
         if instance.state == "leased":
-            # What its program takes beyond the lease is taken, too; what it leaves of it nobody else may take.
+            # The lease counts even if its program takes less; if the program takes more, that counts.
             return max(instance.reserved_mb, instance.mb) / span
         if instance.state not in ("loading", "resuming"):
             return instance.shares_mb[device]
@@ -365,12 +364,12 @@ class _Decoder:
             return share_mb
         at = self._layout.members.base + instance.server * Member.WORDS
         word = Member.MEASURED_MB if span == 1 else Member.SHARES + list(instance.shares_mb).index(device)
-        # It may have taken more by now than it was allowed, as in `CopiesReader`.
+        # It may already take more than its reservation, as in `CopiesReader`.
         measured = self._floats[at + word]
         return share_mb if math.isnan(measured) else max(share_mb, measured)
 
     def _returns(self, at: int) -> tuple[float, ...]:
-        # At most as many as there are words for, whatever junk says.
+        # Junk may claim more entries than there are words.
         awaited = min(self._words[at + Device.RETURN_COUNT], Device.RETURNS_LENGTH)
         return tuple(self._floats[at + Device.RETURNS + Device.RETURN_WORDS * n + 1] for n in range(awaited))
 
@@ -378,14 +377,14 @@ class _Decoder:
         end = ring + 2 * Device.RING_LENGTH
         times = self._words[ring:end:2].tolist()
         figures = self._floats[ring + 1 : end : 2].tolist()
-        # By time, since the ring begins anywhere; 0 is a place that was never written.
+        # By time, because the ring may begin anywhere; an entry with time 0 was never written.
         taken = sorted((then, mb) for then, mb in zip(times, figures, strict=True) if then and math.isfinite(mb))
         return tuple(((self._now - then) / 1e9, mb) for then, mb in taken)
 
     def _observations(self) -> Iterable[ObservationInfo]:
         words, floats = self._words, self._floats
         generations = self._rows(self._layout.models).words_at(Model.GENERATION)
-        # By generation, because a row may have become another tag's since.
+        # By generation, because the row may be another tag's by now.
         by_generation = {one: self._tags[row] for one, row in zip(generations, self._models, strict=True)}
         for at in self._rows(self._layout.observations).starts:
             first = at + Observation.PAIRS
@@ -394,7 +393,7 @@ class _Decoder:
             start = at + Observation.READINGS
             device = words[at + Observation.DEVICE]
             yield ObservationInfo(
-                # A pair is a generation and a number of copies, in one word.
+                # A pair packs a generation and a number of copies into one word.
                 {by_generation.get(pair >> 16, FORGOTTEN): pair & 0xFFFF for pair in pairs},
                 tuple(floats[start : start + count].tolist()),
                 device - 1 if device else None,
@@ -404,16 +403,16 @@ class _Decoder:
         table, written = self._layout.events, self._words[Header.EVENTS]
         # The two rows behind the newest may be half written. (E1)
         first = max(1, written - table.capacity + 2, choice.after + 1)
-        # Numbers and not rows, so that what a place holds can be compared with what it should hold.
+        # Sequence numbers, not rows, so that each row's number can be compared with the expected one.
         sequences: Iterable[int] = range(first, written + 1)
         if choice.newest_of_each is not None:
             sequences = self._newest(first, written, choice.newest_of_each)
         places = ((sequence, table.base + (sequence - 1) % table.capacity * table.words) for sequence in sequences)
-        # One that was overwritten during the copy, or rolled back, has another number, and is left out.
+        # An event that was overwritten during the copy, or rolled back, has another number, and is left out.
         rows = self._rows_at([at for sequence, at in places if self._words[at + Event.SEQUENCE] == sequence])
         placed, kinds, reasons = [], [], []
         for word in rows.words_at(Event.KIND):
-            # Three things in one word, so that an event is as few stores as possible: devices, reason plus one, kind.
+            # Devices, reason plus one, and kind share a word, so that an event takes few stores.
             devices, decided = divmod(word, 2**32)
             reason, kind = divmod(decided, 256)
             placed.append(tuple(device_rows(devices)))
@@ -421,7 +420,7 @@ class _Decoder:
             reasons.append(reason - 1 if reason else None)
 
         def figures(place: int) -> list[float | None]:
-            """Return figures of the reason, which older events have left in the row where there is none."""
+            """Return the reasons' figures; None without a reason, where the row has an older event's figure."""
             found = zip(reasons, rows.floats_at(place), strict=True)
             return [None if reason is None or math.isnan(value) else value for reason, value in found]
 
@@ -445,13 +444,13 @@ class _Decoder:
         )
 
     def _tags_then(self, events: Rows, references: list[int]) -> list[str | None]:
-        """Return the tags of the models or leases that events refer to, as of the time of the events."""
+        """Return the tags that the models or leases in events had at the time of the events."""
         table, words = self._layout.models, self._words
         last: dict[int, tuple[int, str]] = {}
-        # Junk may refer to a row that there is not: then no name is known.
+        # Junk may refer to a row that does not exist: then no tag is known.
         for reference in {one for one in references if 0 < one <= table.capacity}:
             at = table.base + (reference - 1) * table.words
-            # A free row has its last lease's name still, which is why `self._tags` is not enough.
+            # Not from `self._tags`, because a free row still has its last lease's name.
             last[reference] = words[at + Model.EVENTS_BEFORE], events.text_at(at + Model.TAG)
         found: list[str | None] = []
         for reference, sequence in zip(references, events.words_at(Event.SEQUENCE), strict=True):
@@ -460,18 +459,18 @@ class _Decoder:
         return found
 
     def _newest(self, first: int, last: int, count: int) -> list[int]:
-        """Return the sequence numbers of the events that `EventChoice.newest_of_each` is about, in order."""
+        """Return the sequence numbers of the events that `EventChoice.newest_of_each` asks for, in order."""
         table = self._layout.events
         kinds = self._words[table.base + Event.KIND : table.end : table.words].tolist()
         tickets = self._words[table.base + Event.TICKET : table.end : table.words].tolist()
         rows = self._rows(self._layout.tickets)
-        # Events have them plus one.
+        # Events hold ticket numbers plus one.
         waiters = {number + 1 for number in rows.words_at(Ticket.NUMBER)}
         seen: Counter[int] = Counter()
         found = []
-        # From the newest back, or the oldest of each kind would be all there is.
+        # From the newest back, or it would find the oldest of each kind.
         for sequence in range(last, first - 1, -1):
-            # Without the bits of the devices, which would make a kind of its own of each place.
+            # Without the device bits, which would make a separate kind for each device.
             place = (sequence - 1) % table.capacity
             kind, ticket = kinds[place] % 2**32, tickets[place]
             is_of_waiter = kind % 256 == EventKind.WAITS and ticket in waiters
@@ -484,21 +483,21 @@ class _Decoder:
 
 
 def _last_used(instances: list[InstanceInfo]) -> dict[int, float]:
-    """Return how long ago a copy of each model that has any was used last, by the model's row."""
+    """Return for each model with copies how long ago one was last used, by the model's row."""
     used: dict[int, float] = {}
     for copy in instances:
-        # What is in use is used now, however long ago its use began.
+        # An active copy is in use now, however long ago its use began.
         for_s = 0.0 if copy.state == "active" else copy.for_s
         used[copy.model] = min(for_s, used.get(copy.model, for_s))
     return used
 
 
 def _kept_s(word: int) -> float | None:
-    # Plus one in the segment, where 0 is for a model whose users have not said.
+    # The segment stores it plus one; 0 stands for a model whose users have not said.
     return None if not word else math.inf if word > LONGEST_NS else (word - 1) / 1e9
 
 
 def _place_in_queue(ticket: TicketInfo) -> tuple[int, float, int]:
-    # The order of `Views.queue_order` but for promotions, in seconds: by class, then by rank, which is the time of
-    # queueing less the head start.
+    # The order of `policy.fairness.queue_order` except promotions, in seconds: by class, then by rank, which is the
+    # time of queueing less the head start.
     return ticket.priority, -ticket.waited_s - HEAD_START_S * ticket.urgency, ticket.number

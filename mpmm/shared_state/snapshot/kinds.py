@@ -1,8 +1,7 @@
-"""What the words of a row mean: the kinds that the fields of `records` are declared with.
+"""What the words of a row mean: the kinds with which the fields of `records` are declared.
 
-A kind, given the place of a word in its row, is the metadata of a record's field. `decode` asks it for the
-whole column, one value for each row. A field without a kind is computed from several words, or from other rows;
-`decode` says how.
+A kind, given the place of a word in its row, is the metadata of a record's field. With it, `decode` reads the whole
+column, one value for each row. `decode` computes a field without a kind from several words, or from other rows.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ __all__ = [
 READ = "read"
 PLACE = "place"
 
-# No text field is longer. A length beyond that is junk, and must not make a string of the whole segment.
+# No text field is longer than this. A greater length is junk, and must not turn the whole segment into a string.
 _MOST_TEXT_BYTES = 8 * 128
 
 
@@ -71,14 +70,14 @@ class Rows:
         return [floats[start + place] for start in self.starts]
 
     def age(self, then_ns: int) -> float:
-        """Return how many seconds before the copy something was, below 0 for what is still to come."""
-        # To one moment for all, so that times within a snapshot can be compared.
+        """Return how many seconds before the copy something happened, below 0 for the future."""
+        # Relative to one moment, so that times within a snapshot can be compared.
         return (self.now_ns - then_ns) / 1e9
 
     def text_at(self, word: int) -> str:
         """Return the text that begins at a word of the segment."""
         length = min(self.words[word], _MOST_TEXT_BYTES)
-        # surrogateescape: tags come from anywhere, and what is no UTF-8 must come back as the same bytes.
+        # surrogateescape: tags may be any bytes, and what is no UTF-8 must convert back to the same bytes.
         return bytes(self.data[8 * (word + 1) : 8 * (word + 1) + length]).decode("utf-8", "surrogateescape")
 
 
@@ -95,31 +94,31 @@ def word(place: int) -> Metadata:
 
 
 def word_or_none(place: int) -> Metadata:
-    """Declare a whole number of which 0 means that there is none."""
+    """Declare a whole number where 0 means none."""
     return _kind(place, lambda rows: [found or None for found in rows.words_at(place)])
 
 
 def preload(place: int) -> Metadata:
-    """Declare how many copies a preload wants: one more, where it is to resume one."""
+    """Declare how many copies a preload wants: one, if it only resumes one."""
     return _kind(place, lambda rows: [1 if found == Ticket.ONLY_RESUMES else found for found in rows.words_at(place)])
 
 
 def flag(place: int) -> Metadata:
     """Declare a bool: a word that is not 0."""
-    # Not `== 1`: some flags are numbers that say more, as UNLOAD_ON_RELEASE does.
+    # Not `== 1`: some flags have further values, such as UNLOAD_ON_RELEASE.
     return _kind(place, lambda rows: [found != 0 for found in rows.words_at(place)])
 
 
 def reference(place: int) -> Metadata:
-    """Declare the row that a word refers to: it holds that plus one, 0 for none."""
-    # Plus one, because a segment begins as zeros: a word that was never written must not refer to row 0.
+    """Declare the row that a word refers to: the word holds that row plus one, 0 for none."""
+    # Plus one, because a new segment is all zeros, and a word that was never written must not refer to row 0.
     return _kind(place, lambda rows: [found - 1 if found else None for found in rows.words_at(place)])
 
 
 def state(place: int, states: type[IntEnum]) -> Metadata:
-    """Declare a state by its name; a number that is none of them is shown as it is."""
+    """Declare a state by its name; a number without one is shown as it is."""
     names = {one.value: one.name.lower() for one in states}
-    # Not an error: to look at what is wrong is what a snapshot is for.
+    # Not an error, because a snapshot must show what is wrong.
     return _kind(place, lambda rows: [names.get(found) or f"state {found}" for found in rows.words_at(place)])
 
 
@@ -130,30 +129,30 @@ def devices(place: int) -> Metadata:
 
 def tag(place: int) -> Metadata:
     """Declare the tag of the model whose row a word holds, empty if that row is free."""
-    # A row that names a free one breaks an invariant, and `check` says so; here it has no tag.
+    # A row that refers to a free one breaks an invariant, which `check` reports; here it has no tag.
     return _kind(place, lambda rows: [rows.tags.get(found, "") for found in rows.words_at(place)])
 
 
 def tag_of_reference(place: int) -> Metadata:
     """Declare the tag of the model that a word refers to, None for none."""
-    # 0 less 1 is no row of the table, so none has no tag either.
+    # 0 becomes -1, which is no row and has no tag.
     return _kind(place, lambda rows: [rows.tags.get(found - 1) for found in rows.words_at(place)])
 
 
 def age(place: int) -> Metadata:
-    """Declare how many seconds ago something was."""
+    """Declare how many seconds ago something happened."""
     return _kind(place, lambda rows: [rows.age(found) for found in rows.words_at(place)])
 
 
 def age_or_none(place: int) -> Metadata:
-    """Declare how many seconds ago something was, None if it never was."""
-    # 0 stands for never; as a time it would be the start of the machine's clock.
+    """Declare how many seconds ago something happened, None if it never did."""
+    # 0 stands for never, not for the start of the machine's clock.
     return _kind(place, lambda rows: [rows.age(found) if found else None for found in rows.words_at(place)])
 
 
 def wall(place: int) -> Metadata:
     """Declare a moment as Unix time."""
-    # Not as an age: wall clocks are set, so it is only for people.
+    # Not as an age, because wall clocks may be set; only for people.
     return _kind(place, lambda rows: [found / 1e9 for found in rows.words_at(place)])
 
 
@@ -163,13 +162,13 @@ def number(place: int) -> Metadata:
 
 
 def number_or_none(place: int) -> Metadata:
-    """Declare a float that is None where the segment has nan: it is not known."""
-    # JSON has no nan, and a program would take 0 for a figure.
+    """Declare a float that is None if the segment has nan, for unknown."""
+    # JSON has no nan, and a reader would take 0 for a figure.
     return _kind(place, lambda rows: [None if math.isnan(found) else found for found in rows.floats_at(place)])
 
 
 def amount_or_none(place: int) -> Metadata:
-    """Declare a float of which 0 means that there is none."""
+    """Declare a float where 0 means none."""
     return _kind(place, lambda rows: [found or None for found in rows.floats_at(place)])
 
 
@@ -179,5 +178,5 @@ def text(place: int) -> Metadata:
 
 
 def text_or_none(place: int) -> Metadata:
-    """Declare a text that is None where it is empty."""
+    """Declare a text that is None if it is empty."""
     return _kind(place, lambda rows: [rows.text_at(start + place) or None for start in rows.starts])

@@ -1,8 +1,8 @@
 """Reading a namespace from outside: no membership, no change, hardly ever a lock.
 
-`read_snapshot` copies the segment and decodes the copy. It answers whatever happens to the lock's holder: a copy
-that falls into a transaction is completed by the undo log in the copy (see `transaction.py`). Only when writers leave
-no gap for a copy is the lock taken, for the length of one.
+`read_snapshot` copies the segment and decodes the copy. It works whatever happens to the lock's holder: if the copy
+catches an open transaction, the undo log in the copy undoes that (see `transaction.py`). Only if writers leave no gap
+for a copy does it take the lock while it copies.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ __all__ = ["DeadMakerError", "find_lost_namespaces", "find_namespaces", "read_sn
 
 _COPIES_TRIED = 12
 _LOCK_TIMEOUT_S = 0.5
-# So long a look waits for a process that joins or leaves, which takes milliseconds, before it says that a segment is
-# lost; and so long it sleeps meanwhile.
+# How long to wait for a process that joins or leaves, which takes milliseconds, before a segment counts as lost; and
+# the pauses between the checks.
 LOST_AFTER_S = 0.5
 LIFECYCLE_LOOK_S = 0.005
 
 
 class DeadMakerError(FileNotFoundError):
-    """There is no namespace, because a process died while it made it; the next one to join makes it anew."""
+    """There is no namespace, because a process died while it made it; the next process to join makes it anew."""
 
 
 def find_namespaces(root: Path | None = None) -> list[str]:
@@ -50,7 +50,7 @@ def find_namespaces(root: Path | None = None) -> list[str]:
 
 
 def find_lost_namespaces(root: Path | None = None) -> list[str]:
-    """Return the namespaces of this user whose members live, and whose segment somebody has removed, by name."""
+    """Return the namespaces of this user whose members live, but whose segment was removed, by name."""
     return sorted(
         name
         for name, segment in _folders_below(root)
@@ -59,7 +59,7 @@ def find_lost_namespaces(root: Path | None = None) -> list[str]:
 
 
 def _folders_below(root: Path | None) -> list[tuple[str, str]]:
-    """Return the names of folders that may be those of namespaces, and those of their segments."""
+    """Return the names of the folders that may be namespaces, each with its segment's name."""
     folder = RuntimeDirectory("any", root).root
     with told_by_file(folder):
         return _folders_in(folder)
@@ -69,7 +69,7 @@ def _folders_in(folder: Path) -> list[tuple[str, str]]:
     try:
         prefix = segment_name(folder, "")
         with os.scandir(folder) as entries:
-            # What else lies there is nobody's: a `lost+found`, where the root is a file system of its own.
+            # Other folders may be there: `lost+found`, if the root is a file system of its own.
             names = [entry.name for entry in entries if is_namespace_name(entry.name) and entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -79,20 +79,20 @@ def _folders_in(folder: Path) -> list[tuple[str, str]]:
 def _is_lost(runtime: RuntimeDirectory, name: str) -> bool:
     """Tell whether the segment `name` is gone though members live.
 
-    The last process to leave is a member still while it removes first the segment and then the folder. So where
-    somebody holds the lifecycle lock, the look counts only once that has ended, or takes too long.
+    The last process to leave is still a member while it removes first the segment and then the folder. So if a process
+    holds the lifecycle lock, wait until it has finished, or takes too long.
     """
     deadline = time.monotonic() + LOST_AFTER_S
     while _has_members(runtime.path):
         if not is_locked(runtime.file("lifecycle.lock")) or time.monotonic() >= deadline:
-            # Looked at again, because it may have ended between the two looks.
+            # Check again, because that process may have finished between the two checks.
             return not os.path.exists(f"{SHARED_MEMORY}/{name}") and _has_members(runtime.path)
         time.sleep(LIFECYCLE_LOOK_S)
     return False
 
 
 def _has_members(folder: Path) -> bool:
-    """Tell whether a member of a namespace lives, in whatever segment."""
+    """Tell whether a member of a namespace lives, in any segment."""
     with contextlib.suppress(FileNotFoundError):
         return any(is_locked(lock) for lock in folder.glob("m*.lock"))
     return False
@@ -103,10 +103,10 @@ def read_snapshot(
 ) -> Snapshot:
     """Read the state of a namespace.
 
-    events: False leaves the event ring out; choice: what is wanted of it else.
-    Raises FileNotFoundError when there is no such namespace, DeadMakerError when its maker died, LayoutMismatchError
-    when it is another version's, SegmentCorruptError when it holds junk, SegmentLostError when it is gone though
-    members live, InvalidArgumentError for an impossible name, RuntimeDirectoryError where this user may not look.
+    events: False leaves the event ring out; choice: otherwise, which events to return.
+    Raises FileNotFoundError if there is no such namespace, DeadMakerError if its maker died, LayoutMismatchError if it
+    is another version's, SegmentCorruptError if it holds junk, SegmentLostError if it is gone though members live,
+    InvalidArgumentError for an impossible name, RuntimeDirectoryError if this user may not read it.
     """
     runtime = RuntimeDirectory(namespace, root)
     with told_by_file(runtime.path):
@@ -114,7 +114,7 @@ def read_snapshot(
 
 
 def _read(runtime: RuntimeDirectory, namespace: str, events: bool, choice: EventChoice) -> Snapshot:
-    # The folder first: where there is none, nobody has made a namespace of this name, and none is lost.
+    # The folder first: without one, there never was such a namespace, and none is lost.
     if not runtime.path.is_dir():
         raise FileNotFoundError(f"there is no namespace {namespace!r} in {runtime.root}")
     name = segment_name(runtime.root, namespace)
@@ -135,19 +135,19 @@ def _read(runtime: RuntimeDirectory, namespace: str, events: bool, choice: Event
         copied = _consistent_copy(segment, events)
         layout = segment.layout
     finally:
-        # The copy is all that is looked at, and a mapping that stays would keep the memory of a removed segment.
+        # Only the copy is needed now, and the mapping would keep the memory of a removed segment.
         segment.close()
-    # After the copy, and so maybe another holder than the copy's. It only says whether somebody is stuck.
+    # Checked after the copy, so the holder may be another one by now; it only shows whether a holder is stuck.
     held = is_locked(segment.path)
     folder, missing = str(runtime.path), []
     alive = {}
     for slot, pid, attached, inode, pids_of in used_members(copied, layout):
         path = f"{folder}/m{slot}.lock"
         alive[slot] = member_lives(path, inode, pid, attached, pids_of)
-        # Another file under its name is as good as none: it is not the one whose lock the member holds.
+        # Another file under its name counts as missing: the member does not hold the lock on that.
         if alive[slot] and (identity_of(path) or (0, 0))[1] != inode:
             missing.append(f"m{slot}.lock")
-    # Without a member the folder is about to be removed, and files are missing for good reason.
+    # Without members the folder is about to be removed, so files may be missing.
     if alive:
         missing += [name for name in ("alive.lock", "token") if not os.path.lexists(f"{folder}/{name}")]
     decoded = decode(copied, layout, namespace, name, held=held, alive=alive, with_events=events, choice=choice)
@@ -155,18 +155,18 @@ def _read(runtime: RuntimeDirectory, namespace: str, events: bool, choice: Event
 
 
 def _open_finished(runtime: RuntimeDirectory, name: str) -> Segment | None:
-    """Open a segment, None if there is none. Raises FileNotFoundError where it is unfinished; SegmentProblem."""
+    """Open a segment, None if there is none. Raises FileNotFoundError if it is unfinished; SegmentProblem."""
     place, path = None, f"{SHARED_MEMORY}/{name}"
     while True:
         try:
             return Segment.open(name)
         except UnfinishedSegment as problem:
             unfinished = problem
-            # The same segment before and after a moment at which nobody held the lock: who made it can seal it no more.
+            # If the segment is the same before and after a moment at which the lock was free, its maker is dead.
             before, place = place, identity_of(path)
         if place is not None and place == before:
             if _has_members(runtime.path):
-                # They have joined what was whole then, and something else has emptied it.
+                # They have joined a finished segment, which another program has emptied since.
                 raise unfinished
             raise DeadMakerError(
                 f"namespace {runtime.name!r} is unfinished: the process that made it has died; the next process to "
@@ -174,29 +174,29 @@ def _open_finished(runtime: RuntimeDirectory, name: str) -> Segment | None:
             )
         locked = is_locked_as(runtime.file("lifecycle.lock"), None)
         if locked is None:
-            # Who holds a lock whose file was removed cannot be told.
+            # The lock file was removed, so it is unknown whether a process holds the lock.
             raise FileNotFoundError(f"namespace {runtime.name!r} is being made, or its maker was killed")
         if locked:
             raise FileNotFoundError(f"namespace {runtime.name!r} is being made")
 
 
 def _consistent_copy(segment: Segment, events: bool) -> bytearray:
-    """Return a copy that is one state of the segment once its undo log is rolled back; see `transaction.py`."""
+    """Return a copy that is consistent once its undo log is rolled back; see `transaction.py`."""
     words = segment.words
     last = bytearray()
     for attempt in range(_COPIES_TRIED):
-        # Before the copy and after it: the same even number means that no transaction was open at any time in between.
+        # The same even number before and after the copy: no transaction was open in between.
         before = words[Header.CHANGE]
         copied = segment.copy_in_use(events=events)
-        # Odd both times: one transaction was open all the while. Two copies that are equal say that its writer is
-        # stopped, or dead, and that no store fell into them.
+        # The same odd number: one transaction was open all the time. If two copies are equal, its writer is stopped, or
+        # dead, and no store fell into them.
         if words[Header.CHANGE] == before and (before % 2 == 0 or copied == last):
             return copied
         last = copied
-        # Between two transactions of busy writers there are pauses; ours differ, so that one is hit.
+        # Even busy writers pause between transactions; sleeps of different lengths make a copy hit such a pause.
         time.sleep(0.0001 * (attempt % 7))
-    # Writers are too busy for that. The lock is free every few microseconds then; if it is not, because its holder
-    # has been stopped just now, nothing changes any more and the next copy is as good.
+    # The writers are too busy for that, but then the lock becomes free every few microseconds. If it does not, its
+    # holder was just stopped: nothing changes any more, and the next copy is as good.
     try:
         lock = segment.lock_file()
     except FileNotFoundError:
@@ -204,7 +204,7 @@ def _consistent_copy(segment: Segment, events: bool) -> bytearray:
     try:
         with contextlib.suppress(LockTimeoutError):
             lock.exclusive(_LOCK_TIMEOUT_S)
-        # With the lock held, or its holder stopped: either way nobody writes.
+        # Either we hold the lock, or its holder is stopped: nothing changes.
         return segment.copy_in_use(events=events, into=last)
     finally:
         lock.close()

@@ -1,7 +1,7 @@
 """Records of a snapshot: each row, and the header, as plain values.
 
-A field is declared here once, with its kind and its word (`kinds`). `decode` fills it, and `--json` shows it under the
-same name: `mpmm.cli` documents the schema. A field without a kind is computed, see `decode`.
+Each field is declared here once, with its kind and its word (`kinds`). `decode` fills it, and `--json` shows it under
+the same name: `mpmm.cli` documents the schema. `decode` computes fields without a kind.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ __all__ = [
     "as_json",
 ]
 
-# In place of the tag of a model or lease whose row another one has taken. Of ended leases many had that row in turn.
+# Stands for the tag of a model or lease whose row another one has taken since. Ended leases often shared one row.
 FORGOTTEN = "(forgotten)"
 
 
 @dataclass(frozen=True, eq=False)
 class MemberInfo:
-    """One attached process. `alive` is None when it was not looked up. Servers: `measured_mb`, `peak_mb`."""
+    """One attached process. `alive` is None if it was not checked. Only servers have `measured_mb` and `peak_mb`."""
 
     slot: int
     kind: str
     pid: int = field(metadata=kinds.word(Member.PID))
     name: str = field(metadata=kinds.text(Member.NAME))
-    # Computed, like all fields without a kind: only the kernel knows it, see `liveness`.
+    # Only the kernel knows it, see `liveness`.
     alive: bool | None
     started_wall_s: float = field(metadata=kinds.wall(Member.STARTED_WALL))
     attached_for_s: float = field(metadata=kinds.age(Member.ATTACHED))
@@ -55,23 +55,23 @@ class MemberInfo:
 
 @dataclass(frozen=True, eq=False)
 class ModelInfo:
-    """One tag: how many copies in which state, its estimate in MB (None: unknown), its counters and its times.
+    """One tag: its copies by state, its estimate in MB (None: unknown), its counters and its times.
 
-    name: what people call it, empty for nothing but the tag.
-    kind: `model`, or `lease` for what stands for one lease, held or waited for; its estimate is what it is for.
-    shares: its loader has made a handle.
+    name: what people call it, empty if just by its tag.
+    kind: `model`, or `lease` for a row that stands for one lease, held or waited for; its estimate is the lease's size.
+    shares: its loader has returned a handle.
     measured: the estimate was read from processes; sd_mb: its standard deviation. at_least_mb: the model ran out of
-    memory with that much free, so it needs more, 0 if it never has. expect_mb: what its users say, which counts as long
-    as there is no estimate (None: nothing). keep_alive_s: how long its users want idle copies kept (None: as the
-    settings say). failures: loads in a row that failed, the last one failed_ago_s ago (None: none).
+    memory with that much free, so it needs more, 0 if it never has. expect_mb: what its users say, used as long as
+    there is no estimate (None: nothing). keep_alive_s: how long its users want idle copies kept (None: as the settings
+    say). failures: loads in a row that failed, the last one failed_ago_s ago (None: none).
     unused_for_s: since its last use, 0 while it is in use. load_s, hold_s, mean_interarrival_s: decayed means of the
-    time of a load, of a hold and between two requests, 0 unknown. requests: how many the last of these has seen, and
-    requested_ago_s: when.
-    suspended: copies that are suspended, or being so; suspends, resumes: how many have ended; suspend_s, resume_s:
-    decayed means of how long they take, 0 unknown. unsuspendable: why it is not suspended any more, a number of
-    `policy.suspension.Unsuspendable`, or 0.
-    users: how many may use a copy at a time that is loaded from now on, 0 one. seats: of `loaded`, so many rows are
-    seats, and no copies of their own.
+    time of a load, of a hold and between two requests, 0 unknown. requests: how many requests the last of these has
+    counted, the newest requested_ago_s ago.
+    suspended: copies that are suspended, or are being suspended; suspends, resumes: how many have ended; suspend_s,
+    resume_s: decayed means of how long they take, 0 unknown. unsuspendable: why its copies are no longer suspended, a
+    number of `policy.suspension.Unsuspendable`, or 0.
+    users: how many users at a time a copy that is loaded from now on may have, 0 for one. seats: how many of the
+    `loaded` rows are seats, not copies.
     """
 
     row: int
@@ -79,7 +79,7 @@ class ModelInfo:
     tag: str = field(metadata=kinds.text(Model.TAG))
     name: str = field(metadata=kinds.text(Model.NAME))
     shares: bool = field(metadata=kinds.flag(Model.SHARES))
-    # The word says nothing where KNOWN is 0.
+    # The word means nothing while KNOWN is 0.
     estimate_mb: float | None
     measured: bool = field(metadata=kinds.flag(Model.MEASURED))
     sd_mb: float = field(metadata=kinds.number(Model.SD_MB))
@@ -98,7 +98,7 @@ class ModelInfo:
     hits: int = field(metadata=kinds.word(Model.HITS))
     evictions: int = field(metadata=kinds.word(Model.EVICTIONS))
     pins: int = field(metadata=kinds.word(Model.PINS))
-    # From its copies where it has any: a use writes nothing into the model's row.
+    # From its copies if it has any, because a use writes nothing into the model's row.
     unused_for_s: float
     load_s: float = field(metadata=kinds.number(Model.LOAD_S))
     hold_s: float = field(metadata=kinds.number(Model.HOLD_S))
@@ -123,7 +123,7 @@ class ModelInfo:
 
     @property
     def why_unsuspendable(self) -> str:
-        """Why its copies are not suspended any more, as a clause; empty if they may be."""
+        """Why its copies are no longer suspended, as a clause; empty if they may be."""
         return why_unsuspendable(self.unsuspendable)
 
 
@@ -131,22 +131,21 @@ class ModelInfo:
 class InstanceInfo:
     """One copy. `holder`, `owner` and `server` are slots of members; `handle` is None for an object.
 
-    device: row of the (first) device it lies on; shares_mb: what MB is on each of its devices, by row. peak_mb: the
-    most that the process of its server was measured to take.
+    device: row of the (first) device it lies on; shares_mb: its MB on each of its devices, by row. peak_mb: the most
+    that its server's process was measured to take.
 
-    Where several may use a copy at a time, each but the first has a row, too: seat_of is the row of the copy that this
-    is a seat of, seats how many this copy has, held how many use it (a seat: 0 or 1). `Snapshot.copies` has them
-    together.
+    If several may use a copy at a time, each user but the first has a row, too: seat_of is the row of the copy whose
+    seat this is, seats how many this copy has, held how many use it (a seat: 0 or 1). `Snapshot.copies` joins them.
 
-    A lease that is held is one in state `leased`: `reserved_mb` is what it is for, `mb` what its program, of pid
-    `program` if that is known, was measured to take.
+    A lease that is held is in state `leased`: `reserved_mb` is its size, `mb` what its program, of pid `program` if
+    that is known, was measured to take.
 
-    steady: nothing else is loaded or unloaded where it lies.
-    unload_late: its unload takes too long, so nobody waits for its memory any more. handed_over_s: how long ago another
-    process was told to do it last, None if none was.
+    steady: nothing else is loaded or unloaded on its devices.
+    unload_late: its unload takes too long, so no plan waits for its memory any more. handed_over_s: how long ago
+    another process was last told to unload it, None if none was.
 
-    way: how it can be suspended, a number of `policy.suspension.Way`, or 0. device_mb: what a suspended one had of its
-    device, and reserves to come back; host_mb: what it takes of the host.
+    way: how it can be suspended, a number of `policy.suspension.Way`, or 0. device_mb: what a suspended copy took of
+    its device, and reserves to come back; host_mb: what it takes of the host.
     """
 
     row: int
@@ -158,10 +157,10 @@ class InstanceInfo:
     server: int | None = field(metadata=kinds.reference(Instance.SERVER))
     seat_of: int | None = field(metadata=kinds.reference(Instance.SEAT_OF))
     seats: int = field(metadata=kinds.word(Instance.SEATS))
-    # Counted, because a copy's row says of itself alone whether it is in use.
+    # Counted, because a copy's row does not say whether its seats are in use.
     held: int
     device: int
-    # By device, because a number in a list would say nothing once other devices are listed.
+    # By device, because a position in a list would mean nothing if other devices are listed.
     shares_mb: dict[int, float]
     mb: float = field(metadata=kinds.number(Instance.MB))
     peak_mb: float | None
@@ -184,16 +183,16 @@ class InstanceInfo:
 
 @dataclass(frozen=True, eq=False)
 class TicketInfo:
-    """One waiter, for a model or a lease. `need_mb` is the estimate or default when it queued; `member` is a slot.
+    """One waiter, for a model or a lease. `need_mb` is the estimate or default when it was queued; `member` is a slot.
 
     priority: its class, see `policy.fairness`; urgency: the `priority` of the request.
     preload: how many copies a preload wants, one for a resume, 0 for other waiters.
     reason: a number of `policy.view.Reason`; free_mb, coming_mb, seconds, other (a tag) and on (rows of devices) are
-    its figures. loadable_on, usable_on: rows of the devices where it may load, and on which a copy is of use; empty
-    for all.
-    span: how many devices what it loads lies on.
-    head_of_line_for_s: since when it is the first one for whom there is no room, None if it has never been.
-    called_up_ago_s: when it was told to look for itself, see `mpmm.model_manager.tenure`; None if it was not.
+    its figures. loadable_on, usable_on: rows of the devices where it may load, and where it can use a copy; empty for
+    all.
+    span: over how many devices its load spreads.
+    head_of_line_for_s: how long it has been the first waiter without memory, None if it has never been.
+    called_up_ago_s: how long ago it was told to look for itself, see `mpmm.model_manager.tenure`; None if it was not.
     """
 
     row: int
@@ -202,7 +201,7 @@ class TicketInfo:
     urgency: int
     tag: str = field(metadata=kinds.tag(Ticket.MODEL))
     model: int = field(metadata=kinds.word(Ticket.MODEL))
-    # Looked up: a ticket's row has its member's slot alone.
+    # Looked up, because a ticket's row only has its member's slot.
     member: int
     pid: int
     state: str = field(metadata=kinds.state(Ticket.STATE, TicketState))
@@ -219,7 +218,7 @@ class TicketInfo:
     waited_s: float = field(metadata=kinds.age(Ticket.ENQUEUED))
     head_of_line_for_s: float | None = field(metadata=kinds.age_or_none(Ticket.HEAD_OF_LINE_AT))
     called_up_ago_s: float | None = field(metadata=kinds.age_or_none(Ticket.CALLED_UP))
-    # Below 0 once its deadline has passed and it has not left yet.
+    # Below 0 if its deadline has passed and it has not left yet.
     time_left_s: float
     preload: int = field(metadata=kinds.preload(Ticket.PRELOAD))
     instance: int | None = field(metadata=kinds.reference(Ticket.INSTANCE))
@@ -227,7 +226,7 @@ class TicketInfo:
 
 @dataclass(frozen=True, eq=False)
 class PinInfo:
-    """A member (slot), or if that is None the namespace, wants the idle copies of a model (row) kept."""
+    """A pin: a member (slot), or the namespace (None), wants the idle copies of a model (row) kept."""
 
     row: int
     tag: str = field(metadata=kinds.tag(Pin.MODEL))
@@ -240,10 +239,10 @@ class PinInfo:
 class DeviceInfo:
     """One device. `used_mb` is None before the first figure; `sample_age_s` likewise.
 
-    committed_mb: what admission counts as taken, see `policy.ledger`. reserved_mb: what of that the figure does not
-    show yet. returning_mb, returns_mb: what is awaited from unloads, and from each of them. external_mb: what is in use
-    and not the namespace's, None before the first figure; below 0 where instances take less than they are taken for.
-    unrelated_mb: what processes take that are not the namespace's, as far as the source lists them. measured: a source
+    committed_mb: what admission counts as taken, see `policy.ledger`. reserved_mb: the part of that which the figure
+    does not show yet. returning_mb, returns_mb: what is awaited from unloads, and from each of them. external_mb: in
+    use but not the namespace's, None before the first figure; below 0 if instances take less than is accounted for.
+    unrelated_mb: what processes that are not the namespace's take, as far as the source lists them. measured: a source
     that can measure it has described it. isolated: the copy that runs alone on it. samples: the last figures, oldest
     first, each as (seconds ago, MB).
     """
@@ -265,13 +264,13 @@ class DeviceInfo:
     measured: bool = field(metadata=kinds.flag(Device.MEASURED))
     isolated: int | None = field(metadata=kinds.reference(Device.ISOLATED))
     sample_age_s: float | None = field(metadata=kinds.age_or_none(Device.SAMPLED))
-    # As ages, like most times here: a monotonic clock means nothing to who reads this elsewhere.
+    # As ages, like most times here, because a monotonic clock means nothing to a reader elsewhere.
     samples: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ObservationInfo:
-    """Readings in MB of one configuration (tag -> copies) on a device; None for readings that a caller has made."""
+    """Readings in MB of one configuration (tag -> copies) on a device; None for readings that a caller passed in."""
 
     instances: dict[str, int]
     readings_mb: tuple[float, ...]
@@ -280,11 +279,11 @@ class ObservationInfo:
 
 @dataclass(frozen=True, eq=False)
 class EventInfo:
-    """One entry of the event ring, oldest first; `value` as `EventKind` says.
+    """One entry of the event ring, oldest first; `EventKind` says what `value` is.
 
-    reason: a number of `policy.view.Reason` where the policy has decided it, and then its figures; else None.
+    reason: a number of `policy.view.Reason`, followed by its figures, if the policy has decided it; else None.
     tag, other: FORGOTTEN if another model or lease has taken the row since. on: rows of the devices that the reason is
-    about. devices: rows of those on which a load or lease that begins is placed, as far as they are among the first 32.
+    about. devices: rows of those, of the first 32, on which a load or lease that begins is placed.
     """
 
     sequence: int = field(metadata=kinds.word(Event.SEQUENCE))
@@ -295,7 +294,7 @@ class EventInfo:
     instance: int | None = field(metadata=kinds.reference(Event.INSTANCE))
     ticket: int | None = field(metadata=kinds.reference(Event.TICKET))
     value: float | None = field(metadata=kinds.number_or_none(Event.VALUE))
-    # The ring keeps older figures where there is no reason, so these are left out by hand.
+    # Without a reason the ring has figures of older events, which `decode` leaves out.
     reason: int | None = None
     need_mb: float | None = None
     free_mb: float | None = None
@@ -308,12 +307,12 @@ class EventInfo:
 
 @dataclass(frozen=True, eq=False)
 class LockInfo:
-    """Who took the lock last. `held` is None when it was not looked up."""
+    """Which process took the lock last. `held` is None if it was not checked."""
 
     held: bool | None
     last_holder_pid: int = field(metadata=kinds.word(Header.LOCK_HOLDER))
     taken_ago_s: float = field(metadata=kinds.age(Header.LOCK_TAKEN))
-    # Only looked up where the lock is held. A stopped holder is why nothing goes on.
+    # Checked only if the lock is held. A stopped holder blocks all transactions.
     holder_stopped: bool
 
 
@@ -322,13 +321,13 @@ class Snapshot:
     """Everything. Times are relative to the moment of the copy; `torn_words` were undone in the copy.
 
     taken_s: that moment, as `time.monotonic()`; taken_wall_s: as Unix time.
-    polled_ago_s: since the leader, or somebody in its place, last did the periodic work.
-    isolated: the copy that runs alone; of several, on devices of their own, the first.
+    polled_ago_s: since the leader, or another process in its place, last did the periodic work.
+    isolated: the copy that runs alone; if there are several, on different devices, the first.
     suspend_budget_mb: host memory that suspended copies may take together; suspend_failures: suspensions and resumes
-    that cost the copy.
-    table_ends: rows that were ever in use, for the tables that keep count of it.
-    missing_files: names of files of living members that are not where they were made. files_put_back: how many of those
-    members have made again.
+    that failed and cost the copy.
+    table_ends: how many rows were ever in use, for tables that record it.
+    missing_files: names of living members' files that are missing. files_put_back: how many of them members have put
+    back.
     """
 
     namespace: str
@@ -338,7 +337,7 @@ class Snapshot:
     taken_wall_s: float
     created_wall_s: float = field(metadata=kinds.wall(Header.CREATED_WALL))
     change: int = field(metadata=kinds.word(Header.CHANGE))
-    # Above 0 where the copy fell into a transaction that it had to undo.
+    # Above 0 if the copy caught a transaction, which then was undone in it.
     torn_words: int
     lock: LockInfo
     source: str = field(metadata=kinds.text(Header.SOURCE_NAME))
@@ -353,7 +352,7 @@ class Snapshot:
     active: int = field(metadata=kinds.word(Header.ACTIVE))
     loading: int = field(metadata=kinds.word(Header.LOADING))
     isolated: int | None
-    # These bits are counted by hand in transitions, so both are here for `check` to compare. (H3)
+    # The transitions keep these bits beside the rows, so both are here for `check` to compare. (H3)
     isolated_devices: tuple[int, ...] = field(metadata=kinds.devices(Header.ISOLATED))
     steady_devices: tuple[int, ...] = field(metadata=kinds.devices(Header.STEADY))
     events_written: int = field(metadata=kinds.word(Header.EVENTS))
@@ -370,7 +369,7 @@ class Snapshot:
     suspends: int = field(metadata=kinds.word(Header.SUSPENDS))
     resumes: int = field(metadata=kinds.word(Header.RESUMES))
     suspend_failures: int = field(metadata=kinds.word(Header.SUSPEND_FAILURES))
-    # None where they are those of the creator still.
+    # None as long as the creator's choice holds.
     settings_changed_ago_s: float | None = field(metadata=kinds.age_or_none(Header.SETTINGS_CHANGED))
     suspend_budget_mb: float
     written_off_mb: float = field(metadata=kinds.number(Header.WRITTEN_OFF))
@@ -385,13 +384,13 @@ class Snapshot:
     devices: tuple[DeviceInfo, ...]
     observations: tuple[ObservationInfo, ...]
     events: tuple[EventInfo, ...]
-    # Seen in the folder and not in the copy, so it is filled in by `read`.
+    # `read` fills it in, from the folder.
     missing_files: tuple[str, ...] = ()
 
     @property
     def copies(self) -> tuple[InstanceInfo, ...]:
-        """The copies and leases, each with its seats in one: in use as long as one of these is, by the first user."""
-        # Seats are rare, and this is asked for several times by each screen.
+        """The copies and leases, each joined with its seats: in use if any of them is, by the first user."""
+        # Seats are rare, and each screen calls this several times.
         if not any(copy.seats for copy in self.instances):
             return self.instances
         seats: dict[int | None, list[InstanceInfo]] = {}
@@ -409,13 +408,13 @@ def _with_seats(copy: InstanceInfo, seats: list[InstanceInfo]) -> InstanceInfo:
         return replace(copy, uses=uses, for_s=min(one.for_s for one in places))
     if copy.state not in ("idle", "active"):
         return replace(copy, uses=uses)
-    # Who has had it longest is whom somebody who waits would ask about.
+    # Of its users, show the one that has held it longest: it is the most interesting to waiters.
     first = max(used, key=lambda one: one.for_s, default=copy)
     return replace(copy, state="active", uses=uses, for_s=first.for_s, holder=first.holder)
 
 
 def as_json(row: Snapshot | EventInfo) -> dict[str, Any]:
-    """Return a snapshot, or a row of one, as JSON values: figures that are not finite become None.
+    """Return a snapshot, or an event of one, as JSON values: figures that are not finite become None.
 
     `mpmm.cli` documents the schema.
     """
@@ -423,7 +422,7 @@ def as_json(row: Snapshot | EventInfo) -> dict[str, Any]:
 
 
 def _jsonable(value: Any) -> Any:
-    # Not isinstance: it is called for each value of thousands of rows.
+    # Not isinstance, because this is called for each value of thousands of rows.
     kind = value.__class__
     if kind in _PLAIN:
         return value
@@ -431,7 +430,7 @@ def _jsonable(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if kind is tuple:
         return [_jsonable(entry) for entry in value]
-    # A mapping, or a dataclass, which keeps its fields in their order.
+    # A mapping, or a dataclass, whose `__dict__` has its fields in order.
     entries = value if kind is dict else value.__dict__
     return {name: entry if entry.__class__ in _PLAIN else _jsonable(entry) for name, entry in entries.items()}
 
