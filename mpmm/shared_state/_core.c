@@ -1,29 +1,29 @@
-/* The warm path in C: an idle copy is taken, or given back; where others wait for it, it is kept for its user's tenure
- * or handed over; a newcomer queues where the wait is known, sleeps there, and takes what it was granted.
+/* The warm path in C: takes an idle copy; gives one back, and if others wait for it keeps it for its user's tenure or
+ * hands it over; queues a newcomer that certainly has to wait, sleeps there, and takes the copy that it was granted.
  *
  * Python is the definition (`transitions.holds`, `hand_over` and `tickets`, `scheduling.shortcuts`, `transaction.py`),
  * and these are the same transactions: the same lock, the same words in the same order, each logged before it is
- * overwritten. So a process that is killed at any store is rolled back by the next one, whichever of the two that uses.
- * Every function says so, with nothing changed, as soon as there is anything out of the ordinary: then Python decides.
- * In particular the lock is waited for only for a moment, and nothing is undone here.
+ * overwritten. So if a process is killed at any store, the next one, with or without the core, rolls it back. In every
+ * unusual case a function changes nothing and says so: then Python decides. In particular, functions here wait for the
+ * lock only for a moment, and undo nothing.
  *
- * Where a word lies, `layout.py` alone knows: `core.py` looks the names of OFFSETS up there and passes the values. All
- * that is read from the segment, and serves as an index, is compared with the tables' capacities before it is used, so
- * that a broken segment cannot lead outside of it.
+ * Only `layout.py` knows where a word lies: `core.py` looks the names of OFFSETS up there and passes the values. Any
+ * index that is read from the segment is compared with the table's capacity before it is used, so that a broken segment
+ * cannot lead outside of it.
  *
- * The GIL is held but for the sleeps, before which nothing is stored and after which everything is looked at anew. So of
- * all threads of this process one is in a transaction here, and no signal handler or finalizer runs between its first
+ * The GIL is held except during the sleeps; nothing is stored before a sleep, and everything is read again after it. So
+ * only one thread of this process is in a transaction here, and no signal handler or finalizer runs between its first
  * store and its last. A thread whose Python transaction is open has noted its frame in the lock.
- * Whatever may allocate, and so run the garbage collector, comes before the file lock is taken. */
+ * Everything that may allocate, and so run the garbage collector, comes before the file lock is taken. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #if !defined(__linux__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "for Linux on little-endian machines, where a futex is the low half of a word; elsewhere Python does it all"
+#error "for Linux on little-endian machines, where a futex is the low half of a word; elsewhere Python does everything"
 #endif
 #ifdef Py_GIL_DISABLED
-#error "the GIL is what keeps threads apart here; without one Python does it all"
+#error "the GIL keeps threads apart here; without it Python does everything"
 #endif
 
 #include <errno.h>
@@ -40,8 +40,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Words and constants by their names in `layout.py` and `events.py`. The order of this list is that of the values which
- * `core.py` passes. */
+/* Words and constants by their names in `layout.py` and `events.py`. `core.py` passes their values in this order. */
 #define OFFSETS(X)                                                                                                     \
     X(version, "LAYOUT_VERSION")                                                                                       \
     X(header_version, "Header.VERSION")                                                                                \
@@ -189,26 +188,27 @@ static const char *const offset_names[] = {
 };
 #define OFFSETS_COUNT (sizeof offset_names / sizeof offset_names[0])
 
-/* A transaction of the warm path overwrites at most so many words. */
+/* How many words a transaction of the warm path overwrites at most. */
 #define MOST_CHANGES 40
-/* So many tickets whose grants were acted upon are freed by the way. */
+/* How many tickets with taken grants a release frees at most in the same transaction. */
 #define MOST_GRANTS 4
-/* Who finds the file lock taken tries again after so long, so often, and then sleeps so often, before Python decides. */
+/* If the file lock is taken: how long a process waits between tries, how often it tries, and how often it then sleeps,
+ * before Python decides. */
 #define TRY_AGAIN_NS 2000
 #define TRIES 4
 #define MOST_SLEEPS 10
-/* Who has had the spin lock for longer is stopped, dead, or without a processor, and others take it. A transaction here
- * takes a microsecond or two. */
+/* A process that has had the spin lock for longer is stopped, dead, or without a processor, and others take it. A
+ * transaction here takes a microsecond or two. */
 #define SPIN_LOCK_LAPSES_NS 200000
-/* A process that spins rests so often between two looks, for a twentieth of a microsecond each time. */
+/* How often a process that spins rests between two looks, for a twentieth of a microsecond each time. */
 #define RESTS 4
 #define LONGEST_SLEEP_NS 10000000
-/* So often what is read without the lock is read again. */
+/* How often a read without the lock is tried. */
 #define UNLOCKED_TRIES 16
-/* So many words of a row may have to be 0 because nothing is known here of what they mean. */
+/* How many fields of a row, at most, must be 0 because this code does not know what they mean. */
 #define MOST_STRANGE 64
 
-/* Attributes of the objects that are passed. */
+/* Attributes of the Python objects that the functions get. */
 #define ATTRIBUTES(X)                                                                                                  \
     X(_usable) X(lock) X(_mutex) X(_is_owned) X(acquire) X(release) X(_frame) X(_file) X(fd) X(_crowded_turns)         \
     X(_turn) X(held) X(gives_back) X(value) X(generation) X(ticket) X(_calls)
@@ -223,15 +223,15 @@ typedef struct {
     Py_ssize_t strange_models, strange_instances;
     uint64_t pid;
     double smoothing;
-    int64_t turn;           /* transactions after which a process that meets others offers its processor */
-    int64_t crowded;        /* for so many turns it expects others */
-    uint64_t spin_ns;       /* for so long it spins before it sleeps */
-    uint64_t spin_locked;   /* what it has stored in the spin lock; 0 if it does not have that */
-    bool has_slept;         /* for the lock, since it had it last */
+    int64_t turn;           /* transactions after which a process that meets others yields its processor */
+    int64_t crowded;        /* for how many turns it then expects others */
+    uint64_t spin_ns;       /* how long it spins before it sleeps */
+    uint64_t spin_locked;   /* the value that it has stored in the spin lock; 0 if it does not hold that */
+    bool has_slept;         /* whether it has slept for the lock since it last had it */
     uint64_t logged;        /* entries in the undo log of the open transaction */
     unsigned long long done; /* transactions made here */
-    uint64_t asleep, sleeps; /* threads that are in `await_answer` now; how often one has come there */
-    uint64_t bell;           /* word whose sleeper is woken once one of them leaves it; 0 for none */
+    uint64_t asleep, sleeps; /* threads that are in `await_answer` now; how often threads have entered it */
+    uint64_t bell;           /* word whose sleeper is woken when one of them leaves it; 0 for none */
 #define MEMBER(name) PyObject *name;
     ATTRIBUTES(MEMBER)
 #undef MEMBER
@@ -277,17 +277,17 @@ static uint64_t clock_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* The time that is noted in the segment, and compared with what is there. */
+/* The time that is stored in the segment, and compared with times there. */
 static uint64_t now_ns(void) { return frozen_ns ? frozen_ns : clock_ns(); }
 
-/* Seconds from one moment to another, as Python's whole numbers give them, which know no overflow. */
+/* Seconds from one moment to another, negative if need be, as with Python's integers, which do not overflow. */
 static double seconds_between(uint64_t began, uint64_t ended) {
     return began <= ended ? (double)(ended - began) / 1e9 : -((double)(began - ended) / 1e9);
 }
 
 /* ---- the lock ---------------------------------------------------------------------------------------------------- */
 
-/* An attribute that is a small number; -1 with no exception set if it is none. */
+/* An attribute that is a small number; -1, with no exception set, if it is something else. */
 static long attribute(PyObject *object, PyObject *name) {
     PyObject *found = PyObject_GetAttr(object, name);
     long value = -1;
@@ -299,7 +299,7 @@ static long attribute(PyObject *object, PyObject *name) {
     return value;
 }
 
-/* Whether a lock's mutex can be had. One that an exception has left to a thread, Python has to find in peace. */
+/* Whether a lock's mutex is free. If an exception has left it taken, Python must find it as it is. */
 static bool has_free_mutex(Core *core, PyObject *lock) {
     PyObject *mutex = PyObject_GetAttr(lock, core->_mutex);
     PyObject *owned = mutex == NULL ? NULL : PyObject_CallMethodNoArgs(mutex, core->_is_owned);
@@ -315,8 +315,8 @@ static bool has_free_mutex(Core *core, PyObject *lock) {
 }
 
 /* Whether this process uses the namespace, and none of its threads is inside a transaction. Then `lock` is a new
- * reference to its lock, and `fd` the file descriptor of that. The frame is looked at last: what comes before may
- * allocate, and with that other threads may run. */
+ * reference to its lock, and `fd` the lock's file descriptor. The frame is read last, because the calls before that may
+ * allocate, which may let other threads run. */
 static bool is_free(Core *core, PyObject *namespace, PyObject **lock, int *fd) {
     *lock = PyObject_GetAttr(namespace, core->lock);
     bool is_there = *lock != NULL && has_free_mutex(core, *lock);
@@ -339,9 +339,9 @@ static void wake(Core *core, uint64_t index, int sleepers) {
     syscall(SYS_futex, (void *)&core->words[index], FUTEX_WAKE, sleepers, NULL, NULL, 0);
 }
 
-/* Sleep until a word is no longer `seen`, a wake-up, a signal, or some time has passed; false after a signal, or if
- * another thread has closed the core meanwhile. timed_out: that was the time, and no wake-up. Without the GIL; the kernel alone looks at the word, so that it does
- * not matter if it is unmapped by then. */
+/* Sleep until a word is no longer `seen`, a wake-up or signal comes, or `ns` have passed; false after a signal, or if
+ * another thread has closed the core meanwhile. timed_out: the time ended the sleep, not a wake-up. Without the GIL;
+ * only the kernel reads the word, so it may be unmapped meanwhile. */
 static bool sleep_on(Core *core, uint64_t index, uint64_t seen, uint64_t ns, bool *timed_out) {
     void *address = (void *)&core->words[index];
     struct timespec left = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
@@ -353,7 +353,7 @@ static bool sleep_on(Core *core, uint64_t index, uint64_t seen, uint64_t ns, boo
     return error != EINTR && core->words != NULL;
 }
 
-/* Let the other thread of this core run, if there is one, and the caches rest. */
+/* Let the processor core's other hardware thread run, if it has one, and relieve the caches. */
 static inline void rest(void) {
     for (int i = 0; i < RESTS; i++) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -364,12 +364,12 @@ static inline void rest(void) {
     }
 }
 
-/* Whether somebody had the spin lock, by what it held, a moment ago. */
+/* Whether the spin lock, which held `since`, is taken and has not lapsed. */
 static bool is_spinning(uint64_t since, uint64_t now) {
     return since && now - since + SPIN_LOCK_LAPSES_NS <= 2 * SPIN_LOCK_LAPSES_NS;
 }
 
-/* Take the spin lock, which others have for a microsecond or two; false if it is not had in time. See `core.py`. */
+/* Take the spin lock, which others hold for a microsecond or two; false if it was not free in time. See `core.py`. */
 static bool spin_lock(Core *core) {
     _Atomic uint64_t *word = &core->words[core->at.spin_lock];
     uint64_t began = clock_ns(), clock = began;
@@ -387,7 +387,7 @@ static bool spin_lock(Core *core) {
     }
 }
 
-/* Give the spin lock back, unless that took so long that another process has taken it. */
+/* Release the spin lock, unless it has lapsed and another process has taken it. */
 static void spin_unlock(Core *core) {
     uint64_t mine = core->spin_locked;
     core->spin_locked = 0;
@@ -396,7 +396,8 @@ static void spin_unlock(Core *core) {
     }
 }
 
-/* Do what `TransactionLock.release` does. CONTENDED is read last: who goes to sleep sets it before it looks at the locks. */
+/* Do what `TransactionLock.release` does. CONTENDED is read last, because a process that goes to sleep sets it before
+ * it looks at the locks. */
 static void leave(Core *core, int fd) {
     const Offsets *at = &core->at;
     uint64_t starving = load(core, at->starving);
@@ -410,8 +411,8 @@ static void leave(Core *core, int fd) {
     }
 }
 
-/* Take the file lock and return the time; 0 if it is not free, which sets `busy`, starved for, or has something to
- * recover. */
+/* Take the file lock and return the time; 0 if the lock is not free, which sets `busy`, if another process starves for
+ * it, or if there is something to recover. */
 static uint64_t enter(Core *core, int fd, bool *busy) {
     const Offsets *at = &core->at;
     *busy = false;
@@ -433,7 +434,7 @@ static uint64_t enter(Core *core, int fd, bool *busy) {
         }
     }
     if (core->has_slept) {
-        /* Others may sleep, too, and only one was woken. */
+        /* Others may be asleep, too, and only one was woken. */
         core->has_slept = false;
         atomic_store(&core->words[at->contended], 1);
     }
@@ -447,10 +448,10 @@ static uint64_t enter(Core *core, int fd, bool *busy) {
     return now;
 }
 
-/* Sleep until the lock may be free, which somebody else had at the last look; false if Python is to wait for it.
- * Nothing that was seen before is sure to hold afterwards. As in `TransactionLock`, CONTENDED is set before the last
- * look, so that whoever lets go of the lock after that wakes this process. Who has the spin lock is about to have the
- * other one, too. */
+/* Sleep until the lock, which another process had at the last look, may be free; false if Python has to wait for it.
+ * Nothing that was read before is sure to hold afterwards. As in `TransactionLock`, CONTENDED is set before the last
+ * look, so that a process that releases the lock after that wakes this one. A process that has the spin lock is about
+ * to have the file lock, too. */
 static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
     const Offsets *at = &core->at;
     PyObject *turns = PyLong_FromLongLong(core->crowded);
@@ -474,7 +475,8 @@ static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
     return sleep_on(core, at->contended, 1, LONGEST_SLEEP_NS, &timed_out);
 }
 
-/* Offer the processor after every few transactions if others were met at the lock, as `TransactionLock.release` does. */
+/* Yield the processor after every few transactions if this process has met others at the lock, as in
+ * `TransactionLock.release`. */
 static void end_turn(Core *core, PyObject *lock) {
     long crowded = attribute(lock, core->_crowded_turns), turn = attribute(lock, core->_turn);
     if (crowded <= 0 || turn < 0) {
@@ -508,7 +510,7 @@ static void begin(Core *core) {
     core->logged = 0;
 }
 
-/* Store several words, no word twice, their old values logged: `Transaction.set_all`. */
+/* Store several words, no word twice, after logging their old values: `Transaction.set_all`. */
 static void set_all(Core *core, const Change *changes, uint64_t count) {
     const Offsets *at = &core->at;
     for (uint64_t i = 0; i < count; i++) {
@@ -534,13 +536,13 @@ static void commit(Core *core) {
     core->done++;
 }
 
-/* Why something was decided, as far as the warm path knows reasons: the other figures of an event's cause are 0. */
+/* Why something was decided; the other figures of an event's cause are 0 on the warm path. */
 typedef struct {
     uint64_t reason;
     double seconds;
 } Cause;
 
-/* What an event is about. `model` and `instance` are references, `ticket` is a number plus one. */
+/* What an event is about. `model` and `instance` are references, `ticket` is the ticket's number plus one. */
 typedef struct {
     uint64_t kind, model, instance, ticket;
     double value;
@@ -549,7 +551,7 @@ typedef struct {
 
 static uint64_t float_word(double value) { return value != 0.0 ? as_bits(value) : 0; }
 
-/* Write the next row of the event ring, or that `ahead` rows behind it; return the change that makes it an event:
+/* Write the next row of the event ring, or the one `ahead` rows after it; return the change that makes it an event:
  * `Transaction.next_event`. */
 static Change next_event(Core *core, uint64_t now, Event event, uint64_t ahead) {
     const Offsets *at = &core->at;
@@ -584,25 +586,25 @@ static bool are_zero(Core *core, uint64_t row, const uint64_t *fields, Py_ssize_
     return true;
 }
 
-/* Whose waiting leaves a copy to the warm path. */
+/* Which waiters there may be for the warm path to act on a copy. */
 typedef enum { NOBODYS, THOSE_FOR_ITS_MODEL, ANYBODYS } Waiting;
 
-/* Whether nothing about the namespace is out of the ordinary; a look without the lock tells where it need not be taken. */
+/* Whether nothing about the namespace is unusual; without the lock, false saves taking it. */
 static bool is_calm(Core *core, Waiting waiting) {
     return (waiting != NOBODYS || !load(core, core->at.waiting)) && !load(core, core->at.isolated);
 }
 
-/* Whether a model's row (first word) is one, and has nothing of which nothing is known here. */
+/* Whether a row (first word) is a model's, and has no field set that this code does not know. */
 static bool is_plain_model(Core *core, uint64_t model) {
     return load(core, model + core->at.model_state) == core->at.is_model &&
            are_zero(core, model, core->strange_model, core->strange_models);
 }
 
-/* Whether so many events can be counted. */
+/* Whether `count` more events can be counted. */
 static bool has_events_left(Core *core, uint64_t count) { return load(core, core->at.events) <= UINT64_MAX - count; }
 
-/* Whether nothing about a copy (row), and about the namespace, is out of the ordinary. Sets the first words of the
- * copy's row and of its model's. waiting: who may wait. */
+/* Whether nothing about a copy (row), and about the namespace, is unusual. Sets the first words of the copy's row and
+ * of its model's. waiting: which waiters there may be. */
 static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generation, Waiting waiting, uint64_t *copy,
                      uint64_t *model) {
     const Offsets *at = &core->at;
@@ -621,7 +623,7 @@ static bool is_plain(Core *core, uint64_t row, uint64_t state, uint64_t generati
            are_zero(core, *copy, core->strange_instance, core->strange_instances);
 }
 
-/* Whether a counter can be counted up. */
+/* Whether a counter can be incremented. */
 static bool can_rise(Core *core, uint64_t index) { return load(core, index) != UINT64_MAX; }
 
 /* Take the idle copy (row) for a member (reference): `Holds.take_idle`. False, and nothing changed, if Python decides.
@@ -680,13 +682,13 @@ static bool take_row(Core *core, uint64_t row, uint64_t generation, bool kept, u
 
 static uint64_t ticket_at(const Core *core, uint64_t row) { return core->at.tickets + row * core->at.ticket_words; }
 
-/* How many rows of a table may be in use, by the word that says so. */
+/* How many rows of a table may be in use, according to its end word. */
 static uint64_t rows_used(Core *core, uint64_t end_word, uint64_t rows) {
     uint64_t end = load(core, end_word);
     return end < rows ? end : rows;
 }
 
-/* Whether a ticket (first word) is for a copy of a model to use, and one on these devices (bits) will do. */
+/* Whether a ticket (first word) is for a copy of this model to use, and can use one on these devices (bits). */
 static bool can_use(Core *core, uint64_t ticket, uint64_t model_row, uint64_t devices) {
     const Offsets *at = &core->at;
     uint64_t usable_on = load(core, ticket + at->ticket_usable_on);
@@ -694,8 +696,8 @@ static bool can_use(Core *core, uint64_t ticket, uint64_t model_row, uint64_t de
            !(usable_on && devices & ~usable_on);
 }
 
-/* Find the first waiter for a model's copy on devices (bits): `Shortcuts.first_user`. False if there is none, or if it
- * overtakes another one, or if Python is to find out. */
+/* Find the first waiter for a model's copy on devices (bits): `Shortcuts.first_user`. False if there is none, if it
+ * would overtake another one, or if Python has to find out. */
 static bool first_user(Core *core, uint64_t model_row, uint64_t devices, uint64_t now, uint64_t *row) {
     const Offsets *at = &core->at;
     uint64_t left = load(core, at->waiting), newest = load(core, at->newest_ticket);
@@ -732,7 +734,7 @@ static bool first_user(Core *core, uint64_t model_row, uint64_t devices, uint64_
     return found && first <= head && !(others && first_class);
 }
 
-/* Tickets whose grants this process has acted upon: their rows and numbers. */
+/* Rows and numbers of tickets whose grants this process has already taken. */
 typedef struct {
     uint64_t rows[MOST_GRANTS], numbers[MOST_GRANTS];
     Py_ssize_t count;
@@ -744,7 +746,7 @@ static bool is_still(Core *core, uint64_t row, uint64_t number) {
     return load(core, ticket + core->at.ticket_state) && load(core, ticket + core->at.ticket_number) == number;
 }
 
-/* Whether nothing but their own rows changes when these are freed. */
+/* Whether freeing these tickets changes nothing but their own rows. */
 static bool can_be_freed(Core *core, const Grants *grants) {
     const Offsets *at = &core->at;
     for (Py_ssize_t i = 0; i < grants->count; i++) {
@@ -771,7 +773,7 @@ static void free_taken(Core *core, const Grants *grants) {
     }
 }
 
-/* The word for the mean time that copies of a model are held, one hold more: `Holds.hold_mean`. */
+/* The word for the mean time that copies of a model are held, with one more hold: `Holds.hold_mean`. */
 static uint64_t hold_mean(const Core *core, double mean, double held) {
     return as_bits(mean != 0.0 ? mean + core->smoothing * (held - mean) : (held < 1e-9 ? 1e-9 : held));
 }
@@ -834,13 +836,14 @@ static void make_idle(Core *core, uint64_t copy, uint64_t row, uint64_t model, u
 
 /* What became of a copy that was given back; 0 if Python decides. */
 enum { DECLINED = 0, IDLE = 1, KEPT = 2, HANDED_OVER = 3 };
-/* How it is to be given back while others wait for it: to the first of them, or left idle for this process for the rest
- * of its tenure; then the first waiter is called to look when that is over, for KEEP only if it has not been yet. */
+/* How to give it back while others wait for it: hand it to the first of them, or leave it idle for this process for the
+ * rest of its tenure; then the first waiter is called up to look when that is over, for KEEP only if it has not been
+ * called up yet. */
 enum { TO_NEXT = 0, KEEP = 1, KEEP_AND_CALL_UP = 2, WAYS };
 
-/* Give the copy (row) of a member (reference) back, as `give_back` in `mpmm.model_manager.release` does, and free what
- * `free_taken_tickets` frees. DECLINED, and nothing changed, if Python decides. `signal` is the word of the waiter to
- * wake once the lock is free, 0 if there is none. Needs the lock. */
+/* Give the copy (row) of a member (reference) back, as `give_back` in `mpmm.model_manager.release` does, and free the
+ * tickets in `grants` as `free_taken_tickets` does. DECLINED, and nothing changed, if Python decides. signal: set to
+ * the word of the waiter to wake once the lock is free, and left alone if there is none. Needs the lock. */
 static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way, uint64_t reference,
                      const Grants *grants, uint64_t now, uint64_t *signal) {
     const Offsets *at = &core->at;
@@ -861,7 +864,7 @@ static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way
     bool calls_up = false;
     if (waiting) {
         done = way != TO_NEXT && for_it == waiting ? KEPT : HANDED_OVER;
-        /* What else would move others by being idle, a plan finds out. */
+        /* Only a plan can tell whether an idle copy helps the waiters of other models. */
         if (owner || !for_it) {
             return DECLINED;
         }
@@ -873,7 +876,7 @@ static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way
         calls_up = done == KEPT && found && (way == KEEP_AND_CALL_UP || !load(core, next + at->ticket_called_up));
         if (done == HANDED_OVER || calls_up) {
             *signal = next + at->ticket_signal;
-            /* Another copy that is kept for somebody would have nobody who looks at the end of that. */
+            /* If another copy is kept for a process, no waiter would look when its tenure is over. */
             if (done == HANDED_OVER && load(core, next + at->ticket_called_up) && load(core, model + at->idle)) {
                 return DECLINED;
             }
@@ -898,7 +901,7 @@ static int give_back(Core *core, uint64_t row, uint64_t generation, uint64_t way
     return done;
 }
 
-/* Whether the ticket that was taken last waits for a copy that others of this model have. */
+/* Whether the ticket that was queued last waits for a copy of this model that is in use. */
 static bool newest_waits_for_a_copy(Core *core, uint64_t model_row) {
     const Offsets *at = &core->at;
     uint64_t newest = load(core, at->newest_ticket);
@@ -912,7 +915,7 @@ static bool newest_waits_for_a_copy(Core *core, uint64_t model_row) {
            !load(core, ticket + at->ticket_usable_on) && !load(core, ticket + at->ticket_head_of_line_at);
 }
 
-/* Whether what is idle of a model is another process's for the rest of its tenure. */
+/* Whether a model's idle copies are left to another process for the rest of its tenure. */
 static bool is_left_to_another(Core *core, uint64_t model_row, uint64_t called_up_for, uint64_t now) {
     const Offsets *at = &core->at;
     uint64_t end = rows_used(core, at->tickets_end, at->ticket_rows);
@@ -929,7 +932,7 @@ static bool is_left_to_another(Core *core, uint64_t model_row, uint64_t called_u
     return false;
 }
 
-/* Whether every process can have each copy of a model, now or after somebody else. */
+/* Whether any process can get each copy of a model, now or after its current user. */
 static bool copies_serve_everybody(Core *core, uint64_t model_row) {
     const Offsets *at = &core->at;
     uint64_t end = rows_used(core, at->instances_end, at->instance_rows);
@@ -944,7 +947,7 @@ static bool copies_serve_everybody(Core *core, uint64_t model_row) {
     return true;
 }
 
-/* Whether a newcomer for a model waits for one of its copies, and why: `Shortcuts._waits_for_a_copy`. */
+/* Whether a newcomer for a model has to wait for one of its copies, and why: `Shortcuts._waits_for_a_copy`. */
 static bool waits_for_a_copy(Core *core, uint64_t model_row, uint64_t called_up_for, uint64_t now, Cause *cause) {
     const Offsets *at = &core->at;
     uint64_t model = at->models + model_row * at->model_words;
@@ -974,7 +977,7 @@ static bool waits_for_a_copy(Core *core, uint64_t model_row, uint64_t called_up_
     return 0 < seconds && seconds < as_double(load(core, model + at->load_s));
 }
 
-/* The row that the next ticket takes; the table's capacity if it is full. */
+/* The row for the next ticket; the table's capacity if it is full. */
 static uint64_t free_ticket(Core *core) {
     const Offsets *at = &core->at;
     uint64_t row = 0, end = rows_used(core, at->tickets_end, at->ticket_rows);
@@ -984,14 +987,14 @@ static uint64_t free_ticket(Core *core) {
     return row;
 }
 
-/* What a newcomer asks for. model: its row, and the generation of that. row, number: of the ticket to be made.
- * called_up_for: see `mpmm.scheduling.shortcuts`. */
+/* What a newcomer asks for. model_row, generation: of the model. row, number: of the ticket to make. called_up_for: see
+ * `mpmm.scheduling.shortcuts`. */
 typedef struct {
     uint64_t model_row, generation, reference, deadline, loadable_on, row, number, called_up_for;
 } Newcomer;
 
-/* Whether a newcomer for a model waits behind the head of the queue, which waits for memory: the last case of
- * `Shortcuts._waits_behind`. Where waiters of other models might have to run alone, Python decides. */
+/* Whether a newcomer for a model has to wait behind the head of the queue, which waits for memory: the last case of
+ * `Shortcuts._waits_behind`. If waiters for other models might have to run alone, Python decides. */
 static bool waits_behind(Core *core, uint64_t model_row, uint64_t called_up_for, uint64_t now, Cause *cause) {
     const Offsets *at = &core->at;
     uint64_t model = at->models + model_row * at->model_words;
@@ -1021,8 +1024,8 @@ static bool waits_behind(Core *core, uint64_t model_row, uint64_t called_up_for,
     return false;
 }
 
-/* Make a ticket where it is known without a plan that the newcomer waits for a copy that others have, or
- * behind the head of the queue: `Acquisition._take_or_wait`. False, and nothing changed, if Python decides. Needs the lock. */
+/* Make a ticket if it is known without a plan that the newcomer has to wait for a copy that others have, or behind the
+ * head of the queue: `Acquisition._take_or_wait`. False, and nothing changed, if Python decides. Needs the lock. */
 static bool join_queue(Core *core, const Newcomer *one, uint64_t now) {
     const Offsets *at = &core->at;
     uint64_t model = at->models + one->model_row * at->model_words, ticket = ticket_at(core, one->row);
@@ -1091,7 +1094,7 @@ static bool join_queue(Core *core, const Newcomer *one, uint64_t now) {
 
 /* ---- what Python calls ------------------------------------------------------------------------------------------- */
 
-/* A whole number of 64 bits; false, with no exception set, if it is none. */
+/* Convert a whole number of 64 bits; false, with no exception set, if the object is none. */
 static bool as_word(PyObject *object, uint64_t *word) {
     if (object == NULL || !PyLong_CheckExact(object)) {
         return false;
@@ -1113,7 +1116,7 @@ static PyObject *at_number(PyObject *dict, uint64_t number) {
     return found;
 }
 
-/* Whether a `LoadedInstance` is that of a generation of its row. */
+/* Whether a `LoadedInstance` has this generation. */
 static bool has_generation(Core *core, PyObject *copy, uint64_t generation) {
     uint64_t own = 0;
     PyObject *found = copy == NULL ? NULL : PyObject_GetAttr(copy, core->generation);
@@ -1127,8 +1130,8 @@ static uint64_t generation_of(Core *core, uint64_t row) {
     return load(core, core->at.instances + row * core->at.instance_words + core->at.generation);
 }
 
-/* Find the idle copy that `HeldInstances.find_idle` finds, as a look without the lock tells: its row, and what this process
- * knows of it (borrowed), or NULL. */
+/* Find the idle copy that `HeldInstances.find_idle` finds, possibly without the lock: set its row, and return what this
+ * process has of it (borrowed), or NULL. */
 static PyObject *find_idle(Core *core, PyObject *hints, PyObject *handles, PyObject *objects, PyObject *owned,
                            PyObject *tag, uint64_t *row) {
     const Offsets *at = &core->at;
@@ -1174,7 +1177,7 @@ static PyObject *find_idle(Core *core, PyObject *hints, PyObject *handles, PyObj
     return NULL;
 }
 
-/* What `worker._key` returns for a value: a new reference, NULL with no exception set if Python has to. */
+/* The key by which `held_at` finds a value: a new reference; NULL, with no exception set, if Python has to make it. */
 static PyObject *key_of(PyObject *value) {
     if (value == NULL || PyUnicode_CheckExact(value)) {
         Py_XINCREF(value);
@@ -1183,20 +1186,20 @@ static PyObject *key_of(PyObject *value) {
     return PyUnicode_Check(value) ? NULL : PyLong_FromVoidPtr(value);
 }
 
-/* Whether a dict's or an object's entry was put back to what it was before; what was not there is taken away. */
+/* Restore a dict's entry to its old value; delete it if there was none. */
 static void restore(PyObject *dict, PyObject *key, PyObject *old) {
     if (old == NULL ? PyDict_DelItem(dict, key) : PyDict_SetItem(dict, key, old)) {
         PyErr_Clear();
     }
 }
 
-/* The arguments of `take_idle`, in their order; and those that name the notes of what a process holds. */
+/* The arguments of `take_idle`, in order. */
 enum { NAMESPACE, REFERENCE, HINTS, HANDLES, OBJECTS, OWNED, HELD, HELD_AT, TAG, OPERATION, GENERATION_KEPT, TAKE_COUNT };
 
-/* What is noted of a copy that is taken: the copy and its use, its row and generation, and the key by which its value is
- * found. The two pairs are made before the lock is taken, because that may collect garbage, and run Python with it; they
- * are filled in under the lock, where it is sure which copy is taken. The last two stand where these are noted, and must
- * not be freed before the lock is. */
+/* What is noted about a copy that is taken: the copy and its use, its row and generation, and the key by which its
+ * value is found. The two pairs are made before the lock is taken, because making them may collect garbage, and so run
+ * Python; they are filled in under the lock, once it is certain which copy is taken. `old_held` and `old_place` are the
+ * entries that the notes replace, and must not be freed before the lock is released. */
 typedef struct {
     PyObject *held, *place, *key, *old_held, *old_place;
 } Notes;
@@ -1221,15 +1224,15 @@ static bool fill_in(Core *core, Notes *notes, PyObject *copy, uint64_t row, uint
     return true;
 }
 
-/* Whether a copy that was idle, and the first of those that any process may use, still is. */
+/* Whether a copy still is idle, and at the head of its idle list or in none. */
 static bool is_still_idle(Core *core, uint64_t row, uint64_t generation) {
     uint64_t copy = core->at.instances + row * core->at.instance_words;
     return generation_of(core, row) == generation && load(core, copy + core->at.state) == core->at.is_idle &&
            !load(core, copy + core->at.previous);
 }
 
-/* Take the idle copy that `find_idle` finds, and return it, a new reference; NULL, with nothing changed, if Python decides.
- * seen: what it found before the lock was taken. Needs the lock. */
+/* Take the idle copy that `find_idle` finds, and return it, a new reference; NULL, with nothing changed, if Python
+ * decides. seen: what `find_idle` found before the lock was taken. Needs the lock. */
 static PyObject *take_first(Core *core, PyObject *const *args, uint64_t reference, uint64_t kept, PyObject *seen,
                             uint64_t row, uint64_t generation, Notes *notes, uint64_t now) {
     PyObject *held_by_row = args[HELD], *held_at = args[HELD_AT], *operation = args[OPERATION], *copy = seen;
@@ -1248,7 +1251,7 @@ static PyObject *take_first(Core *core, PyObject *const *args, uint64_t referenc
     notes->old_place = PyDict_GetItemWithError(held_at, notes->key);
     Py_XINCREF(notes->old_held);
     Py_XINCREF(notes->old_place);
-    /* Noted first, as Python does in its transaction: what is noted and was not taken is struck off again. */
+    /* Noted first, as Python does in its transaction; if the copy is not taken, the notes are restored. */
     bool taken = !PyErr_Occurred() && PyObject_SetAttr(operation, core->held, notes->held) == 0 &&
                  PyDict_SetItem(held_by_row, notes->place, notes->held) == 0 &&
                  PyDict_SetItem(held_at, notes->key, notes->place) == 0 &&
@@ -1281,7 +1284,7 @@ static PyObject *try_to_take(Core *core, PyObject *const *args, uint64_t referen
     }
     Py_INCREF(seen);
     Notes notes = {.held = PyTuple_New(2), .place = PyTuple_New(2)};
-    /* The attribute is there then, so that nothing has to be made for it under the lock. */
+    /* This makes the attributes exist, so that setting them under the lock allocates nothing. */
     if (notes.held != NULL && notes.place != NULL && PyObject_SetAttr(operation, core->gives_back, Py_False) == 0 &&
         PyObject_SetAttr(operation, core->held, Py_None) == 0 && is_free(core, args[NAMESPACE], &lock, fd)) {
         uint64_t now = enter(core, *fd, &busy);
@@ -1344,8 +1347,8 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_RETURN_NONE;
 }
 
-/* Read the tickets of a set of pairs (row, number), and keep the pairs; false, with no exception set, if they are too
- * many or something else. */
+/* Read a set of tickets, pairs (row, number), and keep the pairs; false, with no exception set, if there are too many,
+ * or one is no such pair. */
 static bool read_grants(PyObject *taken, Grants *grants, PyObject **pairs) {
     grants->count = 0;
     if (!PySet_GET_SIZE(taken)) {
@@ -1407,8 +1410,8 @@ static int try_to_release(Core *core, PyObject *namespace, PyObject *taken, uint
 
 PyDoc_STRVAR(release_doc,
              "release(namespace, reference, taken_grants, row, generation, way)\n\n"
-             "Give a copy of a member back. Return what became of it: 1 idle, 2 idle and left to this process, 3 handed\n"
-             "over; 0, with nothing changed, if Python decides. way: while others wait for it, 0 hand it over, 1 keep\n"
+             "Give a member's copy back. Return what became of it: 1 idle, 2 idle and left to this process, 3 handed\n"
+             "over; 0, with nothing changed, if Python decides. way: if others wait for it, 0 hand it over, 1 keep\n"
              "it, 2 keep it and call the first of them up. See `HeldInstances.give_back_quickly`.");
 
 static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -1436,7 +1439,7 @@ static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count
     return PyLong_FromLong(done);
 }
 
-/* Find the model of a tag by what this process remembers of it. */
+/* Find the model of a tag by this process's hints. */
 static bool find_model(Core *core, PyObject *hints, PyObject *tag, uint64_t *row, uint64_t *generation) {
     PyObject *hint = PyDict_GetItemWithError(hints, tag);
     bool found = hint != NULL && PyTuple_CheckExact(hint) && PyTuple_GET_SIZE(hint) == 2 &&
@@ -1489,8 +1492,8 @@ static bool try_to_queue(Core *core, PyObject *namespace, PyObject *operation, N
 
 PyDoc_STRVAR(queue_doc,
              "queue(namespace, reference, hints, tag, operation, deadline, loadable_on, called_up_for)\n\n"
-             "Make a ticket for a member that waits for a copy which others have, and return its row; -1, with nothing\n"
-             "changed, if Python decides. See `Acquisition._queue_quickly`.");
+             "Make a ticket for a member that has to wait for a copy that others have, and return its row; -1, with\n"
+             "nothing changed, if Python decides. See `Acquisition._queue_quickly`.");
 
 static PyObject *queue(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
@@ -1525,10 +1528,10 @@ static PyObject *queue(PyObject *self, PyObject *const *args, Py_ssize_t count) 
 
 PyDoc_STRVAR(await_answer_doc,
              "await_answer(row, until, looked_for, called_up_for, spin)\n\n"
-             "Sleep until a ticket has an answer, and return its state. It still waits if Python is to look: it is that\n"
-             "time (monotonic, ns), it was called up so long ago, somebody has woken it, or there was a signal.\n"
-             "looked_for: the call for which it has looked already. spin: stay awake for so many ns after a wake-up\n"
-             "without an answer. Without the lock.");
+             "Sleep until a ticket has an answer, and return its state. The ticket still waits if Python has to look:\n"
+             "it is past `until` (monotonic, ns), it was called up `called_up_for` ns ago, it was woken without an\n"
+             "answer, or there was a signal. looked_for: the call after which Python has already looked. spin: how\n"
+             "many ns to stay awake after a wake-up without an answer. Without the lock.");
 
 static PyObject *await_answer(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
@@ -1543,7 +1546,7 @@ static PyObject *await_answer(PyObject *self, PyObject *const *args, Py_ssize_t 
     core->asleep++;
     core->sleeps++;
     while (core->words != NULL) {
-        /* The signal before the state: whoever answers stores them in the other order. */
+        /* The signal before the state, because an answer stores them in the other order. */
         uint64_t seen = load(core, ticket + at->ticket_signal);
         state = load(core, ticket + at->ticket_state);
         if (state != at->is_waiting) {
@@ -1582,9 +1585,9 @@ static PyObject *await_answer(PyObject *self, PyObject *const *args, Py_ssize_t 
 
 PyDoc_STRVAR(wake_after_sleep_doc,
              "wake_after_sleep(bell, calls, sleeps)\n\n"
-             "Have the sleeper of a word woken as soon as a thread leaves `await_answer`, in whichever way, before it\n"
-             "runs Python again. False, with nothing changed, if fewer than so many threads are there, or if one has\n"
-             "come there since there had been so many `sleeps`.");
+             "Have the sleeper of a word woken as soon as a thread leaves `await_answer`, for any reason, before it\n"
+             "runs Python again. False, with nothing changed, if fewer than `calls` threads are in there, or if the\n"
+             "number of `sleeps` has changed.");
 
 static PyObject *wake_after_sleep(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
@@ -1603,19 +1606,19 @@ static PyObject *wake_after_sleep(PyObject *self, PyObject *const *args, Py_ssiz
 
 PyDoc_STRVAR(doze_doc,
              "doze(bell, seen, until, tick, fd, late, times, operations, lock, deferred)\n\n"
-             "Sleep until a word is no longer `seen`, somebody wakes its sleepers, or that time (monotonic, ns). Every\n"
-             "`tick` ns look whether the lock of an open file is free, or one of the words that are `times` is over\n"
-             "`late` ns old: then return True, else False. Without the lock. A look takes so much less than Python's\n"
-             "that a process which looks for the leader's death can afford to do so.\n"
-             "operations, lock, deferred: the calls in progress, the segment's lock and the changes to be made later, if\n"
-             "the sleep is to end where not all calls are in `await_answer`, a transaction was left, or there is such a\n"
-             "change; else None.");
+             "Sleep until a word is no longer `seen`, its sleepers are woken, or until `until` (monotonic, ns). Every\n"
+             "`tick` ns check whether the lock on the open file `fd` is free, or one of the words `times` is over\n"
+             "`late` ns old: then return True, else False. Without the lock. A check here is so much cheaper than\n"
+             "Python's that a process can afford it to notice the leader's death.\n"
+             "operations, lock, deferred: the calls in progress, the segment's lock and the deferred changes, if the\n"
+             "sleep has to end when not all calls are in `await_answer`, a transaction was abandoned, or a change was\n"
+             "deferred; else None.");
 
-/* Of a poll, and of each device that there may be (`layout.MOST_DEVICES`). */
+/* One for the poll, and one for each possible device (`layout.MOST_DEVICES`). */
 #define MOST_TIMES 65
-/* Whoever begins a call or a transaction, leaves `await_answer` or defers a change wakes the sleeper. That comes too
- * early for one that is just about to sleep, so they are looked for again after so long, and then after twice as long
- * each time: what might be missed is what happened when this thread, too, was last awake. */
+/* A thread that begins a call or a transaction, leaves `await_answer` or defers a change wakes the sleeper. That comes
+ * too early if the sleeper is just about to sleep, so it checks again after this time, and then after twice as long
+ * each time: only what happened while this thread was last awake, too, can be missed. */
 #define FIRST_REST_NS 500000000u
 
 static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint64_t *times, Py_ssize_t count) {
@@ -1628,12 +1631,12 @@ static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint
     if (flock(fd, LOCK_EX | LOCK_NB)) {
         return errno != EWOULDBLOCK;
     }
-    /* Python takes it, and is told then what there is to say against it. */
+    /* Python takes the lock, and then gets the error, if there is one. */
     flock(fd, LOCK_UN);
     return true;
 }
 
-/* Whether no thread of this process is in a transaction, none was left unfinished or without the calls after it, and no
+/* Whether no thread of this process is in a transaction, none was abandoned, or left without the calls after it, and no
  * change is deferred. */
 static bool is_at_rest(Core *core, PyObject *lock, PyObject *deferred) {
     PyObject *frame = PyObject_GetAttr(lock, core->_frame);
@@ -1675,7 +1678,7 @@ static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
         }
         bool timed_out;
         if (!sleep_on(core, bell, seen, end - now, &timed_out) || !timed_out) {
-            /* By the kernel's word: a wake-up may come when it is time for the next look, too. */
+            /* As the kernel says, not by the clock: a wake-up may come just when the next check is due. */
             break;
         }
         now = now_ns();
@@ -1736,7 +1739,7 @@ static PyObject *take_granted(PyObject *self, PyObject *const *args, Py_ssize_t 
     PyObject *held = Py_BuildValue("(OK)", copy, (unsigned long long)uses);
     PyObject *place = Py_BuildValue("(KK)", (unsigned long long)instance, (unsigned long long)generation);
     PyObject *taken = Py_BuildValue("(KK)", (unsigned long long)row, (unsigned long long)number);
-    /* First the hold, so that no transaction finds a copy in use that nobody in this process has. */
+    /* The hold first, so that no transaction finds a copy in use that no call in this process has. */
     bool noted = key != NULL && held != NULL && place != NULL && taken != NULL &&
                  PyObject_SetAttr(operation, core->gives_back, Py_False) == 0 &&
                  PyObject_SetAttr(operation, core->held, held) == 0 && PyDict_SetItem(args[3], place, held) == 0 &&
@@ -1749,13 +1752,13 @@ static PyObject *take_granted(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (noted) {
         return copy;
     }
-    /* Python notes the same once more. */
+    /* Python notes everything again. */
     PyErr_Clear();
     Py_DECREF(copy);
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(close_doc, "close()\n\nLet go of the segment; from now on Python decides.");
+PyDoc_STRVAR(close_doc, "close()\n\nRelease the segment; from now on Python decides.");
 
 static PyObject *core_close(PyObject *self, PyObject *Py_UNUSED(unused)) {
     Core *core = (Core *)self;
@@ -1768,11 +1771,11 @@ static PyObject *core_close(PyObject *self, PyObject *Py_UNUSED(unused)) {
 
 /* ---- making one -------------------------------------------------------------------------------------------------- */
 
-/* Take over the fields of a row that must be 0, which lie below `words`; raise ValueError. */
+/* Read the numbers of the fields that must be 0, each below `words`; -1 with a ValueError otherwise. */
 static Py_ssize_t take_over(PyObject *fields, uint64_t words, uint64_t *to) {
     Py_ssize_t count = PyTuple_GET_SIZE(fields);
     if (count > MOST_STRANGE) {
-        PyErr_SetString(PyExc_ValueError, "too many fields that nothing is known of");
+        PyErr_SetString(PyExc_ValueError, "too many unknown fields");
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -1784,12 +1787,12 @@ static Py_ssize_t take_over(PyObject *fields, uint64_t words, uint64_t *to) {
     return count;
 }
 
-/* Whether a table lies inside of the segment. */
+/* Whether a table lies inside the segment. */
 static bool fits(const Core *core, uint64_t base, uint64_t words, uint64_t rows) {
     return base <= core->count && words && rows && rows <= (core->count - base) / words;
 }
 
-/* Whether all that is stored or read lies inside of the segment, whatever stands in it. */
+/* Whether all words that are stored or read lie inside the segment, whatever the segment holds. */
 static bool is_sound(const Core *core) {
     const Offsets *at = &core->at;
     const uint64_t header[] = {at->header_version, at->change,   at->undo_count, at->lock_holder, at->lock_taken,
@@ -1932,13 +1935,13 @@ static PyMethodDef core_methods[] = {
 
 static PyGetSetDef core_attributes[] = {
     {"done", core_done, NULL, "How many transactions were made here, and not by Python.", NULL},
-    {"sleeps", core_sleeps, NULL, "How often a thread has come to sleep in `await_answer`.", NULL},
+    {"sleeps", core_sleeps, NULL, "How often a thread has entered `await_answer`.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 PyDoc_STRVAR(core_doc, "Core(memory, words, offsets, strange_models, strange_instances, pid, smoothing, turn,\n"
                        "     crowded, spin_ns)\n\n"
-                       "The warm path of one segment, of so many words; see `mpmm.shared_state.core`.");
+                       "The warm path of one segment; see `mpmm.shared_state.core`.");
 
 static PyType_Slot core_slots[] = {
     {Py_tp_new, (void *)core_new},         {Py_tp_dealloc, (void *)core_dealloc}, {Py_tp_methods, core_methods},
@@ -1953,9 +1956,9 @@ static PyType_Spec core_spec = {
 };
 
 PyDoc_STRVAR(rehearse_doc, "rehearse(store, killed, now_ns)\n\n"
-                           "For tests: make no store any more from that of this number on, counted from now, as if the\n"
-                           "process had died; or kill it then. 0: make them all. And let it be that time, 0: the true\n"
-                           "one.");
+                           "For tests: skip this store, counted from now, and all later ones, as if the process had\n"
+                           "died; or, if `killed`, kill it then. 0: make all stores. now_ns: the time to use, 0: the\n"
+                           "true one.");
 
 static PyObject *rehearse(PyObject *Py_UNUSED(module), PyObject *args) {
     unsigned long long now;

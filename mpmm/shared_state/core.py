@@ -54,7 +54,7 @@ CORE_VARIABLE = "MPMM_CORE"
 _CHOICES = ("python", "compiled")
 
 # What `Core.release` does with a copy for which others wait: hand it to the first waiter; or leave it idle for this
-# process, which has already called up the first waiter (KEEP), or does so now (KEEP_AND_CALL_UP).
+# process, and call the first waiter up, with KEEP only if that has not been done yet.
 TO_NEXT, KEEP, KEEP_AND_CALL_UP = range(3)
 # What it returns; also 0 if Python has to decide, 1 if the copy is idle because it has no waiter.
 KEPT, HANDED_OVER = 2, 3
