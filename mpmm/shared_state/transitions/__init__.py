@@ -1,9 +1,8 @@
-"""Everything that can happen to the shared state, one method each, in one module for each table.
+"""All changes of the shared state, one method each, in one module for each table.
 
-A transition is called inside a transaction, changes rows so that the invariants of `layout.py` hold again at
-the transaction's end, writes its event, and arranges the wake-ups that follow from it. It decides nothing:
-callers have asked the policy. What a caller got wrong is an assertion here, because the public API has
-checked it before.
+A transition is called inside a transaction, changes rows so that the invariants of `layout.py` hold again at the
+transaction's end, writes its event, and arranges the wake-ups that follow from it. It decides nothing: callers have
+asked the policy. The public API has checked all arguments; a row in an impossible state raises SegmentCorruptError.
 
     an instance: loads.begin ──> LOADING ──loads.end──> ACTIVE <──holds.take_idle, hand_over.grant── IDLE
                                     │                     └──────────────holds.release─────────────> │
@@ -13,16 +12,16 @@ checked it before.
 
     a lease:     leases.begin ──> LEASED ──leases.end──> free
 
-`suspensions` and `hand_over` have such drawings of their own, for instances that are suspended and for tickets. The
-modules from the ground up; each imports only what stands before it:
+`suspensions` and `hand_over` have drawings of their own, for suspended instances and for tickets. The modules, from the
+ground up; each imports only modules above it in this list:
 
     part                                     what they have in common; `Actor`, the member that makes transitions
-    tickets models pins estimates            rows that know of no instance
-    ledgers devices isolation                what is known of each device, and who has it to itself
+    tickets models pins estimates            rows that refer to no instance
+    ledgers devices isolation                what is known about each device, and which instance has it to itself
     instances seats twins measurements       instance rows as such
     suspensions unloads holds loads leases   what happens to instances
-    hand_over                                where a ticket meets an instance
-    members                                  processes come and go, and one leads
+    hand_over                                gives instances to tickets
+    members                                  processes join and leave, and one leads
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ __all__ = ["ESTIMATE_TOLERANCE", "SMOOTHING", "Actor", "Transitions"]
 
 
 class Transitions:
-    """The transitions of one namespace, done by one of its members, by table. Every one of them needs the lock."""
+    """The transitions of one namespace, made by one of its members, by table. All of them need the lock."""
 
     def __init__(self, tables: Tables, actor: Actor) -> None:
         self._tables = tables
@@ -99,13 +98,13 @@ class Transitions:
         )
 
     def reset(self, t: Transaction, before: tuple[int, int] | None = None) -> tuple[int, int] | None:
-        """Empty queue and memory: waiters are told, idle instances unloaded, the rest given up or to go on release.
+        """Empty queue and memory: tell waiters, unload instances, even those in use, and give up loads and resumes.
 
-        Leases stay: what a program outside takes is not ours to unload.
+        Leases stay, because mpmm cannot unload what another program takes.
 
-        Return None when all is done. Else the transaction has become long: another call, in a new one, goes on. It is
-        given what this one has returned as `before`: the ticket number and the generation from which on rows are newer
-        than the reset, and stay.
+        Return None when everything is done. Otherwise the transaction has become long, and another call, in a new one,
+        continues. Pass it the result of this call as `before`: the first ticket number and the first generation that
+        are newer than the reset; such rows stay.
         """
         tables = self._tables
         words, layout = tables.segment.words, tables.segment.layout
@@ -113,7 +112,7 @@ class Transitions:
             before = words[Header.NEXT_TICKET], words[Header.NEXT_GENERATION]
         newer_ticket, newer_generation = before
         for row in tables.used_rows(layout.tickets):
-            # Before a row, so that the next call finds whole rows only: each is reset, or as it was.
+            # Checked between rows, so that the next call finds each row either reset or as it was.
             if t.is_long:
                 return before
             if words[tables.ticket(row) + Ticket.NUMBER] < newer_ticket:
@@ -122,29 +121,29 @@ class Transitions:
             if t.is_long:
                 return before
             at = tables.instance(row)
-            # A seat goes with its copy, which may have come before it.
+            # A seat is freed with its copy, which may have been reset already.
             is_copy = words[at] and not words[at + Instance.SEAT_OF]
             if is_copy and words[at + Instance.GENERATION] < newer_generation:
                 self._reset_instance(t, row)
         for row in np.flatnonzero(tables.view(layout.models)[:, Model.FAILURES]).tolist():
             self.models.forget_failures(t, row)
-        # In the last step alone: a reset that takes several transactions is still one.
+        # Only in the last step: a reset in several transactions still counts once.
         t.add(Header.RESETS, 1)
         t.event(EventKind.RESET)
         return None
 
     def _reset_instance(self, t: Transaction, row: int) -> None:
-        """Have an instance unloaded, whatever is done with it; a lease stays."""
+        """Have an instance unloaded, whatever its state; a lease stays."""
         at, words = self._tables.instance(row), self._tables.segment.words
-        # A waiter that is newer than the reset may have been given it between two transactions, and may have acted upon
-        # that without the lock: put back into the queue it would be given something that nobody takes.
+        # A waiter newer than the reset may have been granted it between two transactions, and may have taken that
+        # without the lock: back in the queue, it would be granted a copy that it never takes.
         for one in (row, *self._tables.seats_of(row)):
             for ticket in self._tables.rows_where(self._tables.segment.layout.tickets, Ticket.INSTANCE, one + 1):
                 self.hand_over.reset(t, ticket)
         self.seats.free_all(t, row)
         if words[at + Instance.STATE] == Instance.ACTIVE:
-            # Its holder is told so when it releases: the row is gone by then.
-            # By hand what `holds.release` does, as that would count a hold and write an event for a use that goes on.
+            # Its holder finds out when it releases it, because the row is gone by then. Not by `holds.release`, which
+            # would count a hold and write an event though the use continues.
             self.isolation.end(t, row)
             self._instances.change_state(t, row, Instance.IDLE)
             t.set(at + Instance.HOLDER, 0)
@@ -157,6 +156,6 @@ class Transitions:
             self.loads.give_up(t, row)
         elif state == Instance.SUSPENDED:
             self.suspensions.drop(t, row, slot, Cause(Reason.RESET))
-        # An UNLOADING row stays as it is: whoever is at work on it goes on, and frees it.
+        # An UNLOADING row stays: the process that unloads it continues, and frees it.
         elif state in (Instance.SUSPENDING, Instance.RESUMING):
             self.suspensions.fail(t, row, None, slot + 1)

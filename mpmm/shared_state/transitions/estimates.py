@@ -1,4 +1,4 @@
-"""What a copy of a model is expected to take, in its model row; and the readings from which that is solved."""
+"""Estimates of what a copy of a model takes, in model rows; and the readings from which they are solved."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Estimates(Part):
     def estimate(
         self, t: Transaction, row: int, mb: float, measured: bool, sd_mb: float = 0.0, forget_bound: bool = False
     ) -> None:
-        """Set what a copy of the model is expected to take; its waiters lose the priority of the unknown.
+        """Set what a copy of the model is expected to take; its waiters lose the priority of unknown models.
 
-        measured: read from processes. sd_mb: standard deviation of the figure, 0 for one that is taken for exact.
-        forget_bound: the estimate counts although the model has run out of memory with more than that free, see
+        measured: read from processes. sd_mb: standard deviation of the figure, 0 if it counts as exact.
+        forget_bound: the estimate counts although the model once ran out of memory with more than that free, see
         `record_out_of_memory`.
         """
         at = self._tables.model(row)
         if forget_bound:
-            # Else what has to be free for a copy would go on being above the bound, however small the new estimate is.
+            # Otherwise a copy would still need more than the bound, however small the new estimate is.
             t.set_float(at + Model.AT_LEAST_MB, 0.0)
-        # Where the model was known before, its tickets have their class and their figure.
+        # If the model was known before, its tickets have their class and figure already.
         if not self._segment.words[at + Model.KNOWN]:
             self._tell_waiters(t, row, mb)
         t.set_float(at + Model.ESTIMATE_MB, mb)
@@ -44,7 +44,7 @@ class Estimates(Part):
         t.event(EventKind.ESTIMATED, row + 1, value=mb)
 
     def raise_to(self, t: Transaction, row: int, mb: float) -> None:
-        """Estimate a model at what one of its servers was measured to take, unless the estimate is that high already.
+        """Raise a model's estimate to what one of its servers was measured to take, unless it is that high already.
 
         At once, before another load is admitted by a smaller figure.
         """
@@ -54,22 +54,22 @@ class Estimates(Part):
             self.estimate(t, row, mb, measured=True)
 
     def expect(self, t: Transaction, row: int, mb: float) -> None:
-        """Take the model for `mb`, as a user says, until it is measured; where nothing is, from now on."""
+        """Use a user's figure for the model until it is measured; if nothing can be measured, from now on."""
         words, floats, at = self._segment.words, self._segment.floats, self._tables.model(row)
         if floats[at + Model.EXPECT_MB] == mb:
             return
         t.set_float(at + Model.EXPECT_MB, mb)
         if not words[at + Model.KNOWN]:
             self._tell_waiters(t, row, mb)
-        # Where nothing can be measured the latest word of a user is the best there is; a figure that some process was
-        # measured at in an earlier run is better still.
+        # If nothing can be measured, the latest figure of a user is best, except one that was measured in an earlier
+        # run.
         elif words[Header.SOURCE_ACCOUNTING_ONLY] and not words[at + Model.MEASURED]:
             self.estimate(t, row, mb, measured=False)
 
     def _tell_waiters(self, t: Transaction, row: int, mb: float) -> None:
-        """Let a model's waiters know what it takes; they lose the priority of the unknown."""
+        """Store in a model's tickets what it takes; they lose the priority of unknown models."""
         for ticket in map(self._tables.ticket, self._tables.rows_where(self._layout.tickets, Ticket.MODEL, row)):
-            # Class 0 only. A preload, class 2, stands behind everybody, whatever is known of its model.
+            # Only class 0. A preload, class 2, stays behind all others, whatever is known about its model.
             if not self._segment.words[ticket + Ticket.PRIORITY]:
                 t.set(ticket + Ticket.PRIORITY, 1)
             t.set_float(ticket + Ticket.NEED_MB, mb)
@@ -77,11 +77,11 @@ class Estimates(Part):
     def record_out_of_memory(self, t: Transaction, row: int, at_least_mb: float = 0.0, loading: bool = False) -> None:
         """Record that a copy of the model needed more memory than there was: more than `at_least_mb`, 0 if unknown.
 
-        loading: a load did. Then an estimate that is not above that, and was not read from a process, is wrong: the
-        model is unknown again, so that the copy that loads next is measured.
+        loading: during a load. Then an estimate that is not above the bound, and was not read from a process, is wrong:
+        the model becomes unknown again, so that the next copy that loads is measured.
         """
         words, floats, at = self._segment.words, self._segment.floats, self._tables.model(row)
-        # nan is above no bound, so that an unknown model is not made unknown once more below.
+        # The comparison below is False for nan, so that an unknown model is not reset again.
         estimate = floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else math.nan
         t.add(Header.OUT_OF_MEMORY, 1)
         t.event(EventKind.OUT_OF_MEMORY, row + 1, value=estimate)
@@ -97,11 +97,11 @@ class Estimates(Part):
     ) -> None:
         """Add a reading of the memory that these (model generation, copies) took together on a device (row).
 
-        A configuration of more than `Observation.PAIRS_LENGTH` models is not kept. When the table is full the
-        configuration that was seen longest ago makes room.
+        A configuration of more than `Observation.PAIRS_LENGTH` models is not kept. If the table is full, the one that
+        was updated longest ago is replaced.
         """
-        # Generations, not rows: a row may be another tag's by the time the readings are solved. Sorted, so that a
-        # configuration has one spelling.
+        # Generations, because a row may be another tag's by the time the readings are solved. Sorted, so that each
+        # configuration has one form.
         pairs = sorted(generation << 16 | count for generation, count in copies)
         if not 0 < len(pairs) <= Observation.PAIRS_LENGTH:
             return
@@ -110,7 +110,7 @@ class Estimates(Part):
         if row is None:
             row = self._new_observation(t, pairs, reference)
         at, words = self._layout.observations.base + row * Observation.WORDS, self._segment.words
-        # A ring: the newest reading takes the place of the oldest.
+        # A ring: the newest reading replaces the oldest.
         slot = words[at + Observation.NEXT]
         t.set_float(at + Observation.READINGS + slot, reading_mb)
         t.set(at + Observation.NEXT, (slot + 1) % Observation.READINGS_KEPT)
@@ -129,11 +129,11 @@ class Estimates(Part):
         return None
 
     def _new_observation(self, t: Transaction, pairs: list[int], reference: int) -> int:
-        """Return a row for a configuration: a free one, else that which was updated longest ago."""
+        """Return a row for a configuration: a free one, else the one that was updated longest ago."""
         rows = self._tables.view(self._layout.observations)
         row = int(np.argmin(np.where(rows[:, Observation.STATE] == 0, 0, rows[:, Observation.UPDATED])))
         at = self._layout.observations.base + row * Observation.WORDS
-        # The row may have been another configuration's: with COUNT and NEXT at 0 its readings count no more, and are
+        # The row may have been another configuration's: with COUNT and NEXT at 0 its readings no longer count, and are
         # overwritten one by one.
         t.set(at + Observation.COUNT, 0)
         t.set(at + Observation.NEXT, 0)
@@ -145,7 +145,6 @@ class Estimates(Part):
         return row
 
     def note_solution(self, t: Transaction, observations_made: int) -> None:
-        """Record which observations the last solution has seen."""
-        # The number from before the solver read them, not the one of now: what came while it worked is still to be
-        # solved.
+        """Record which observations the last solution included."""
+        # The number from before the solver read them, not the current one, because it has not seen later ones.
         t.set(Header.SOLVED_AT, observations_made)

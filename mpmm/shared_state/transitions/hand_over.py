@@ -1,4 +1,4 @@
-"""Where a ticket meets an instance: all that gives one to a waiter, and that takes it back when the waiter is gone.
+"""Gives instances to tickets, and takes them back when a waiter is gone.
 
     WAITING ──grant, from_holder──────────────────> GRANTED ──┐
        │ └────allow_load, allow_resume────────────> LOAD ─────┤
@@ -6,8 +6,8 @@
        │ └────Transitions.reset─────────────────────> RESET ──┘                     ^
        └────────────────────────────leave_queue, from any of them───────────────────┘
 
-An instance that was given is its waiter's (HOLDER) from that transaction on, before the waiter wakes. So whoever finds
-the waiter dead finds in its ticket what it was given.
+The waiter holds an instance (HOLDER) from the transaction that grants it on, before the waiter wakes. So a process that
+finds the waiter dead sees in its ticket what it was granted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class HandOver(Part):
         """Hand an idle instance to a waiter and wake it."""
         at = self._tables.ticket(row)
         model = self._segment.words[at + Ticket.MODEL]
-        # Raises before anything is stored unless the instance is idle.
+        # Raises, before anything is stored, if the instance is not idle.
         self._holds.activate(t, instance, self._segment.words[at + Ticket.MEMBER])
         t.set(at + Ticket.INSTANCE, instance + 1)
         self._tickets.answer(t, row, Ticket.GRANTED)
@@ -64,9 +64,9 @@ class HandOver(Part):
     def from_holder(self, t: Transaction, row: int, instance: int, cause: Cause, used: bool = True) -> None:
         """Hand an active instance from its holder straight to a waiter (ticket's row) and wake it.
 
-        For an instance that may be taken over: not to be unloaded, not alone, owned by nobody or by the waiter. used:
-        see `Holds.release`. It comes to the same as that and `grant`; done in one go it takes half the time of the two,
-        and a waiter waits for every microsecond of it.
+        For an instance that may change hands: not to be unloaded, not running alone, and without owner or owned by the
+        waiter. used: see `Holds.release`. The result is that of `Holds.release` and `grant`, in half the time, for all
+        of which the waiter waits.
         """
         words, tables = self._segment.words, self._tables
         at, ticket = tables.instance(instance), tables.ticket(row)
@@ -79,10 +79,10 @@ class HandOver(Part):
         held = (t.now - words[at + Instance.SINCE]) / 1e9
         waited = (t.now - words[ticket + Ticket.ENQUEUED]) / 1e9
         number = words[ticket + Ticket.NUMBER]
-        # Two rows of the ring, counted by one change: the second one's.
+        # Two rows of the ring; the change of the second one makes both events.
         t.next_event(EventKind.RELEASED, model_row + 1, instance + 1, value=held)
         granted = t.next_event(EventKind.GRANTED, model_row + 1, instance + 1, number + 1, waited, cause, ahead=1)
-        # It stays ACTIVE and out of the idle list, so neither the counters of its state nor the list change.
+        # It stays ACTIVE and out of the idle list, so neither the state's counters nor the list change.
         t.set_all(
             (
                 granted,
@@ -90,14 +90,14 @@ class HandOver(Part):
                 (at + Instance.HOLDER, words[ticket + Ticket.MEMBER]),
                 (at + Instance.USES, words[at + Instance.USES] + 1),
                 (model + Model.HITS, words[model + Model.HITS] + 1),
-                # What `Tickets.stop_waiting` counts down, see there.
+                # As in `Tickets.stop_waiting`.
                 (model + Model.WAITING, words[model + Model.WAITING] - 1),
                 (model + Model.HOLD_S, self._holds.hold_mean(model, held, used)),
                 (Header.HITS, words[Header.HITS] + 1),
                 (Header.WAITING, words[Header.WAITING] - 1),
                 (ticket + Ticket.INSTANCE, instance + 1),
-                # STATE before SIGNAL. A waiter looks without the lock, at SIGNAL first: were it to find the new SIGNAL
-                # and no answer, it would sleep on that, and through its answer if this process died before the wake-up.
+                # STATE before SIGNAL. A waiter reads without the lock, SIGNAL first: if it found the new SIGNAL but no
+                # answer, it would sleep on that, and miss its answer if this process died before the wake-up.
                 (ticket + Ticket.STATE, Ticket.GRANTED),
             )
         )
@@ -109,20 +109,20 @@ class HandOver(Part):
     ) -> int:
         """Reserve memory for a waiter and tell it to load; return the instance's row. Raises TableFullError.
 
-        devices: bits; where there are several, each takes an equal share.
+        devices: bits; several devices take equal shares.
 
-        For a waiter that asked for a lease the reservation is all there is to it: it has the lease then.
+        For a waiter for a lease, the reservation is the lease, so it has that at once.
         """
         at = self._tables.ticket(row)
         words = self._segment.words
         model, member = words[at + Ticket.MODEL], words[at + Ticket.MEMBER] - 1
         number = words[at + Ticket.NUMBER] + 1
-        # The row is taken first of all: if the table is full, nothing has been written yet, and the caller goes on.
+        # The row is taken first: if the table is full, nothing has been written yet, and the caller can continue.
         if words[self._tables.model(model)] == Model.LEASE:
             instance, answer = self._leases.begin(t, model, member, devices, need_mb, cause, number), Ticket.GRANTED
         else:
             instance, answer = self._loads.begin(t, model, member, devices, need_mb, alone, cause, number), Ticket.LOAD
-        # After the row is LOADING or LEASED: every change of state ends what is STEADY.
+        # After the row has become LOADING or LEASED, because every change of state ends STEADY.
         if words[at + Ticket.STEADY]:
             self._isolation.begin_steady(t, instance)
         t.set(at + Ticket.INSTANCE, instance + 1)
@@ -131,10 +131,10 @@ class HandOver(Part):
         return instance
 
     def allow_resume(self, t: Transaction, row: int, instance: int, cause: Cause | None = None) -> None:
-        """Tell a waiter to resume a suspended instance, for which what it had is reserved."""
+        """Tell a waiter to resume a suspended instance, and reserve the memory that this one had."""
         at = self._tables.ticket(row)
         words = self._segment.words
-        # The answer is LOAD, as for a load: the waiter tells by the state of the row which of the two it is.
+        # The answer is LOAD, as for a load: the state of the instance tells the waiter which of the two it is.
         number, member = words[at + Ticket.NUMBER] + 1, words[at + Ticket.MEMBER] - 1
         self._suspensions.begin_resume(t, instance, member, cause, number)
         t.set(at + Ticket.INSTANCE, instance + 1)
@@ -142,19 +142,19 @@ class HandOver(Part):
         self._call_up_successor(t, row)
 
     def consume_answer(self, t: Transaction, row: int) -> None:
-        """Free the row of a ticket whose answer its waiter has read and now acts upon.
+        """Free the row of a ticket whose waiter has read the answer, and now acts on it.
 
-        From here on what it was given is its own by the instance row alone, as if it had never waited.
+        From here on only the instance row says what the waiter holds, as if it had never waited.
         """
         at = self._tables.ticket(row)
         if self._segment.words[at] in (Ticket.FREE, Ticket.WAITING):
             raise self._tables.surprise("the ticket", at)
         t.set(at + Ticket.STATE, Ticket.FREE)
-        # Not before the ticket is free: as long as it is used, it keeps the lease's row.
+        # After the ticket is free, because a used ticket keeps the lease's row.
         self._leases.forget_spent(t, self._segment.words[at + Ticket.MODEL])
 
     def leave_queue(self, t: Transaction, row: int) -> None:
-        """Take a ticket out whose waiter gave up or died; what it was just given goes back."""
+        """Remove the ticket of a waiter that gave up or died, and take back what it was granted."""
         at = self._tables.ticket(row)
         words = self._segment.words
         state, given = words[at + Ticket.STATE], words[at + Ticket.INSTANCE]
@@ -162,7 +162,7 @@ class HandOver(Part):
             self._tickets.stop_waiting(t, row)
         waited = (t.now - words[at + Ticket.ENQUEUED]) / 1e9
         t.event(EventKind.LEFT_QUEUE, words[at + Ticket.MODEL] + 1, ticket=words[at + Ticket.NUMBER] + 1, value=waited)
-        # Free before the instance goes back: else freeing that would put this ticket back into the queue.
+        # Free before the instance is taken back: freeing that would otherwise put this ticket back into the queue.
         t.set(at + Ticket.STATE, Ticket.FREE)
         self.take_back(t, state, given)
         if state == Ticket.WAITING and words[at + Ticket.CALLED_UP]:
@@ -170,7 +170,7 @@ class HandOver(Part):
         self._leases.forget_spent(t, words[at + Ticket.MODEL])
 
     def _call_up_successor(self, t: Transaction, row: int) -> None:
-        """Where a ticket that was called up has been answered, and a copy is idle, have the next one look at that."""
+        """If a ticket that was called up has been answered, and a copy is idle, call up the next ticket."""
         words = self._segment.words
         at = self._tables.ticket(row)
         model = words[at + Ticket.MODEL]
@@ -178,10 +178,10 @@ class HandOver(Part):
             self._call_up_next(t, model)
 
     def _call_up_next(self, t: Transaction, model: int) -> None:
-        """Call up the first waiter that is left for a model, because the one that was to look waits no more.
+        """Call up the first remaining waiter for a model, because the one that was called up no longer waits.
 
-        Else nobody would look at the end of the tenure, see `mpmm.model_manager.tenure`, and an instance would stay
-        idle beside those who wait for it until the leader's next poll.
+        Otherwise no waiter would look at the end of the tenure, see `mpmm.model_manager.tenure`, and an instance would
+        stay idle, though others wait for it, until the leader's next poll.
         """
         words, tables = self._segment.words, self._tables
         waiting = tables.rows_where(self._segment.layout.tickets, Ticket.STATE, Ticket.WAITING)
@@ -193,24 +193,24 @@ class HandOver(Part):
             self._tickets.call_up(t, min(wanting, key=lambda row: words[starts[row] + Ticket.RANK]))
 
     def reset(self, t: Transaction, row: int) -> None:
-        """Tell a waiter that the queue was emptied; what it was given, and has not acted upon yet, goes back."""
+        """Tell a waiter that the queue was emptied, and take back a grant that it has not acted on yet."""
         at = self._tables.ticket(row)
         state, given = self._segment.words[at + Ticket.STATE], self._segment.words[at + Ticket.INSTANCE]
         if state == Ticket.WAITING:
             self._tickets.answer(t, row, Ticket.RESET)
         elif state in (Ticket.GRANTED, Ticket.LOAD):
-            # Before the instance goes back, for the same reason as in `leave_queue`.
+            # Before the instance is taken back, for the same reason as in `leave_queue`.
             t.set(at + Ticket.INSTANCE, 0)
             t.set(at + Ticket.STATE, Ticket.RESET)
             self._wake(t, at + Ticket.SIGNAL)
             self.take_back(t, state, given)
 
     def take_back(self, t: Transaction, state: int, given: int) -> None:
-        """Take back an instance (reference) that was given with an answer, a state; nothing for other answers."""
+        """Take back the instance (reference) that an answer (state) granted; nothing for other answers."""
         instance = given - 1
         if state == Ticket.GRANTED:
-            # GRANTED is the answer for copies and leases, and LOAD for loads and resumes; only the instance's row tells
-            # which. (T2)
+            # GRANTED is the answer for copies and leases, LOAD for loads and resumes; the instance's row tells which.
+            # (T2)
             if self._segment.words[self._tables.instance(instance)] == Instance.LEASED:
                 self._leases.end(t, instance)
             else:

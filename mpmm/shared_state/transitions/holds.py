@@ -1,7 +1,7 @@
-"""Holds: an idle instance is taken, used and released. The commonest transitions, in as few stores as possible.
+"""Holds: take an idle instance, use it, release it. The most frequent transitions, in as few stores as possible.
 
-What `take_idle` and `release` do while nobody waits, the compiled core does too (`core`); this module is the
-definition, and `tests/test_core.py` compares the two word by word.
+The compiled core (`core`) does the same in the common cases; this module is the definition, and `tests/test_core.py`
+compares the two word by word.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ class Holds(Part):
         self._isolation = isolation
         self._instances = instances
         self._unloads = unloads
-        # Bound once: on the warm path each look-up counts.
+        # Bound once, because each look-up counts on the warm path.
         self._pushed = instances.pushed
         self._unlinked = instances.unlinked
 
     def activate(self, t: Transaction, row: int, holder: int, *further: tuple[int, int]) -> None:
-        """Make an idle instance active for a member (reference), and count a hit; `further` changes go with that.
+        """Make an idle instance active for a member (reference), and count a hit.
 
-        This and `release` are the warm path: their changes are stored in one go.
+        further: changes to store in the same step. This and `release` are the warm path, and store their changes in one
+        step.
         """
         at = self._tables.instance(row)
         words = self._segment.words
         if words[at + Instance.STATE] != Instance.IDLE:
             raise self._tables.surprise("the copy", at)
         model = self._tables.model(words[at + Instance.MODEL])
-        # What `Instances.change_state` would do from IDLE to ACTIVE, word by word: LOADED stays, and an idle instance
-        # is not STEADY. A counter that is added there for these states has to be added here, and in `_core.c`.
+        # What `Instances.change_state` does from IDLE to ACTIVE, word by word: LOADED stays the same, and an idle
+        # instance is not STEADY. A counter that is added there for these states must be added here, and in `_core.c`.
         changes = [
             (at + Instance.STATE, Instance.ACTIVE),
             (at + Instance.SINCE, t.now),
@@ -57,7 +58,7 @@ class Holds(Part):
             (Header.HITS, words[Header.HITS] + 1),
             *further,
         ]
-        # `set_all` takes no word twice, and none of the list's words is among those above.
+        # `set_all` must not get a word twice; none of the idle list's words is among those above.
         if not words[at + Instance.OWNER]:
             changes += self._unlinked(at)
         t.set_all(changes)
@@ -69,21 +70,21 @@ class Holds(Part):
     def release(self, t: Transaction, row: int, used: bool = True) -> None:
         """Make an active instance idle, or have it unloaded if that was asked for. Ends its isolation.
 
-        used: False if it was only loaded, so that the time it was held teaches nothing.
+        used: False if it was only loaded, so that the time of the hold does not count in the mean.
         """
         at = self._tables.instance(row)
         words = self._segment.words
         if words[at + Instance.STATE] != Instance.ACTIVE:
             raise self._tables.surprise("the copy", at)
-        # One word instead of a search, because mostly nothing runs alone. What did must not once it is IDLE (D3): its
-        # devices would stay closed to everybody.
+        # One word instead of a search, because usually nothing runs alone. An IDLE instance must not (D3), or its
+        # devices would stay closed to all others.
         if words[Header.ISOLATED]:
             self._isolation.end(t, row)
         held = (t.now - words[at + Instance.SINCE]) / 1e9
         event = t.next_event(EventKind.RELEASED, words[at + Instance.MODEL] + 1, row + 1, value=held)
         unload_on_release, holder = words[at + Instance.UNLOAD_ON_RELEASE], words[at + Instance.HOLDER]
         if unload_on_release == Instance.LOST:
-            # The row does not become IDLE on the way, so nobody finds it in the list. (M2)
+            # The row does not become IDLE in between, so it is never in the idle list. (M2)
             t.set_all((event,))
             self._end_lost(t, row, holder)
             return
@@ -104,22 +105,22 @@ class Holds(Part):
         if unload_on_release and words[at + Instance.SEAT_OF]:
             self._instances.free_row(t, row)
         elif unload_on_release:
-            # By way of IDLE, where every unload begins: that takes it off the list again, and sees to its twins. The
-            # lock is held all the while, so no waiter takes it in between.
+            # Through IDLE, where every unload begins: that removes it from the list again, and handles its twins. The
+            # lock is held throughout, so no waiter takes it in between.
             self._unloads.begin(t, row, holder - 1, evicted=False, cause=Cause(Reason.ASKED))
 
     def _end_lost(self, t: Transaction, row: int, holder: int) -> None:
-        """Part with a released instance whose server is dead: nobody else may get it."""
+        """Free or unload a released instance whose server is dead, so that no other member gets it."""
         at, words = self._tables.instance(row), self._segment.words
         if words[at + Instance.HAS_SERVER] and not words[at + Instance.SERVER]:
             self._instances.free_row(t, row)
         else:
-            # Something may be left to unload in the process that holds it.
+            # Its holder's process may have something left to unload.
             self._instances.change_state(t, row, Instance.UNLOADING)
             self._ring(t, holder - 1)
 
     def hold_mean(self, model: int, held: float, used: bool) -> int:
-        """Return the word for the mean time that instances of a model (first word) are held."""
+        """Return the new word for the mean time that instances of a model (first word) are held."""
         word = model + Model.HOLD_S
         return self._smoothed(word, held) if used else self._segment.words[word]
 

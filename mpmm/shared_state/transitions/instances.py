@@ -1,6 +1,6 @@
-"""Instance rows: their states with all that is counted by them, what they take, and the lists of idle ones.
+"""Instance rows: their states with the counters that depend on them, their memory, and the lists of idle ones.
 
-`loads`, `holds`, `unloads`, `suspensions` and `leases` say what happens to an instance, and do so through this.
+`loads`, `holds`, `unloads`, `suspensions` and `leases` change instances through this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpmm.shared_state.transitions.tickets import Tickets
 
 __all__ = ["Instances"]
 
-# Counters of the model row that go with an instance's state. (M1, M3)
+# Counters of the model row that include an instance in this state. (M1, M3)
 _MODEL_COUNTERS = {
     Instance.LOADING: (Model.LOADING,),
     Instance.ACTIVE: (Model.LOADED, Model.ACTIVE),
@@ -45,12 +45,12 @@ class Instances(Part):
         self._isolation = isolation
 
     def new_row(self, t: Transaction, model: int, member: int, devices: int) -> int:
-        """Return a row that a member (slot) holds, for the caller to set its state. Raises TableFullError."""
+        """Return a new row that a member (slot) holds; the caller sets its state. Raises TableFullError."""
         row = self._take_row(t, self._layout.instances)
         at = self._tables.instance(row)
         if not 0 < devices.bit_count() <= MOST_SPANNED:
             raise self._tables.surprise(f"of {devices.bit_count()} devices the copy", at)
-        # Up to the handle's length, which makes the text empty: the bytes behind it are never read then.
+        # Up to the handle's length, which makes the text empty: the bytes behind it are not read then.
         t.set_all([(at + word, 0) for word in range(Instance.STATE, Instance.HANDLE + 1)])
         t.set(at + Instance.MODEL, model)
         t.set(at + Instance.GENERATION, self._next_generation(t))
@@ -59,26 +59,26 @@ class Instances(Part):
         return row
 
     def set_mb(self, t: Transaction, row: int, mb: float, shares_mb: Sequence[float] = ()) -> None:
-        """Set what an instance takes; of each device as much as of the others, where `shares_mb` does not say."""
+        """Set what an instance takes: `shares_mb` of each device, or equal shares if that is empty."""
         at = self._tables.instance(row)
-        # The sum along with the parts (I5), or plans and ledgers would count different memory.
+        # The sum together with the parts (I5), or plans and ledgers would count different memory.
         self._update_float(t, at + Instance.MB, mb)
         span = self._segment.words[at + Instance.DEVICES].bit_count()
-        # One that lies on a single device has no shares: MB is all there is, and `shares_of` goes by the same rule.
+        # On a single device only MB is written; `shares_of` follows the same rule.
         if span > 1:
             for number, share_mb in enumerate(shares_mb or [mb / span] * span):
                 self._update_float(t, at + Instance.SHARES + number, share_mb)
 
     def change_state(self, t: Transaction, row: int, state: int) -> None:
-        """Put a row into another state, with every counter that goes by it; the idle list is the caller's."""
+        """Put a row into another state and update all counters; the caller updates the idle list."""
         at = self._tables.instance(row)
         words = self._segment.words
         old = words[at + Instance.STATE]
         model = self._tables.model(words[at + Instance.MODEL])
-        # In every other state than the one it started in, nothing has to be kept quiet for it. (I9)
+        # Once it leaves the state in which it started, its devices need not be kept quiet any more. (I9)
         self._isolation.end_steady(t, row)
         gone, come = set(_MODEL_COUNTERS.get(old, ())), set(_MODEL_COUNTERS.get(state, ()))
-        # Only what differs, so that the log does not fill with words that stay as they are.
+        # Only counters that change, to keep the undo log short.
         for counter in gone - come:
             t.add(model + counter, -1)
         for counter in come - gone:
@@ -87,14 +87,14 @@ class Instances(Part):
             t.add(_HEADER_COUNTERS[old], -1)
         if state in _HEADER_COUNTERS:
             t.add(_HEADER_COUNTERS[state], 1)
-        # SINCE with every change: how long an instance has been idle, held or stuck is all read from it.
+        # SINCE changes with every state: it tells how long an instance has been idle, held or stuck.
         t.set(at + Instance.STATE, state)
         t.set(at + Instance.SINCE, t.now)
 
     def free_row(self, t: Transaction, row: int) -> None:
-        """Free a row in whatever state it is; the instance's memory, if it had any, is on its way back.
+        """Free a row in any state; the instance's memory, if it had any, is expected back.
 
-        Seats that are in use are on their own from then on, see `orphan_seats`.
+        Seats in use become rows of their own, see `orphan_seats`.
         """
         at = self._tables.instance(row)
         words = self._segment.words
@@ -106,12 +106,12 @@ class Instances(Part):
             self._count_seat_out(t, row)
         if state == Instance.IDLE and not words[at + Instance.OWNER]:
             t.set_all(self.unlinked(at))
-        # What ran alone cannot go on doing so without a row, and the devices would stay closed to everybody.
+        # Without a row it cannot run alone any more, and its devices would stay closed to all others.
         self._isolation.end(t, row)
         for ticket in self._tables.rows_where(self._layout.tickets, Ticket.INSTANCE, row + 1):
-            # The instance was handed over or promised, and died before its waiter woke: back into the queue.
+            # The instance was granted or promised, and was lost before its waiter woke: back into the queue.
             self._tickets.wait_again(t, ticket)
-        # What is loading has a reservation but no memory that could come back.
+        # A load or resume has a reservation, but no memory that could come back.
         if state not in (Instance.LOADING, Instance.RESUMING):
             self._ledgers.expect_back(t, row)
         self.change_state(t, row, Instance.FREE)
@@ -120,36 +120,36 @@ class Instances(Part):
         t.set(self._tables.model(words[at + Instance.MODEL]) + Model.USED_AT, t.now)
 
     def orphan_seats(self, t: Transaction, row: int) -> None:
-        """The memory of a copy is gone: free its idle seats, and let those in use go when they are given back."""
+        """Free the idle seats of a copy whose memory is gone, and have those in use freed when they are given back."""
         for seat in self._tables.seats_of(row):
             at = self._tables.instance(seat)
             if self._segment.words[at] == Instance.IDLE:
                 self.free_row(t, seat)
             else:
-                # A row of its own, as that of a copy is whose server has died under its holder.
+                # Its row now looks like that of a copy whose server died while it was in use.
                 self._count_seat_out(t, seat)
                 t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.LOST)
 
     def _count_seat_out(self, t: Transaction, seat: int) -> None:
-        """Let a row be no seat any more."""
+        """Make a seat's row one that is no seat."""
         at, words = self._tables.instance(seat), self._segment.words
         copy = self._tables.instance(words[at + Instance.SEAT_OF] - 1)
         t.add(copy + Instance.SEATS, -1)
         t.add(self._tables.model(words[at + Instance.MODEL]) + Model.SEATS, -1)
         t.set(at + Instance.SEAT_OF, 0)
         if words[copy] == Instance.UNLOADING and not words[copy + Instance.SEATS]:
-            # Its unload has waited for this, so its time begins only now.
+            # Its unload has waited for the last seat, so its time begins only now.
             t.set(copy + Instance.SINCE, t.now)
             self._ring(t, words[copy + Instance.HOLDER] - 1)
 
     def pushed(self, at: int, row: int) -> list[tuple[int, int]]:
         """Return the changes that put a shared instance (first word, row) at the head of its model's idle list.
 
-        Newest first (M2): the same few are used again and again, and those that are one too many grow old.
+        Newest first (M2), so that the same few are used again and again, and surplus ones stay idle long.
         """
         head_word = self._tables.model(self._segment.words[at + Instance.MODEL]) + Model.IDLE_HEAD
         head = self._segment.words[head_word]
-        # Both words of the row, although it was in no list: it has kept those of the last one.
+        # Both words of the row, because it has kept those from its last place in the list.
         changes = [(at + Instance.NEXT, head), (at + Instance.PREVIOUS, 0), (head_word, row + 1)]
         if head:
             changes.append((self._tables.instance(head - 1) + Instance.PREVIOUS, row + 1))
@@ -159,7 +159,7 @@ class Instances(Part):
         """Return the changes that take a shared instance (first word) out of its model's idle list."""
         words = self._segment.words
         following, previous = words[at + Instance.NEXT], words[at + Instance.PREVIOUS]
-        # The first one has no PREVIOUS; the model's row points at it.
+        # The first one has no PREVIOUS; the model's row refers to it.
         if previous:
             changes = [(self._tables.instance(previous - 1) + Instance.NEXT, following)]
         else:

@@ -1,6 +1,6 @@
-"""Where an instance has its devices to itself: alone, to be measured; or quiet, while it starts.
+"""Instances that have their devices to themselves: alone, to be measured; or quiet, while they start.
 
-Both are written twice, in rows and as bits in the header (H3), because the warm path looks at the header alone.
+Both are stored twice, in rows and as bits in the header (H3), because the warm path reads only the header.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Isolation"]
 
 
 class Isolation(Part):
-    """The transitions of what instances claim of their devices beside memory."""
+    """The transitions of instances' claims on devices, apart from memory."""
 
     def __init__(self, tables: Tables, actor: Actor, devices: Devices) -> None:
         super().__init__(tables, actor)
@@ -33,16 +33,16 @@ class Isolation(Part):
         )
 
     def begin(self, t: Transaction, row: int) -> None:
-        """Let an instance that is about to load run alone on its devices."""
+        """Give an instance that is about to load its devices to itself."""
         at, words = self._tables.instance(row), self._segment.words
         devices = words[at + Instance.DEVICES]
-        # Two that ran alone on one device would each be measured with the other in it.
+        # Two instances in isolation on one device would be measured together.
         if words[Header.ISOLATED] & devices:
             raise self._tables.surprise("the copy to be loaded alone", at)
         t.set(Header.ISOLATED, words[Header.ISOLATED] | devices)
         for device in map(self._tables.device, device_rows(devices)):
             t.set(device + Device.ISOLATED, row + 1)
-            # Unknown until a figure is taken just before the load; what stood there before was another load's.
+            # Unknown until a figure is taken just before the load; the old value is from another load.
             t.set_float(device + Device.BASELINE_MB, math.nan)
         t.event(EventKind.ISOLATION_BEGAN, self._model_reference(row), row + 1)
 
@@ -54,8 +54,8 @@ class Isolation(Part):
         self._devices.reset_peaks(t, devices)
 
     def end(self, t: Transaction, row: int) -> None:
-        """An instance does not run alone any more; nothing if it did not."""
-        # The bits alone do not tell: an idle instance may lie where another one runs alone.
+        """End the isolation of an instance, if it runs alone."""
+        # The bits do not tell, because an idle instance may lie where another one runs alone.
         if not self.runs_alone(row):
             return
         devices = self._segment.words[self._tables.instance(row) + Instance.DEVICES]
@@ -71,9 +71,9 @@ class Isolation(Part):
         t.set(Header.STEADY, words[Header.STEADY] | words[at + Instance.DEVICES])
 
     def end_steady(self, t: Transaction, row: int) -> None:
-        """Let loads and unloads go on where an instance or lease had it quiet; nothing if it had not.
+        """Allow loads and unloads again on the devices of an instance or lease, if it is STEADY.
 
-        Instances that are to be unloaded there have had to wait for that: their time begins now, and all members look.
+        Unloads and suspensions there have had to wait: their time begins now, and all members are woken to check.
         """
         words, tables, at = self._segment.words, self._tables, self._tables.instance(row)
         # By the row, not by the header's bits, which another instance on the device may have set.
@@ -81,7 +81,7 @@ class Isolation(Part):
             return
         devices = words[at + Instance.DEVICES]
         t.set(at + Instance.STEADY, 0)
-        # No other bit is this one's: of those on a device one is STEADY at the most. (I9)
+        # The bits belong to this one alone: at most one instance on each device is STEADY. (I9)
         t.set(Header.STEADY, words[Header.STEADY] & ~devices)
         held_back = (Instance.UNLOADING, Instance.SUSPENDING)
         for held in tables.used_rows(self._layout.instances):
@@ -90,9 +90,9 @@ class Isolation(Part):
         self._ring_all(t)
 
     def note_change(self, t: Transaction, row: int) -> None:
-        """Record on an instance's devices that from now on other instances are loaded there.
+        """Record on an instance's devices that the set of loaded instances has changed.
 
-        A reading from before that is no reading of what lies there now.
+        Earlier readings do not describe the new set.
         """
         for device in device_rows(self._segment.words[self._tables.instance(row) + Instance.DEVICES]):
             t.set(self._tables.device(device) + Device.CONFIGURED_AT, t.now)

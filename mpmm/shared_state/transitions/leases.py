@@ -1,5 +1,5 @@
-"""Leases: claims on memory that is no model's. A lease is a model row while it is waited for, and an instance row too
-while it is held; both are free after it, the first with its name.
+"""Leases: claims on memory for no model. A lease has a model row while its caller waits, and an instance row, too,
+while it is held; after it both are free, the first one with its name left in it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Leases(Part):
         self._instances = instances
 
     def claim(self, t: Transaction, encoded: bytes, mb: float) -> int:
-        """Return a new model row that stands for a lease, to be waited for like a model. Raises TableFullError."""
+        """Return a new model row that stands for a lease; tickets wait for it as for a model. Raises TableFullError."""
         row = self._models.take_row(t, encoded)
         at = self._tables.model(row)
         t.set_float(at + Model.ESTIMATE_MB, mb)
         t.set(at + Model.KNOWN, 1)
-        # Not MODEL, by which tags are searched: a lease may be named like a model, or like another lease.
+        # Not MODEL, so that searches for tags skip it: a lease may have a model's name, or another lease's.
         t.set(at + Model.STATE, Model.LEASE)
         return row
 
@@ -49,11 +49,11 @@ class Leases(Part):
     ) -> int:
         """Give a member (slot) the lease that a model row stands for; return the row. Raises TableFullError.
 
-        ticket: number plus one of the one that waited for it, for the event.
+        ticket: number plus one of the ticket that waited for it, for the event.
         """
         row = self._instances.new_row(t, model, member, devices)
         at = self._tables.instance(row)
-        # Not MB: that is what its program is measured to take, and both are looked at. (I3)
+        # Not MB, which is what its program is measured to take; admission reads both. (I3)
         t.set_float(at + Instance.RESERVED_MB, mb)
         self._instances.change_state(t, row, Instance.LEASED)
         self._isolation.note_change(t, row)
@@ -65,34 +65,34 @@ class Leases(Part):
         t.set(self._tables.instance(row) + Instance.PROGRAM, pid)
 
     def measure_program(self, t: Transaction, row: int, mb: float) -> None:
-        """Record what the process that uses the memory of a lease takes at present."""
-        # It is in the devices' figures, and by this no part of what is external there. (Which device has how much of
-        # it, nobody tells.)
+        """Record what the process that uses the memory of a lease takes now."""
+        # It is part of the devices' figures; recorded here, it does not count as external. (How it is spread over the
+        # devices is unknown.)
         self._instances.set_mb(t, row, mb)
 
     def end(self, t: Transaction, row: int) -> None:
-        """The memory of a lease is free for others, and so is the row of its name."""
+        """End a lease: free its memory for others, and its model row unless a ticket still refers to that."""
         at = self._tables.instance(row)
         words = self._segment.words
         if words[at + Instance.STATE] != Instance.LEASED:
             raise self._tables.surprise("the copy", at)
         model = words[at + Instance.MODEL]
         t.event(EventKind.LEASE_ENDED, model + 1, row + 1, value=(t.now - words[at + Instance.SINCE]) / 1e9)
-        # No memory is expected back: it was never counted as the namespace's own, only held free.
+        # No memory is expected back: it was only reserved, and never counted as the namespace's own.
         self._instances.change_state(t, row, Instance.FREE)
         self._isolation.note_change(t, row)
         self.forget_spent(t, model)
 
     def forget_spent(self, t: Transaction, model: int) -> None:
-        """Free a lease's model row once nobody waits for the lease or has it; a model's row stays."""
+        """Free a lease's model row once the lease has neither ticket nor instance; a model's row stays."""
         if self._segment.words[self._tables.model(model)] != Model.LEASE:
             return
-        # A ticket with an answer refers to the row as well, until its waiter has read that.
+        # A ticket with an answer refers to the row, too, until its waiter has read the answer.
         waiting = self._tables.rows_where(self._layout.tickets, Ticket.MODEL, model)
         held = self._tables.rows_where(self._layout.instances, Instance.MODEL, model)
-        # Sooner, and another tag could take the row while a ticket or an instance still names it. (T1, I2)
+        # Not before: another tag could take the row while a ticket or an instance still refers to it. (T1, I2)
         if not waiting and not held:
             at = self._tables.model(model)
             t.set(at + Model.STATE, Model.FREE)
-            # By this the row that has been free for longest is taken first.
+            # So that the row that has been free for longest is taken first.
             t.set(at + Model.USED_AT, t.now)

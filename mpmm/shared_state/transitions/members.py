@@ -1,4 +1,4 @@
-"""Member rows: processes join, leave and die, and one of them leads. What the dead had is taken back here."""
+"""Member rows: processes join, leave and die, and one of them leads. Takes back what dead members had."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mpmm.shared_state.transitions.unloads import Unloads
 
 __all__ = ["Members"]
 
-# An instance in one of these goes with its server at once: nobody uses it, and what was being done with it has come to
-# its end.
+# An instance in one of these states is freed as soon as its server dies: no member uses it, and its suspension or
+# resume has ended.
 _GO_WITH_SERVER = (Instance.IDLE, Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
 
 
 class Members(Part):
-    """The transitions of member rows, and of what the header says for all members."""
+    """The transitions of member rows, and of the header's words about all members."""
 
     def __init__(
         self,
@@ -64,23 +64,23 @@ class Members(Part):
         t.set(at + Member.STARTED_WALL, started_wall_ns)
         t.set(at + Member.GENERATION, self._next_generation(t))
         t.set(at + Member.ATTACHED, t.now)
-        # The slot's last member may have left anything in these.
+        # The slot's last member may have left any values in these.
         t.set(at + Member.INSTANCE, 0)
         t.set(at + Member.MEASURES, 0)
-        # Unknown, which is not 0: what the process takes may be anything until the source has shown it.
+        # Unknown, not 0: the process may take any amount until the source has shown it.
         t.set_float(at + Member.MEASURED_MB, math.nan)
         t.set_float(at + Member.PEAK_MB, 0.0)
         t.set_text(at + Member.NAME, name)
-        # Last: a reader without the lock takes the row for used from here on.
+        # Last, because from here on a reader without the lock takes the row for used.
         t.set(at + Member.STATE, kind)
         t.event(EventKind.JOINED, value=slot)
 
     def leave(self, t: Transaction, slot: int) -> bool:
-        """Take back what a member that goes in good order still has, and free its row.
+        """Take back what a member that leaves normally still has, and free its row.
 
-        Return False if the transaction has become long first: another call in a new transaction goes on.
+        Return False if the transaction has become long before that: another call, in a new transaction, continues.
         """
-        # An exception may have kept it, too, from what was to follow its last transaction.
+        # An exception may have prevented the calls after its last transaction.
         self._wake_again(t)
         if not self._take_back(t, slot):
             return False
@@ -89,15 +89,15 @@ class Members(Part):
         return True
 
     def reap(self, t: Transaction, slot: int) -> bool:
-        """Take back all that a dead member had, and free its row; return False if there is more to do, see `leave`."""
+        """Take back what a dead member had, and free its row; return False if there is more to do, see `leave`."""
         if self._was_ended(slot):
-            # No more is to be counted than for one that leaves by itself.
+            # A server that was ended on purpose counts as one that leaves.
             return self.leave(t, slot)
         self._wake_again(t)
         if not self._take_back(t, slot):
             return False
         t.set(self._tables.member(slot) + Member.STATE, Member.FREE)
-        # Counted where the row is freed, so once, however many transactions it takes.
+        # Counted when the row is freed, and so once, however many transactions it takes.
         t.add(Header.REAPS, 1)
         t.event(EventKind.REAPED, value=self._pid(slot))
         return True
@@ -106,31 +106,31 @@ class Members(Part):
         return int(self._segment.words[self._tables.member(slot) + Member.PID])
 
     def _wake_again(self, t: Transaction) -> None:
-        """Wake those whom a member that goes may have left asleep.
+        """Wake the processes that a leaving or dead member may have left asleep.
 
-        Its last transaction may be committed, and the wake-ups that were to follow not made.
+        It may have committed its last transaction without making the wake-ups that follow.
         """
         t.after.append(self._tables.wake_all_with_news)
 
     def _was_ended(self, slot: int) -> bool:
         """Tell whether a dead member is a model server whose instance was unloaded, or is being unloaded."""
         words, tables = self._segment.words, self._tables
-        # Of a server that was ended on purpose the instance is UNLOADING, or its row is free already.
+        # If a server was ended on purpose, its instance is UNLOADING, or its row is free already.
         served = tables.rows_where(self._layout.instances, Instance.SERVER, slot + 1)
         is_server = words[tables.member(slot) + Member.STATE] == Member.SERVER
         return is_server and all(words[tables.instance(row)] == Instance.UNLOADING for row in served)
 
     def _take_back(self, t: Transaction, slot: int) -> bool:
-        """Take back what a member has; return False if the transaction has become long before all of it was.
+        """Take back what a member has; return False if the transaction became long before that was complete.
 
-        What was taken back is not found again, so the next call goes on where this one has stopped.
+        The next call does not find again what was taken back, so it continues where this one stopped.
         """
         tables, layout, reference = self._tables, self._layout, slot + 1
         if self._segment.words[Header.LEADER] == reference:
-            # By reference, so a later member in this slot would be taken for the leader.
+            # The header has the slot, so a later member in it would be taken for the leader.
             t.set(Header.LEADER, 0)
-        # The tickets first, because freeing an instance puts the ticket that it was given to back into the queue. The
-        # last step is for what the member was unloading or suspending, and for what the steps before have made so.
+        # Tickets first, because freeing an instance puts the ticket to which it was granted back into the queue. The
+        # last step is for instances that the member was unloading or suspending, or that an earlier step made so.
         steps = (
             (layout.tickets, Ticket.MEMBER, self._hand_over.leave_queue),
             (layout.pins, Pin.MEMBER, self._pins.unpin),
@@ -141,7 +141,7 @@ class Members(Part):
         )
         for table, field, take_back in steps:
             for row in tables.rows_where(table, field, reference):
-                # It may have gone with another one before it, as a seat goes with its copy.
+                # It may have been freed with an earlier row, as a seat is with its copy.
                 if self._segment.words[table.base + row * table.words]:
                     take_back(t, row)
                 if t.is_long:
@@ -149,10 +149,10 @@ class Members(Part):
         return True
 
     def _lose_server(self, t: Transaction, row: int) -> None:
-        """The process behind a handle is gone, and its memory with it."""
+        """Record that an instance's server is dead, and its memory gone."""
         at = self._tables.instance(row)
         state = self._segment.words[at + Instance.STATE]
-        # Before MB is set to 0, which the event is to show.
+        # Before MB, which the event shows, is set to 0.
         t.event(EventKind.LOST, self._model_reference(row), row + 1, value=self._segment.floats[at + Instance.MB])
         self._instances.orphan_seats(t, row)
         if state in _GO_WITH_SERVER:
@@ -160,14 +160,14 @@ class Members(Part):
             return
         if state != Instance.LOADING:
             self._ledgers.expect_back(t, row)
-            # So that the memory is not expected back once more when the row is freed.
+            # So that the memory is not expected back again when the row is freed.
             self._instances.set_mb(t, row, 0.0)
-        # Whoever holds it finds out by using it. It is not to be handed to the next one, nor its handle unloaded.
+        # Its holder finds out by using it. LOST: it is not handed to another member, and its handle is not unloaded.
         t.set(at + Instance.SERVER, 0)
         t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.LOST)
 
     def _end_use(self, t: Transaction, row: int) -> None:
-        """Take an instance or lease from a member that holds it no longer."""
+        """Take an instance or lease from a member that has left or died."""
         at, words = self._tables.instance(row), self._segment.words
         state = words[at + Instance.STATE]
         if state == Instance.ACTIVE:
@@ -180,22 +180,25 @@ class Members(Part):
             self._suspensions.turn_back(t, row, words[at + Instance.HOLDER])
 
     def _leave_to_successor(self, t: Transaction, row: int) -> None:
-        """Have a living member finish what this instance's HOLDER was unloading or suspending."""
+        """Have a living member finish the unload or suspension that this instance's HOLDER had begun."""
         at, words = self._tables.instance(row), self._segment.words
         successor = self._successor(words[at + Instance.HOLDER])
         if not successor:
-            # Nobody is left who could unload it. With the last process its memory goes as well.
+            # No member is left to unload it. Its memory is freed when the last process ends.
             self._instances.free_row(t, row)
         elif words[at + Instance.STATE] == Instance.SUSPENDING:
             self._suspensions.hand_over(t, row, successor - 1)
         else:
-            # Nobody knows how far the dead one has come, so all of it is done again.
+            # It is unknown how far the dead member got, so the whole unload is done again.
             self._unloads.hand_over(t, row, successor - 1)
 
     def _successor(self, reference: int) -> int:
-        """Return a worker that takes over the duties of the member `reference`: this process, if it stays; 0: none."""
-        # 0 before the actor has a row of its own: a newcomer that takes over what a crowd of dead ones has left. What
-        # it would have to unload goes to a worker, if one lives.
+        """Return a reference to the worker that takes over from a member (reference): this process, if it stays.
+
+        0 if there is none.
+        """
+        # 0 while this process, a newcomer that cleans up after dead members, has no row of its own. Then a worker, if
+        # there is one, gets the unloads.
         mine = self._actor.slot + 1
         if mine not in (0, reference):
             return mine
@@ -205,13 +208,13 @@ class Members(Part):
     def lead(
         self, t: Transaction, slot: int, source: bytes, flags: tuple[bool, bool, bool], counts_named: bool = False
     ) -> None:
-        """Record who polls, with what: flags are (measures processes, frees late, accounting only).
+        """Record which member polls, with which source. flags: (measures processes, frees late, accounting only).
 
-        counts_named: the source's figure holds nothing but the processes that it is asked about.
+        counts_named: the source's figure counts only the processes that it is asked about.
         """
         t.set(Header.LEADER, slot + 1)
-        # POLLED along with the lead: else the last leader's silence would be held against the new one, and others would
-        # poll in its place at once.
+        # POLLED, too: otherwise others would see how long the last leader was silent, and poll in the new one's place
+        # at once.
         t.set(Header.LEADER_SINCE, t.now)
         t.set(Header.POLLED, t.now)
         t.add(Header.LEADERS, 1)
@@ -220,42 +223,43 @@ class Members(Part):
         for word, flag in zip(words, flags, strict=True):
             t.set(word, int(flag))
         t.set(Header.SOURCE_COUNTS_NAMED, int(counts_named))
-        # Nobody is going to take the sample by which they would be settled.
+        # Without samples, returns would never be settled.
         if flags[2]:
             self._ledgers.await_nothing(t)
         t.event(EventKind.LEADER, value=slot)
 
     def note_source(self, t: Transaction, slot: int, measures: int) -> None:
-        """Record how much a member can measure (`Measures`), for others to know whether to leave it the lead."""
+        """Record how much a member can measure (`Measures`), so that others know whether to leave it the lead."""
         t.set(self._tables.member(slot) + Member.MEASURES, measures)
 
     def note_poll(self, t: Transaction, knows_processes: bool | None = None) -> None:
-        """Record that a poll is done: the leader is neither dead nor stuck.
+        """Record that a poll is done, so the leader is neither dead nor stuck.
 
-        knows_processes: what the leader's source has shown of that; None while it has shown nothing, and from others.
+        knows_processes: whether the leader's source has shown that it knows processes; None if it has shown nothing
+        yet, and from other members.
         """
         t.set(Header.POLLED, t.now)
         self.note_processes(t, knows_processes)
 
     def note_processes(self, t: Transaction, known: bool | None) -> None:
-        """Record that the source has shown what a process of ours takes (True), or that it does not tell (False).
+        """Record that the source has shown what a process of ours takes (True), or that it cannot (False).
 
-        None changes nothing: what one process has seen holds for others that have not seen anything yet.
+        None, from a process that has seen nothing yet, changes nothing: what another process has seen still holds.
         """
         if known not in (None, bool(self._segment.words[Header.SOURCE_MEASURES_PROCESSES])):
             t.set(Header.SOURCE_MEASURES_PROCESSES, int(bool(known)))
 
     def ring(self, t: Transaction, slot: int) -> None:
-        """Wake the background thread of a member: it has something to unload, or should look around."""
+        """Wake the background thread of a member: it has something to unload, or should check for work."""
         self._ring(t, slot)
 
     def set_settings(self, t: Transaction, settings: Settings) -> None:
-        """Change the parameters of the namespace, and wake all members, which follow.
+        """Change the parameters of the namespace, and wake all members, so that they read them.
 
-        The caller sees to it that M6 holds with the new `max_model_copies`, but for pinned models, whose copies stay.
+        The caller ensures that M6 holds with the new `max_model_copies`, except for pinned models, whose copies stay.
         """
         words = [(Header.SETTINGS + number, float_bits(value)) for number, value in enumerate(astuple(settings))]
-        # The last store, so that nobody takes half of them for all.
+        # SETTINGS_CHANGED last, so that no process takes half of them for all.
         t.set_all([*words, (Header.SETTINGS_CHANGED, t.now)])
         t.event(EventKind.SETTINGS)
         self._ring_all(t)

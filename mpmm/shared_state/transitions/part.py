@@ -1,7 +1,7 @@
-"""What every table's transitions have in common: the segment, the member that acts, and how rows are taken.
+"""What all tables' transitions share: the segment, the member that acts, and how rows are taken.
 
-`Part` is the base of the classes in this package. A part knows only the parts that it was made with, which lie below
-it; `Transitions` makes them all, from the ground up.
+`Part` is the base of the classes in this package. A part knows only the parts that its constructor gets, which lie
+below it; `Transitions` makes all of them, from the ground up.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SMOOTHING = 0.1
 class Actor(Protocol):
     """The member that makes the transitions, as far as they need to know it.
 
-    In a process that has joined it is the `Namespace`. Its slot is -1 until the member has a row; its settings may
-    change, so they are asked for inside the transaction that needs them.
+    In a process that has joined, it is the `Namespace`. Its slot is -1 until the member has a row; its settings may
+    change, so transitions read them inside the transaction that needs them.
     """
 
     @property
@@ -38,11 +38,11 @@ class Actor(Protocol):
 
     @property
     def settings(self) -> Settings:
-        """The namespace's parameters as of now."""
+        """The namespace's current parameters."""
 
 
 class Part:
-    """The transitions of one table, done by one member of a namespace. Every method needs the lock."""
+    """The transitions of one table, made by one member of a namespace. All methods need the lock."""
 
     def __init__(self, tables: Tables, actor: Actor) -> None:
         self._tables = tables
@@ -57,28 +57,28 @@ class Part:
         return row
 
     def _grow(self, t: Transaction, table: Table, row: int) -> None:
-        # Searches end at this word (H5): a row above it would be in use, and nobody would find it.
+        # Searches end at this word (H5), and would not find a used row above it.
         if row >= self._segment.words[table.end_word]:
             t.set(table.end_word, row + 1)
 
     def _next_generation(self, t: Transaction) -> int:
-        """Return a number that no row has had: whoever remembers a row tells by it whether it is still the same."""
+        """Return a number that no row has had, by which a process that remembers a row sees whether it is the same."""
         generation = int(self._segment.words[Header.NEXT_GENERATION])
-        # For good. Who looks without the lock may have seen the number in a row of a transaction that comes to nothing,
-        # and would take the next row that has it for the same one.
+        # Not undone by a rollback: a reader without the lock may have seen the number in a row of a transaction that
+        # was rolled back, and would take the next row with this number for the same one.
         t.count_up(Header.NEXT_GENERATION)
         return generation
 
     def _wake(self, t: Transaction, word: int) -> None:
-        # The word first, the call only after the commit: a waiter that is woken in between would look, find nothing
-        # new, and sleep on. The word has changed by then, so one that goes to sleep only now does not sleep at all.
-        # For good. Who has seen the word of a transaction that comes to nothing would take that of the next one for
-        # the same news, and sleep through it.
+        # The word first, the wake-up only after the commit: a waiter that is woken before that would find nothing new,
+        # and sleep on. The word has changed by then, so a waiter that is about to sleep does not.
+        # Not undone by a rollback: a waiter that saw the word of a rolled-back transaction would take the next one's
+        # for old news, and sleep through it.
         t.count_up(word)
         t.after.append(partial(wake_all, self._segment.address + 8 * word))
 
     def _ring(self, t: Transaction, slot: int) -> None:
-        """Wake the background thread of a member: it has something to unload, or should look around."""
+        """Wake the background thread of a member: it has something to unload, or should check for work."""
         self._wake(t, self._tables.member(slot) + Member.BELL)
 
     def _ring_all(self, t: Transaction) -> None:
@@ -89,20 +89,20 @@ class Part:
                 self._ring(t, slot)
 
     def _model_reference(self, row: int) -> int:
-        """Return how an event refers to the model of an instance row."""
+        """Return the reference to the model of an instance row, for events."""
         return int(self._segment.words[self._tables.instance(row) + Instance.MODEL]) + 1
 
     def _for_s(self, t: Transaction, row: int) -> float:
-        """Return for how long an instance has been in its state."""
+        """Return how long an instance has been in its state."""
         return float(t.now - self._segment.words[self._tables.instance(row) + Instance.SINCE]) / 1e9
 
     def _update_float(self, t: Transaction, word: int, value: float) -> None:
-        # Mostly nothing has changed, and each sample has a figure for every process.
+        # Usually nothing has changed, and each sample has a figure for every process.
         if self._segment.floats[word] != value:
             t.set_float(word, value)
 
     def _smoothed(self, word: int, seconds: float) -> int:
-        """Return the word for a decaying mean of durations, to which `seconds` is added."""
+        """Return the new word for a decaying mean of durations after another one of `seconds`."""
         old = self._segment.floats[word]
-        # Never 0.0 once there was a duration, because 0 stands for "unknown".
+        # Never 0.0 after a first duration, because 0 stands for "unknown".
         return float_bits(old + SMOOTHING * (seconds - old) if old else max(seconds, 1e-9))

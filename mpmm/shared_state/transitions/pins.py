@@ -1,4 +1,4 @@
-"""Pins: members, or the namespace itself, that want the idle copies of a model kept from eviction."""
+"""Pins: with one, a member, or the namespace itself, keeps the idle copies of a model from eviction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pins(Part):
     def pin(self, t: Transaction, model: int, member: int) -> int:
         """Keep the idle copies of a model from eviction for a member (slot); return the row. Raises TableFullError.
 
-        member: -1 for a pin that is the namespace's.
+        member: -1 for a pin of the namespace.
         """
         row = self._take_row(t, self._layout.pins)
         at = self._tables.pin(row)
@@ -24,7 +24,7 @@ class Pins(Part):
         t.set(at + Pin.MEMBER, member + 1)
         t.set(at + Pin.SINCE, t.now)
         t.set(at + Pin.STATE, 1)
-        # A sum of the rows (M5), so that a plan, and the search for a model to give up, need not look at pins.
+        # A count of the rows (M5), so that plans, and the search for a model row to reuse, need not read pins.
         t.add(self._tables.model(model) + Model.PINS, 1)
         t.event(EventKind.PINNED, model + 1, value=member)
         return row
@@ -33,9 +33,9 @@ class Pins(Part):
         """End a pin."""
         at = self._tables.pin(row)
         model = self._segment.words[at + Pin.MODEL]
-        # The model's row is certainly still this one's: a model with PINS is never given up. (P1)
+        # The row certainly still belongs to this model: a model with PINS never loses its row. (P1)
         t.set(at + Pin.STATE, 0)
         t.add(self._tables.model(model) + Model.PINS, -1)
-        # Else the tag would be the first to lose its row, although somebody has just cared about it.
+        # Otherwise the tag might be the first to lose its row, although a member cared about it until now.
         t.set(self._tables.model(model) + Model.USED_AT, t.now)
         t.event(EventKind.UNPINNED, model + 1, value=self._segment.words[at + Pin.MEMBER] - 1)

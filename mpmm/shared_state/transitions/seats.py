@@ -1,7 +1,7 @@
 """Seats: the rows by which several may use one copy at a time, see `layout.Instance`.
 
-A copy's own row is its first user's; each seat is one more. Holds, waiters and the death of a holder know no
-difference. Here is what does: seats come with a copy that is ready for use, and go before its memory does.
+A copy's own row serves its first user; each seat serves one more. For holds, waiters and the death of a holder, a seat
+is like a copy. Only this module differs: seats are made when a copy is ready for use, and freed before its memory is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Seats(Part):
         self._instances = instances
 
     def add(self, t: Transaction, row: int) -> None:
-        """Make the seats of a copy that has just become ACTIVE: as many as its model's users say, or there are rows.
+        """Make the seats of a copy that has just become ACTIVE: for its model's USERS, as far as there are free rows.
 
-        None for one that is to be unloaded when it is given back.
+        None if the copy is to be unloaded on release.
         """
         at, words = self._tables.instance(row), self._segment.words
         users = words[self._tables.model(words[at + Instance.MODEL]) + Model.USERS]
@@ -38,9 +38,9 @@ class Seats(Part):
                 self._add_one(t, row, handle)
             except TableFullError as error:
                 if error.table != self._layout.instances.name:
-                    # Found out in the middle of a row, which must not stay.
+                    # Raised in the middle of a row, which must be rolled back.
                     raise
-                # It serves fewer at a time then, which is better than no copy.
+                # The copy then serves fewer users at a time, which is better than no copy.
                 return
 
     def _add_one(self, t: Transaction, row: int, handle: bytes) -> None:
@@ -53,7 +53,7 @@ class Seats(Part):
             if words[at + word]:
                 t.set(place + word, words[at + word])
         if handle:
-            # So that its user finds in its row what it is to use, as in any other one.
+            # So that its user finds the handle in its row, as with a copy.
             t.set_text(place + Instance.HANDLE, handle)
         self._instances.change_state(t, seat, Instance.IDLE)
         if not words[place + Instance.OWNER]:
@@ -62,7 +62,7 @@ class Seats(Part):
         t.add(self._tables.model(model) + Model.SEATS, 1)
 
     def close(self, t: Transaction, row: int) -> None:
-        """Let nobody else use a copy: free its idle seats, and those in use when they are given back."""
+        """Stop further use of a copy: free its idle seats, and have those in use freed when they are given back."""
         words = self._segment.words
         for seat in self._tables.seats_of(row):
             at = self._tables.instance(seat)
@@ -72,19 +72,19 @@ class Seats(Part):
                 t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.ASKED)
 
     def free(self, t: Transaction, seat: int) -> None:
-        """Free a seat that nobody uses: from now on fewer can use its copy at a time."""
+        """Free an idle seat: from now on fewer users at a time can use its copy."""
         at = self._tables.instance(seat)
         if self._segment.words[at] != Instance.IDLE or not self._segment.words[at + Instance.SEAT_OF]:
             raise self._tables.surprise("the seat", at)
         self._instances.free_row(t, seat)
 
     def free_all(self, t: Transaction, row: int) -> None:
-        """Free the seats of a copy, whoever uses them."""
+        """Free the seats of a copy, even those in use."""
         for seat in self._tables.seats_of(row):
             self._instances.free_row(t, seat)
 
     def move(self, t: Transaction, row: int) -> None:
-        """Note that a copy lies on other devices now."""
+        """Record in its seats on which devices a copy now lies."""
         devices = self._segment.words[self._tables.instance(row) + Instance.DEVICES]
         for seat in self._tables.seats_of(row):
             t.set(self._tables.instance(seat) + Instance.DEVICES, devices)

@@ -1,4 +1,4 @@
-"""Instances that are suspended to the host's memory, and resumed.
+"""Suspends instances to the host's memory, and resumes them.
 
                                     IDLE ──begin──> SUSPENDING ──end──> SUSPENDED ──begin_resume──> RESUMING
                                                      │      ^                │  ^                    │  │  │
@@ -8,13 +8,13 @@
                                                      ^──────────────────── fail ───────────────────────────┤
     ACTIVE <───────────────────────────────────────── end_resume ──────────────────────────────────────────┘
 
-While it is SUSPENDING a copy has its memory on the device, and what it is going to take counts in the host's ledger.
-While it is SUSPENDED its device memory is on its way back until a figure shows that it is, as after an unload; what its
-server was measured to keep there stays its MB. A RESUMING one is accounted for as a load is: it has reserved what it
-had.
+A SUSPENDING copy still has its memory on the device, and the host memory that it is going to take already counts in the
+host's ledger. When it is SUSPENDED, its device memory is awaited until a figure shows that it is free, as after an
+unload; what its server is measured to keep there becomes its MB. A RESUMING copy is accounted for like a load: it has
+reserved what it had.
 
-The death of a HOLDER costs the operation, not the copy: its successor does it over from wherever it stands, towards
-SUSPENDED. Both ways (`mpmm.suspend`) can be asked for what is done already.
+If a HOLDER dies, the operation is lost, not the copy: a successor suspends the copy, whatever state it is in. Both ways
+of suspending (`mpmm.suspend`) may be asked to do what is already done.
 """
 
 from __future__ import annotations
@@ -62,29 +62,29 @@ class Suspensions(Part):
         t.set(self._tables.instance(row) + Instance.WAY, way)
 
     def expect(self, t: Transaction, model: int, suspend_s: float, resume_s: float) -> None:
-        """Record how long it took to suspend and to resume a model (row) in an earlier run, 0 unknown."""
+        """Record how long a model (row) took to suspend and to resume in an earlier run, 0 unknown."""
         at = self._tables.model(model)
         for word, seconds in ((at + Model.SUSPEND_S, suspend_s), (at + Model.RESUME_S, resume_s)):
             if seconds and self._segment.floats[word] != seconds:
                 t.set_float(word, seconds)
 
     def begin(self, t: Transaction, row: int, suspender: int, evicted: bool, cause: Cause | None = None) -> None:
-        """Take an idle copy out of use; a member (slot) suspends it, its owner if it has one. It has no twins.
+        """Take an idle copy without twins out of use; its owner, or else a member (slot), suspends it.
 
-        Nobody uses a seat of it; it has new ones once it is resumed.
+        None of its seats may be in use; they are freed, and made again when it is resumed.
         """
         at, words, floats = self._tables.instance(row), self._segment.words, self._segment.floats
         if words[at] != Instance.IDLE or not words[at + Instance.WAY] or self._tables.is_in_use(row):
             raise self._tables.surprise("the copy", at)
         self._seats.close(t, row)
         owner, mb = words[at + Instance.OWNER], floats[at + Instance.MB]
-        # Before the state changes: what is not IDLE must not be found in the list of idle ones. (M2)
+        # Before the state changes, because only IDLE rows may be in the idle list. (M2)
         if not owner:
             t.set_all(self._instances.unlinked(at))
         self._instances.change_state(t, row, Instance.SUSPENDING)
         t.set(at + Instance.HOLDER, owner or suspender + 1)
-        # What its resume has to reserve, when MB has become 0 and nobody remembers; and what it is about to take of the
-        # host, counted from now on, so that two suspensions do not go for the same room.
+        # What its resume has to reserve, because MB becomes 0; and what it is about to take of the host, counted from
+        # now on, so that two suspensions do not count on the same host memory.
         t.set_float(at + Instance.DEVICE_MB, mb)
         t.set_float(at + Instance.HOST_MB, mb)
         if evicted:
@@ -94,12 +94,12 @@ class Suspensions(Part):
         self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def end(self, t: Transaction, row: int) -> None:
-        """A copy's memory is in the host: what it had on the device is on its way back."""
+        """End a suspension: the copy's memory is in the host, and its device memory is expected back."""
         at, words = self._tables.instance(row), self._segment.words
         if words[at] != Instance.SUSPENDING:
             raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
-        # Before MB is set to 0, because that is what is expected back.
+        # Before MB, which is expected back, is set to 0.
         self._ledgers.expect_back(t, row)
         self._instances.set_mb(t, row, 0.0)
         t.set(at + Instance.HOLDER, 0)
@@ -112,9 +112,9 @@ class Suspensions(Part):
         self._drop_if_asked(t, row)
 
     def begin_resume(self, t: Transaction, row: int, member: int, cause: Cause | None = None, ticket: int = 0) -> None:
-        """Reserve what a suspended copy had of its device; a member (slot) resumes it.
+        """Reserve what a suspended copy had on its device; a member (slot) resumes it.
 
-        ticket: number plus one of the one that waited for it, for the event.
+        ticket: number plus one of the ticket that waited for it, for the event.
         """
         at, floats = self._tables.instance(row), self._segment.floats
         if self._segment.words[at] != Instance.SUSPENDED:
@@ -122,24 +122,24 @@ class Suspensions(Part):
         mb = floats[at + Instance.DEVICE_MB]
         self._instances.change_state(t, row, Instance.RESUMING)
         t.set(at + Instance.HOLDER, member + 1)
-        # As a load does: admission counts what is reserved, since no figure shows yet what the resume is going to take.
+        # As for a load, admission counts the reservation, because no figure shows yet what the resume will take.
         self._instances.set_mb(t, row, mb)
         t.set_float(at + Instance.RESERVED_MB, mb)
-        # A model that is about to be used again is not the first one whose row is given up.
+        # So that a model that is about to be used does not count as the longest unused one.
         t.set(self._model(row) + Model.USED_AT, t.now)
         kind = placed(EventKind.RESUME_BEGAN, self._segment.words[at + Instance.DEVICES])
         t.event(kind, self._model_reference(row), row + 1, ticket, mb, cause)
 
     def end_resume(self, t: Transaction, row: int) -> None:
-        """A copy is on its device again, and its HOLDER has it."""
+        """End a resume: the copy is on its device again, and its HOLDER has it."""
         at, words = self._tables.instance(row), self._segment.words
         if words[at] != Instance.RESUMING:
             raise self._tables.surprise("the copy", at)
         model, taken_s = self._model(row), self._for_s(t, row)
-        # All three in one go: of ACTIVE rows every one of them is 0. (I3, I8)
+        # All three words, because they are 0 in ACTIVE rows. (I3, I8)
         self._leave_host(t, row)
         self._instances.change_state(t, row, Instance.ACTIVE)
-        # Figures from before that show nothing of it.
+        # Earlier figures do not show the copy.
         t.set(at + Instance.LOADED_AT, t.now)
         t.set(at + Instance.USES, words[at + Instance.USES] + 1)
         self._isolation.note_change(t, row)
@@ -150,12 +150,12 @@ class Suspensions(Part):
         self._seats.add(t, row)
 
     def cancel(self, t: Transaction, row: int) -> None:
-        """A resume that was allowed is not going to begin."""
+        """Take back a resume that was allowed but has not begun."""
         at = self._tables.instance(row)
         if self._segment.words[at] != Instance.RESUMING:
             raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
-        # Nothing has touched the device, so nothing is expected back of what was reserved.
+        # The device was not touched, so nothing of the reservation is expected back.
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._instances.set_mb(t, row, 0.0)
         t.set(at + Instance.HOLDER, 0)
@@ -163,12 +163,12 @@ class Suspensions(Part):
         self._drop_if_asked(t, row)
 
     def turn_back(self, t: Transaction, row: int, suspender: int) -> None:
-        """A resume has no one to go on with it: a member (reference) suspends the copy again, wherever it stands."""
+        """Turn a resume that its HOLDER cannot finish back: a member (reference) suspends the copy again."""
         at = self._tables.instance(row)
         if self._segment.words[at] != Instance.RESUMING:
             raise self._tables.surprise("the copy", at)
         t.event(EventKind.RESUME_GIVEN_UP, self._model_reference(row), row + 1, value=self._for_s(t, row))
-        # MB stays: some of the copy may be on the device by now, and the suspension gives back what is.
+        # MB stays: part of the copy may be on the device by now, and the suspension gives that back.
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._instances.change_state(t, row, Instance.SUSPENDING)
         t.set(at + Instance.HOLDER, self._segment.words[at + Instance.OWNER] or suspender)
@@ -180,25 +180,25 @@ class Suspensions(Part):
         if self._segment.words[at] != Instance.SUSPENDING or self._segment.words[at + Instance.OWNER]:
             raise self._tables.surprise("the copy", at)
         t.set(at + Instance.HOLDER, suspender + 1)
-        # Its time begins anew.
+        # The new HOLDER's time begins now.
         t.set(at + Instance.SINCE, t.now)
         self._ring(t, suspender)
 
     def fail(self, t: Transaction, row: int, why: Unsuspendable | None, unloader: int = 0) -> None:
-        """A copy could not be suspended or resumed, so nobody knows what it is worth: it is to be unloaded.
+        """Have a copy unloaded whose suspension or resume failed, because its contents are uncertain.
 
-        why: what keeps the model's copies from being suspended from now on; None: nothing, as the copy is not at fault.
+        why: why the model's copies are not suspended from now on; None: they may be, because the copy is not at fault.
         unloader: reference to the member that unloads it, 0 for its HOLDER.
         """
         at, words = self._tables.instance(row), self._segment.words
         state = words[at]
         if state not in (Instance.SUSPENDING, Instance.RESUMING):
             raise self._tables.surprise("the copy", at)
-        # Told by the state from before it becomes UNLOADING.
+        # By the state before it becomes UNLOADING.
         kind = EventKind.SUSPEND_FAILED if state == Instance.SUSPENDING else EventKind.RESUME_FAILED
         t.event(kind, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.add(Header.SUSPEND_FAILURES, 1)
-        # HOST_MB stays until the row is free: ending the process is what gives the host its memory back. (I8)
+        # HOST_MB stays until the row is free, because the host gets its memory back only when the process ends. (I8)
         t.set_float(at + Instance.DEVICE_MB, 0.0)
         t.set_float(at + Instance.RESERVED_MB, 0.0)
         self._instances.change_state(t, row, Instance.UNLOADING)
@@ -206,17 +206,17 @@ class Suspensions(Part):
         if why is not None:
             t.set(self._model(row) + Model.UNSUSPENDABLE, why)
             shown = self._tables.shown(words[at + Instance.MODEL])
-            # Read now: after the transaction the row may be another tag's.
+            # Read now, because after the transaction the row may be another tag's.
             reason = why.name.lower().replace("_", " ")
             t.after.append(partial(_LOG.warning, "mpmm: %s is not suspended any more: %s", shown, reason))
         self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def drop(self, t: Transaction, row: int, unloader: int, cause: Cause | None = None) -> None:
-        """Have a suspended copy unloaded by a member (slot), its owner if it has one."""
+        """Have a suspended copy unloaded by its owner, or else by a member (slot)."""
         at, words = self._tables.instance(row), self._segment.words
         if words[at] != Instance.SUSPENDED:
             raise self._tables.surprise("the copy", at)
-        # It is not going to come back, so nothing is to be kept for it on the device.
+        # It will not be resumed, so its resume has nothing to reserve.
         t.set_float(at + Instance.DEVICE_MB, 0.0)
         self._instances.change_state(t, row, Instance.UNLOADING)
         t.set(at + Instance.HOLDER, words[at + Instance.OWNER] or unloader + 1)
@@ -229,11 +229,11 @@ class Suspensions(Part):
             return
         unloader = self._actor.slot
         if unloader < 0:
-            # A newcomer that reaps has no row of its own yet. A worker that is dead, too, has a successor when its turn
-            # comes.
+            # This process is a newcomer that reaps, without a row of its own yet. If the chosen worker is dead, too,
+            # its own reaping finds a successor.
             unloader = next(iter(self._tables.rows_where(self._layout.members, Member.STATE, Member.WORKER)), -1)
         if unloader < 0:
-            # Nobody is left who could unload it. With the last process its memory goes as well.
+            # No member is left to unload it. Its memory is freed when the last process ends.
             self._instances.free_row(t, row)
         else:
             self.drop(t, row, unloader, Cause(Reason.ASKED))

@@ -1,4 +1,4 @@
-"""The queue: tickets of those who wait, without what they wait for. `hand_over` gives instances to them."""
+"""The queue: tickets of waiters, without the instances that they wait for. `hand_over` gives instances to them."""
 
 from __future__ import annotations
 
@@ -36,27 +36,26 @@ class Tickets(Part):
         urgency: int = 0,
         steady: bool = False,
     ) -> int:
-        """Let a member (slot) wait for a model; return the ticket's row. Raises TableFullError.
+        """Queue a member (slot) for a model; return the ticket's row. Raises TableFullError.
 
-        preload: above 0, it waits for a load that brings the copies it can use to that number, not for one to use; as
-        `Ticket.ONLY_RESUMES`, for the resume of one.
-        loadable_on, usable_on: bits of the devices where it may load, and on which a copy is of use; 0 for all.
-        span: how many devices what it loads lies on. nested: it is not to run alone, as its thread holds another.
-        cause: why it waits, where that is known without a plan. urgency: see `policy.fairness`.
-        steady: nothing else is to be loaded or unloaded where it loads.
+        preload: above 0, it does not wait for a copy to use, but for a load that brings the copies it can use to that
+        number; `Ticket.ONLY_RESUMES`: for the resume of one.
+        loadable_on, usable_on: bits of the devices where it may load, and where it can use a copy; 0 for all.
+        span: over how many devices its load spreads. nested: it must not run alone, because its thread holds another.
+        cause: why it waits, if that is known without a plan. urgency: see `policy.fairness`.
+        steady: nothing else may be loaded or unloaded on the devices where it loads.
         """
         words, tables = self._segment.words, self._tables
         row = self._take_row(t, self._layout.tickets)
         at, model_at, number = tables.ticket(row), tables.model(model), words[Header.NEXT_TICKET]
         why = cause or Cause(0)
-        # Every field but SIGNAL, whose last value someone may still compare with: a row keeps what its last ticket has
-        # left in it, so a field that is missing here would be a stranger's. One step of the log takes half the time of
-        # many.
+        # Every field but SIGNAL, whose last value a process may still compare: a row keeps the values of its last
+        # ticket, so a field that is missing here would have that one's. One log step takes half the time of many.
         t.set_all(
             (
                 (Header.NEXT_TICKET, number + 1),
-                # A hint for releases where one waits, and for a wake-up ahead of them. It may outlive its ticket, so
-                # who reads it looks at the row's STATE or is content with a guess.
+                # A hint for releases when one ticket waits, and for a wake-up ahead of them. It may outlive its ticket,
+                # so readers check the row's STATE or accept a guess.
                 (Header.NEWEST_TICKET, row),
                 (at + Ticket.NUMBER, number),
                 (at + Ticket.PRIORITY, priority),
@@ -94,8 +93,8 @@ class Tickets(Part):
         return row
 
     def call_up(self, t: Transaction, row: int) -> None:
-        """Wake a waiter, which has no answer yet, to look for itself in a moment; see `mpmm.model_manager.tenure`."""
-        # The waiter compares this with what it saw last, and so tells a call from an answer or a chance wake-up.
+        """Wake a waiter without an answer, so that it looks for itself in a moment; see `mpmm.model_manager.tenure`."""
+        # The waiter compares this with the value that it saw last, to tell a call from an answer or a stray wake-up.
         t.set(self._tables.ticket(row) + Ticket.CALLED_UP, t.now)
         self._wake(t, self._tables.ticket(row) + Ticket.SIGNAL)
 
@@ -118,27 +117,27 @@ class Tickets(Part):
         t.event(EventKind.WAITS, words[at + Ticket.MODEL] + 1, ticket=ticket, value=waited, cause=cause)
 
     def warn(self, t: Transaction, row: int, why: str) -> None:
-        """Say in the log, once for each ticket, that nothing which the manager can unload would serve it."""
+        """Log, once for each ticket, that unloading everything that can be unloaded would not serve it."""
         at = self._tables.ticket(row)
         if not self._segment.words[at + Ticket.WARNED]:
-            # In the transaction of the wait: a plan that is undone takes it back, and with `t.after` the log line.
+            # In the plan's transaction: if the plan is rolled back, so are this and, by `t.after`, the log line.
             t.set(at + Ticket.WARNED, 1)
             pid = self._segment.words[self._tables.member(self._segment.words[at + Ticket.MEMBER] - 1) + Member.PID]
             shown = self._tables.shown(self._segment.words[at + Ticket.MODEL])
             t.after.append(partial(_LOG.warning, "mpmm %s: %s of pid %d %s", self._actor.name, shown, pid, why))
 
     def block(self, t: Transaction, row: int) -> None:
-        """Record that from now on a ticket is the head of the line: the first one for which there is no memory."""
-        # From here on `max_overtake_seconds` counts: who stands behind may overtake it until that is over.
+        """Record that a ticket now is the head of the line: the first one for which there is no memory."""
+        # From here on `max_overtake_seconds` counts: tickets behind it may overtake it until that is over.
         t.set(self._tables.ticket(row) + Ticket.HEAD_OF_LINE_AT, t.now)
 
     def let_pass(self, t: Transaction, row: int) -> None:
         """Record that a load has overtaken a ticket, which happens once.
 
-        Its time as head of the line begins anew when that load has ended.
+        Its time as head of the line starts again when that load has ended.
         """
         at = self._tables.ticket(row)
-        # With HEAD_OF_LINE_AT gone its time begins anew, and OVERTAKEN says that nothing may be let past it again.
+        # Without HEAD_OF_LINE_AT its time starts again; OVERTAKEN says that no load may be let past it again.
         t.set_all(((at + Ticket.OVERTAKEN, 1), (at + Ticket.HEAD_OF_LINE_AT, 0)))
 
     def refuse(self, t: Transaction, row: int, cause: Cause | None = None) -> None:
@@ -155,7 +154,7 @@ class Tickets(Part):
         self.answer(t, row, Ticket.REFUSED)
 
     def answer_enough(self, t: Transaction, row: int) -> None:
-        """Tell a preload that no further copy is wanted."""
+        """Tell a preload that there are enough copies."""
         self.answer(t, row, Ticket.ENOUGH)
 
     def answer(self, t: Transaction, row: int, state: int) -> None:
@@ -167,25 +166,25 @@ class Tickets(Part):
         self._wake(t, at + Ticket.SIGNAL)
 
     def expire(self, t: Transaction, row: int) -> None:
-        """End the time for which a ticket waits: from now on it is given nothing, and nothing is done for it."""
+        """Let a ticket's deadline pass: from now on it is granted nothing, and nothing is done for it."""
         t.set(self._tables.ticket(row) + Ticket.DEADLINE, t.now)
 
     def stop_waiting(self, t: Transaction, row: int) -> None:
-        """Count a ticket among the waiters no longer; the caller sets its state."""
+        """Subtract a ticket from the counts of waiters; the caller sets its state."""
         model = self._segment.words[self._tables.ticket(row) + Ticket.MODEL]
-        # Two sums of the same rows (H2, M3): one tells without a search whether a release may skip the queue, the other
-        # whether a model's idle instance has somebody waiting for it.
+        # Two counts of the same rows (H2, M3): one tells without a search whether a release may skip the queue, the
+        # other whether a model's idle instance has a waiter.
         t.add(self._tables.model(model) + Model.WAITING, -1)
         t.add(Header.WAITING, -1)
 
     def wait_again(self, t: Transaction, row: int) -> None:
-        """Put a ticket back into the queue whose answer has come to nothing before its waiter woke.
+        """Put a ticket back into the queue, because its answer became void before its waiter woke.
 
-        It keeps its number and rank. The waiter is not woken for it: when it wakes it finds that it waits.
+        It keeps its number and rank. The waiter is not woken for this: when it wakes up, it finds that it still waits.
         """
         at = self._tables.ticket(row)
         t.set(at + Ticket.INSTANCE, 0)
-        # The counters with it (H2, M3), as `stop_waiting` has taken it off both when it got its answer.
+        # And the counters (H2, M3), from which `stop_waiting` subtracted it when it got its answer.
         t.set(at + Ticket.STATE, Ticket.WAITING)
         t.add(self._tables.model(self._segment.words[at + Ticket.MODEL]) + Model.WAITING, 1)
         t.add(Header.WAITING, 1)

@@ -29,17 +29,17 @@ class Unloads(Part):
         self._suspensions = suspensions
 
     def begin(self, t: Transaction, row: int, unloader: int, evicted: bool, cause: Cause | None = None) -> None:
-        """Take an idle instance out of use; a member (slot) unloads it, its owner if it has one.
+        """Take an idle instance out of use; its owner, or else a member (slot), unloads it.
 
-        Where seats of it are in use, that is done once they are given back: see `layout.Instance`.
+        If seats of it are in use, the unload begins once they are given back: see `layout.Instance`.
 
-        Of several that stand for one handle, the memory comes back with the last. So when one is evicted, those that
-        are idle and not pinned go with it, and with the others its memory stays.
+        The memory of twins comes back only with the last of them. So when one is evicted, twins that are idle and not
+        pinned are unloaded, too; if others stay, the memory stays with them.
         """
         at = self._tables.instance(row)
         handle = b"" if self._segment.words[at + Instance.OWNER] else self._tables.text(at + Instance.HANDLE)
         twins = self._twins.of(handle, row) if handle else []
-        # Without twins, which is nearly always, one row is all.
+        # Nearly always there are no twins.
         if twins:
             for twin in self._twins.part(t, row, twins, evicted):
                 self._begin_one(t, twin, unloader, evicted, cause)
@@ -52,11 +52,11 @@ class Unloads(Part):
             raise self._tables.surprise("the copy", at)
         self._seats.close(t, row)
         owner = words[at + Instance.OWNER]
-        # An object is in no list of idle instances (M2), because only its owner can use it.
+        # An object is in no idle list (M2), because only its owner can use it.
         if not owner:
             t.set_all(self._instances.unlinked(at))
         self._instances.change_state(t, row, Instance.UNLOADING)
-        # An object is in the memory of its owner, who alone can let go of it.
+        # An object is in its owner's memory, so only the owner can unload it.
         t.set(at + Instance.HOLDER, owner or unloader + 1)
         if evicted:
             t.add(Header.EVICTIONS, 1)
@@ -66,16 +66,16 @@ class Unloads(Part):
         self._ring(t, words[at + Instance.HOLDER] - 1)
 
     def ask(self, t: Transaction, row: int, unloader: int) -> None:
-        """Have an instance unloaded because somebody asks for it: at once where it is idle, else when it is released.
+        """Have an instance unloaded because a caller asks for it: at once if it is idle, else when it is released.
 
-        unloader: the member (slot) that unloads a handle; an object is its owner's to unload. A pin does not keep it.
+        unloader: the member (slot) that unloads a handle; an object's owner unloads it. A pin does not prevent it.
         """
         at = self._tables.instance(row)
         if self._segment.words[at + Instance.STATE] == Instance.IDLE:
             self.begin(t, row, unloader, evicted=False, cause=Cause(Reason.ASKED))
         elif self._segment.words[at + Instance.STATE] == Instance.SUSPENDED:
             self._suspensions.drop(t, row, unloader, Cause(Reason.ASKED))
-        # LOST is not to become ASKED: what has lost its server must not be handed to the next one.
+        # LOST must not become ASKED: the server is dead, so the handle must be neither unloaded nor handed over.
         elif not self._segment.words[at + Instance.UNLOAD_ON_RELEASE]:
             t.set(at + Instance.UNLOAD_ON_RELEASE, Instance.ASKED)
             self._seats.close(t, row)
@@ -87,29 +87,29 @@ class Unloads(Part):
     def hand_over(self, t: Transaction, row: int, unloader: int) -> None:
         """Have another member (slot) unload a handle, because its HOLDER is dead or has not done so in time.
 
-        The former HOLDER may be at work on it still: whichever of them ends the unload first frees the row, and the
-        other one finds that it is gone.
+        The former HOLDER may still be unloading it: the member that ends the unload first frees the row, and the other
+        one finds that it is gone.
         """
         at = self._tables.instance(row)
         words = self._segment.words
-        # An object lies in its owner's memory, so nobody else can unload it.
+        # An object is in its owner's memory, so no other member can unload it.
         if words[at + Instance.STATE] != Instance.UNLOADING or words[at + Instance.OWNER]:
             raise self._tables.surprise("the copy", at)
         t.set(at + Instance.HOLDER, unloader + 1)
-        # From now on the new HOLDER's time counts; the old one's is over.
+        # From now on the new HOLDER's time counts.
         t.set(at + Instance.HANDED_AT, t.now)
         self._ring(t, unloader)
 
     def note_late(self, t: Transaction, row: int) -> None:
-        """Record that the memory of an instance in mid-unload is not to be counted on any more."""
+        """Record that plans no longer count on the memory of an instance in mid-unload."""
         at = self._tables.instance(row)
         if self._segment.words[at + Instance.STATE] != Instance.UNLOADING:
             raise self._tables.surprise("the copy", at)
-        # The row stays until somebody ends the unload: until then the memory is in use, and only nobody waits for it.
+        # The row stays until the unload ends: until then the memory is in use, but no plan waits for it.
         t.set(at + Instance.UNLOAD_LATE, 1)
 
     def end(self, t: Transaction, row: int) -> None:
-        """An unload is done: free the row, and expect its memory back, unless a twin keeps that for longer."""
+        """End an unload: free the row, and expect its memory back, unless a twin still keeps it."""
         at = self._tables.instance(row)
         if self._segment.words[at + Instance.STATE] != Instance.UNLOADING:
             raise self._tables.surprise("the copy", at)
@@ -117,5 +117,5 @@ class Unloads(Part):
         t.event(
             EventKind.UNLOAD_ENDED, self._model_reference(row), row + 1, value=self._segment.floats[at + Instance.MB]
         )
-        # This awaits what MB says, until a figure shows that it is free: the driver may take a while.
+        # The ledger awaits MB until a figure shows that it is free, because the driver may take a while.
         self._instances.free_row(t, row)
