@@ -248,7 +248,7 @@ class Model:
     HOLD_S = 18  # float: smoothed time between acquire and release, 0 unknown
     PINS = 19  # derived: pins, of members and the namespace, that keep its idle copies
     MEAN_INTERARRIVAL_S = 20  # float: decayed mean time between two requests, 0 unknown; see `policy.demand`
-    REQUESTS = 21  # HITS + LOADS + LOADING + WAITING when they were last counted
+    REQUESTS = 21  # HITS + LOADS + RESUMES + LOADING + WAITING when they were last counted
     REQUESTED_AT = 22  # when that count last rose
     SD_MB = 23  # float: standard deviation of the estimate; 0: the estimate counts as exact
     AT_LEAST_MB = 24  # float: a bound, no estimate: it ran out of memory with this much free, so it needs more; 0: none
@@ -376,7 +376,7 @@ class Ticket:
 
     STATE = 0
     NUMBER = 1
-    PRIORITY = 2  # its class, 0 before 1 before 2: an unknown model goes first, a preload last
+    PRIORITY = 2  # its class, 0 before 1 before 2: unknown models first, preloads last
     MODEL = 3
     MEMBER = 4
     INSTANCE = 5

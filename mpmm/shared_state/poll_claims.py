@@ -16,20 +16,21 @@ __all__ = ["claim_late_looks", "claim_late_polls", "times_of_polls"]
 
 
 def times_of_polls(tables: Tables, devices: Iterable[int]) -> tuple[int, ...]:
-    """Return the times of the last poll, and of the last sample of each of these devices (rows)."""
+    """Return the words with the times of the last poll, and of the last try to sample each of these devices (rows)."""
     return tuple(tried for tried, _ in _poll_places(tables, devices))
 
 
 def claim_late_polls(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
-    """Claim the poll if the last one, or the last sample of one of these devices (rows), is too old; else return False.
+    """Claim the poll if the last one, or the last try to sample one of these devices (rows), is too old.
 
-    late_ns: how old is too old. claim_lasts_ns: how long another process's claim counts; after that it may have died.
+    Return False otherwise, or if another process has claimed it. late_ns: how old is too old. claim_lasts_ns: how long
+    another process's claim counts; after that it may have died.
     """
     return _claim(tables, _poll_places(tables, devices), late_ns, claim_lasts_ns)
 
 
 def claim_late_looks(tables: Tables, devices: Iterable[int], late_ns: int, claim_lasts_ns: int) -> bool:
-    """Claim to sample these devices (rows) if the last sample of any is too old; else return False.
+    """Claim to sample these devices (rows) if the last try to sample any of them is too old; else return False.
 
     late_ns, claim_lasts_ns: see `claim_late_polls`.
     """

@@ -295,7 +295,7 @@ class TransactionLock:
 
         The next transaction of this process undoes it, and releases the file lock, which this process holds until then.
 
-        That takes two calls: only if both find the same, the first one did not see two transactions of the thread.
+        It takes two calls, because only two equal findings prove that both saw the same transaction.
         """
         with self._healing:
             found = self._abandoned()

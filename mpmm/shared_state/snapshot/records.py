@@ -403,7 +403,7 @@ def _with_seats(copy: InstanceInfo, seats: list[InstanceInfo]) -> InstanceInfo:
     places = [copy, *seats]
     used = [one for one in places if one.state == "active"]
     uses = sum(one.uses for one in places)
-    # Idle only since the last of its places was given back.
+    # Idle only since its last user gave it back.
     if copy.state == "idle" and not used:
         return replace(copy, uses=uses, for_s=min(one.for_s for one in places))
     if copy.state not in ("idle", "active"):

@@ -27,7 +27,7 @@ _MODEL_COUNTERS = {
     Instance.SUSPENDED: (Model.SUSPENDED,),
     Instance.RESUMING: (Model.LOADING,),
 }
-# Those of the header. (H2)
+# The same for the header. (H2)
 _HEADER_COUNTERS = {
     Instance.LOADING: Header.LOADING,
     Instance.RESUMING: Header.LOADING,
