@@ -1,8 +1,8 @@
 """mpmm, the multi-process model manager: loaded models for many processes on one host, without a manager process.
 
-Every process makes a manager of the same namespace and asks it for a model by its tag. It gets a loaded copy: an idle
-one, if there is one, else one that it loads itself as soon as there is memory for it. To make room the manager unloads
-idle copies; requests that need memory wait in a fair queue.
+Each process creates a manager of the same namespace and asks it for models by tag. It gets a loaded copy: an idle one
+if there is one, otherwise one that it loads itself as soon as there is memory. To make room, the manager unloads idle
+copies; requests that need memory wait in a fair queue.
 
     from mpmm import ModelManager, MultiProcessShared
 
@@ -11,21 +11,21 @@ idle copies; requests that need memory wait in a fair queue.
     with manager.model("detector", load) as detector:      # load() returns the model, or a handle of its server
         detector.predict(image)
 
-- An object that the loader returns is reused by the process that loaded it. A str that it returns is a handle, which
-  every process can use: the tag of a `MultiProcessShared`, whose object lives in a server process of its own.
+- If the loader returns an object, only the process that loaded it reuses it. If it returns a str, that is a handle,
+  which every process can use: the tag of a `MultiProcessShared`, whose object lives in a server process of its own.
 - `manager.model_async(tag, load)` and `@manager.uses(tag, load)` do the same for event loops and functions;
   `acquire_model` and `release_model` are the two halves, with Beam's names.
 - `manager.preload(tag, load)` loads ahead of use, `manager.pin(tag)` keeps idle copies, and
-  `with manager.reserve(6000, name="training"):` takes memory (in MB, which are MiB) for a program that is no model.
-- `mpmm.beam.install()` makes all of this Apache Beam's model manager; `mpmm.metrics` exports for Prometheus.
+  `with manager.reserve(6000, name="training"):` takes memory (in MB, which are MiB) for a program that is not a model.
+- `mpmm.beam.install()` makes Apache Beam use mpmm as its model manager; `mpmm.metrics` exports for Prometheus.
 - Errors are children of `MpmmError`, and of the built-in exception that fits.
 
-In a shell `mpmm inspect` shows which processes hold or wait for which models, and why; `mpmm help` explains settings,
+In a shell, `mpmm inspect` shows which processes hold or wait for which models, and why; `mpmm help` explains settings,
 errors and more, and `mpmm --help` lists the commands.
 
-Where things are, from the doors to the ground; imports run down only (`tests/test_imports.py`):
+The packages, from the entry points down; each imports only from lines below its own (`tests/test_imports.py`):
 
-    cli  commands  beam  metrics   doors: people, pipelines, Prometheus
+    cli  commands  beam  metrics   entry points: people, pipelines, Prometheus
     observability                  inspect, events, trace, plot, metrics, dashboard
     model_manager                  one process's acquire, load, release, unload
     multi_process_shared           one object, one process, many users: model servers and their clients
@@ -33,10 +33,10 @@ Where things are, from the doors to the ground; imports run down only (`tests/te
     memory  sources                how much memory is in use, and how much a model takes
     scheduling  policy             policy applied to shared state; pure decisions
     shared_state                   the only place that touches the shared bytes
-    errors  interpreter  text      ground: errors, forks and threads, text for people
+    errors  interpreter  text      errors, forks and threads, text for people
 
-The public names are those of `__all__`. Most of them are imported at their first use, so that a model server, which
-needs few of them, starts fast.
+The public names are those of `__all__`. Most of them are imported at first use, so that a model server, which needs
+few of them, starts fast.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from mpmm.multi_process_shared import MultiProcessShared
     from mpmm.shared_state.layout import Capacities
 
-# Here alone; setup.cfg reads it without importing anything.
+# Defined only here; setup.cfg reads it without importing anything.
 __version__ = "0.1.0"
 
 __all__ = [
@@ -152,5 +152,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names of the API, also those that are imported at their first use, without importing them."""
+    """Return the names of the API, including those that are imported at first use, without importing them."""
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

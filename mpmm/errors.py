@@ -4,7 +4,7 @@
 derives from the built-in exception that fits, so that code which knows only Python (or Beam, which expects
 `RuntimeError` from a time-out) catches it too. The text names the object, what was found, what was expected and, where
 there is one, the setting to change; the same facts are attributes. All of them survive pickling, because they cross
-process borders.
+process boundaries.
 
 The docstrings are what `mpmm help errors` prints: when the error is raised, then `What to do:`, then `Attributes:`.
 """
@@ -58,7 +58,7 @@ class MpmmError(Exception):
         self.__dict__.update(facts)
 
     def __str__(self) -> str:
-        # A traceback shows it on a terminal, and a tag may be in it.
+        # Tracebacks appear on terminals, and the message may contain a tag.
         return printable_lines(self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,7 +72,7 @@ def _rebuild(cls: type[MpmmError], message: str, facts: dict[str, Any]) -> MpmmE
 class InvalidArgumentError(MpmmError, ValueError):
     """A parameter has the wrong type, is out of range or is too long; nothing was changed.
 
-    The same error says that a tag stands for what another constructor makes, or for another namespace's server.
+    It is also raised if the tag already belongs to what another constructor makes, or to another namespace's server.
 
     What to do: pass what the text expects; for a tag, choose another one.
     """
@@ -81,8 +81,8 @@ class InvalidArgumentError(MpmmError, ValueError):
 class RuntimeDirectoryError(MpmmError, PermissionError):
     """The runtime directory cannot be used, or cannot be trusted because others may write to it.
 
-    It must be private (mode 0700), and on a file system that supports `flock`, which NFS and Lustre may not. It is also
-    raised where the program has closed the descriptors of its lock files.
+    It must be private (mode 0700), and on a file system that supports `flock`, which NFS and Lustre may not. The error
+    is also raised if the program has closed the descriptors of mpmm's lock files.
 
     What to do: set MPMM_RUNTIME_DIR to a private folder on a local file system.
     Attributes: `path`.
@@ -92,7 +92,7 @@ class RuntimeDirectoryError(MpmmError, PermissionError):
 
 
 class ProcessLimitError(MpmmError, OSError):
-    """A process cannot join a namespace, because it may open no more files or start no more threads.
+    """A process cannot join a namespace because it may not open more files or start more threads.
 
     What to do: raise the limit that the text names, or close what the program has left open.
     Attributes: `limit`.
@@ -102,9 +102,10 @@ class ProcessLimitError(MpmmError, OSError):
 
 
 class SegmentAllocationError(MpmmError, MemoryError):
-    """The shared memory for the segment could not be allocated, because `/dev/shm` is full, say.
+    """The shared memory for the segment could not be allocated, for example because `/dev/shm` is full.
 
-    What to do: free or enlarge `/dev/shm` (`mpmm prune` removes what dead processes left), or use smaller `Capacities`.
+    What to do: free or enlarge `/dev/shm` (`mpmm prune` removes what dead processes left behind), or use smaller
+    `Capacities`.
     Attributes: `name`, `size_bytes`.
     """
 
@@ -113,7 +114,7 @@ class SegmentAllocationError(MpmmError, MemoryError):
 
 
 class SegmentCorruptError(MpmmError, RuntimeError):
-    """A live segment holds something that mpmm never writes, so another program has written into it.
+    """A live segment contains something that mpmm never writes, so another program has written into it.
 
     What to do: end the namespace's processes; the next one makes a new segment.
     Attributes: `name`.
@@ -123,7 +124,7 @@ class SegmentCorruptError(MpmmError, RuntimeError):
 
 
 class SegmentLostError(MpmmError, RuntimeError):
-    """The segment of a namespace in use was removed (RemoveIPC, systemd-tmpfiles), so newcomers cannot share it.
+    """The segment of a namespace in use was removed (RemoveIPC, systemd-tmpfiles), so new processes cannot join.
 
     What to do: end the namespace's processes, and keep the segment from being removed; see `mpmm help operating`.
     Attributes: `name`.
@@ -157,7 +158,7 @@ class TableFullError(MpmmError, RuntimeError):
 
 
 class LockTimeoutError(MpmmError, TimeoutError):
-    """The lock did not become free within `lock_timeout_seconds`, because the process that holds it is stopped, say.
+    """The lock did not become free within `lock_timeout_seconds`; the process that holds it may be stopped.
 
     What to do: continue or end the process that the text names.
     Attributes: `path`, `timeout_seconds`, `holder_pid` (None if unknown).
@@ -169,10 +170,10 @@ class LockTimeoutError(MpmmError, TimeoutError):
 
 
 class AcquireTimeoutError(MpmmError, TimeoutError, RuntimeError):
-    """No copy of the model, or no room for the lease, became available in time; the text has the last reason.
+    """No copy of the model, or no room for the lease, became available in time; the text gives the last reason.
 
     What to do: see `mpmm help stall` for how to find the cause; raise `wait_timeout_seconds` if the wait was justified.
-    Attributes: `tag` (of a lease its name), `waited_seconds`, `retry_after_seconds` (how much longer the wait would
+    Attributes: `tag` (for a lease, its name), `waited_seconds`, `retry_after_seconds` (how much longer the wait would
     have taken, judging by the loads and holds so far; None for a lease).
     """
 
@@ -185,8 +186,8 @@ class QueueFullError(MpmmError, RuntimeError):
     """As many requests already wait for the model as `max_waiting` allows; nothing was changed.
 
     What to do: try again after `retry_after_seconds`; a web service answers 503 with that as Retry-After.
-    Attributes: `tag`, `waiting`, `max_waiting`, `retry_after_seconds` (when a request made now would get its copy,
-    judging by the loads and holds so far).
+    Attributes: `tag`, `waiting`, `max_waiting`, `retry_after_seconds` (how long a request made now would wait for
+    its copy, judging by the loads and holds so far).
     """
 
     tag: str
@@ -237,8 +238,8 @@ class DeadlockError(MpmmError, RuntimeError):
 class UnloadTimeoutError(MpmmError, TimeoutError):
     """Copies that `unload` waits for are still loaded, usually because they are in use.
 
-    What to do: nothing, if they may stay until they are released, for then they are unloaded; `mpmm inspect` shows who
-    holds them.
+    What to do: nothing, if they may stay until they are released; mpmm unloads them then. `mpmm inspect` shows which
+    processes hold them.
     Attributes: `tag`, `left` (copies), `waited_seconds`.
     """
 
@@ -248,9 +249,9 @@ class UnloadTimeoutError(MpmmError, TimeoutError):
 
 
 class SuspendTimeoutError(MpmmError, TimeoutError):
-    """Copies that `suspend` waits for are still to be suspended, usually because something starts undisturbed there.
+    """Copies that `suspend` waits for are not suspended yet, usually because of a steady load or lease on their device.
 
-    What to do: nothing, if they may be suspended later, for then they are; the text says what they wait for.
+    What to do: nothing, if they may be suspended later; mpmm does that. The text says what they wait for.
     Attributes: `tag`, `left` (copies), `waited_seconds`.
     """
 
@@ -262,7 +263,7 @@ class SuspendTimeoutError(MpmmError, TimeoutError):
 class LoadTimeoutError(MpmmError, TimeoutError):
     """The load took longer than `load_timeout_seconds` and was abandoned; its reservation is free again.
 
-    What to do: raise `load_timeout_seconds`, or mend the loader.
+    What to do: raise `load_timeout_seconds`, or fix the loader.
     Attributes: `tag`, `timeout_seconds`.
     """
 
@@ -273,7 +274,7 @@ class LoadTimeoutError(MpmmError, TimeoutError):
 class SuspendError(MpmmError, RuntimeError):
     """A copy could not be suspended or resumed.
 
-    What to do: nothing, if the model may be loaded again; the text says what failed.
+    What to do: nothing, if it is acceptable that the model is loaded again; the text says what failed.
     Attributes: `tag`.
     """
 
@@ -281,9 +282,9 @@ class SuspendError(MpmmError, RuntimeError):
 
 
 class NotAcquiredError(MpmmError, ValueError):
-    """The process releases, or unpins, something that it does not hold: it never had it, or has released it already.
+    """The process releases or unpins something that it does not hold: it never had it, or has already released it.
 
-    What to do: mend the caller, or use `with manager.model(...)`, which releases exactly once.
+    What to do: fix the caller, or use `with manager.model(...)`, which releases exactly once.
     Attributes: `tag`.
     """
 
@@ -291,7 +292,7 @@ class NotAcquiredError(MpmmError, ValueError):
 
 
 class NamespaceResetError(MpmmError, RuntimeError):
-    """`mpmm reset`, or `force_reset`, took away the copy or the place in the queue.
+    """`mpmm reset`, or `force_reset`, took away the caller's copy or its place in the queue.
 
     What to do: acquire the model again.
     Attributes: `tag`.
@@ -303,7 +304,7 @@ class NamespaceResetError(MpmmError, RuntimeError):
 class ClosedError(MpmmError, RuntimeError):
     """The manager was shut down, perhaps by another thread during the call, or the process has left the namespace.
 
-    What to do: make a new manager.
+    What to do: create a new manager.
     """
 
 
@@ -322,7 +323,7 @@ class NoEventLoopError(MpmmError, RuntimeError):
 
 
 class ReentrantCallError(MpmmError, RuntimeError):
-    """A finalizer or signal handler made a call that is impossible in the middle of a transaction of its own thread.
+    """A finalizer or signal handler made a call that cannot run in the middle of a transaction of its own thread.
 
     What to do: only give things back there (`release_model`, `unpin`, `Lease.release`, `shutdown`), and make other
     calls elsewhere.
@@ -332,7 +333,7 @@ class ReentrantCallError(MpmmError, RuntimeError):
 class ModelServerError(MpmmError, ConnectionError):
     """The process that holds a shared object is gone, or refuses the call.
 
-    Outside of a loader a handle never makes a new server.
+    Outside a loader, a handle never starts a new server.
 
     What to do: release the handle and acquire the model again.
     Attributes: `tag`, `server_pid` (None if unknown).
@@ -343,11 +344,11 @@ class ModelServerError(MpmmError, ConnectionError):
 
 
 class RemoteCallError(MpmmError, RuntimeError):
-    """A method of a shared object ran, but its outcome cannot be sent: it does not pickle, or is not an `Exception`.
+    """A method of a shared object ran, but its outcome cannot be sent: it cannot be pickled, or is not an `Exception`.
 
-    The text says what the outcome was and, for an exception, carries the server's traceback.
+    The text says what the outcome was and, for an exception, includes the server's traceback.
 
-    What to do: return or raise something that pickles.
+    What to do: return or raise something that can be pickled.
     Attributes: `tag`, `method`.
     """
 
@@ -358,9 +359,9 @@ class RemoteCallError(MpmmError, RuntimeError):
 class ServerStartError(MpmmError, RuntimeError):
     """The constructor of a shared object failed, or its server could not import the main module.
 
-    The text carries the server's traceback.
+    The text includes the server's traceback.
 
-    What to do: mend the constructor; put what starts work behind `if __name__ == "__main__":`.
+    What to do: fix the constructor; guard code that starts work by `if __name__ == "__main__":`.
     Attributes: `tag`.
     """
 
