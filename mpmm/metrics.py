@@ -1,12 +1,12 @@
-"""Metrics for Prometheus: of all namespaces of this user on this host, or of one.
+"""Metrics for Prometheus, of all namespaces of this user on this host or of one.
 
     from mpmm.metrics import Exporter, asgi_app, wsgi_app
     app.mount("/metrics", asgi_app())                      # Starlette, FastAPI
-    prometheus_client.REGISTRY.register(Exporter())        # beside metrics of your own; the extra `metrics`
+    prometheus_client.REGISTRY.register(Exporter())        # beside your own metrics; needs the extra `metrics`
 
-or `mpmm metrics --serve 9400`. Nothing of it is needed in the workers: the exporter reads the shared state from
-outside, like `mpmm inspect`. One exporter for a host is enough; of several, each counts its histograms for itself, from
-the ring of events, beginning with what that holds when the exporter begins. `mpmm.observability.histograms` says why.
+or `mpmm metrics --serve 9400`. The workers need none of this: the exporter reads the shared state from outside, as
+`mpmm inspect` does. One exporter per host is enough; if there are several, each counts its own histograms, beginning
+with the events that the ring holds when it starts. `mpmm.observability.histograms` says why.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Message = MutableMapping[str, Any]
 
 
 class Exporter:
-    """Reads namespaces, and counts their events. Thread-safe. Also a collector for `prometheus_client`.
+    """Reads namespaces and counts their events. Thread-safe. Also a collector for `prometheus_client`.
 
-    namespace: None for all that this user has, whichever come and go. root: folder of the runtime directories.
-    follow: from the first reading on, a thread looks four times a second and more, so that no event is missed between
-    two readings. After a fork the child's copy begins for itself.
+    namespace: None for all of this user, including those that are created later. root: folder of the runtime
+    directories. follow: from the first reading on, a thread reads the events at least four times a second, so that none
+    is missed between two readings. After a fork the child's exporter starts afresh.
     """
 
     def __init__(self, namespace: str | None = None, root: Path | None = None, *, follow: bool = True) -> None:
@@ -61,13 +61,13 @@ class Exporter:
         self._pid = os.getpid()
         self._mutex = new_lock()
         self._followed: dict[str, tuple[EventReader, Histograms]] = {}
-        # Until the next look of the thread.
+        # Until the thread reads the next time.
         self._pause_s = LONGEST_PAUSE_S
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
     def families(self) -> list[Family]:
-        """Look, and return all metrics."""
+        """Read the namespaces; return all metrics."""
         if self._pid != os.getpid():
             self._begin()
         with self._mutex:
@@ -78,18 +78,18 @@ class Exporter:
         return found
 
     def text(self, *, openmetrics: bool = False) -> str:
-        """Look, and return all metrics as text, see `mpmm.observability.prometheus.text`."""
+        """Read the namespaces; return all metrics as text, see `mpmm.observability.prometheus.text`."""
         return text(self.families(), openmetrics=openmetrics)
 
     def close(self) -> None:
-        """End the thread. Metrics can still be had."""
+        """End the thread; metrics can still be read."""
         self._closing.set()
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
             self._thread = None
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics as objects of `prometheus_client`, which has to be installed."""
+        """Yield the metrics as objects of `prometheus_client`, which must be installed."""
         from prometheus_client.core import Metric
 
         for family in self.families():
@@ -99,7 +99,7 @@ class Exporter:
             yield metric
 
     def describe(self) -> Iterator[Metric]:
-        """Yield nothing, so that registering does not look: names are those that `collect` yields."""
+        """Yield nothing, so that registering does not read the namespaces; `collect` yields the names."""
         return iter(())
 
     def _look(self) -> list[tuple[Snapshot, Histograms]]:
@@ -113,7 +113,7 @@ class Exporter:
             try:
                 step = reader.step()
             except (OSError, MpmmError):
-                # Gone, of another version, or there is no descriptor for it: there is nothing to say of it.
+                # It has ended, has another layout version, or no descriptor is free: leave it out.
                 continue
             self._pause_s = min(self._pause_s, reader.pause_s)
             counted.add(step)
@@ -123,7 +123,7 @@ class Exporter:
     def _run(self) -> None:
         pause_s = LONGEST_PAUSE_S
         while not self._closing.wait(pause_s):
-            # Whatever it meets, it goes on: nobody would see that events are missed.
+            # Carry on after any error: if the thread ended, events would be missed unnoticed.
             with self._mutex, contextlib.suppress(Exception):
                 self._look()
             pause_s = self._pause_s
@@ -173,7 +173,7 @@ def serve(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
     """Return an HTTP server for the metrics, bound and listening; `serve_forever` runs it. Raises OSError."""
 
     class Handler(BaseHTTPRequestHandler):
-        # A client that says nothing has a thread and a descriptor for no longer.
+        # A silent client occupies a thread and a descriptor no longer than this.
         timeout = CLIENT_TIMEOUT_S
 
         def do_HEAD(self) -> None:
@@ -192,13 +192,13 @@ def serve(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing: a line for each scrape would be noise."""
+            """Log nothing: a line for each scrape would be noise."""
 
     class Server(ThreadingHTTPServer):
         address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            # A client that hangs up is none of ours.
+            # A client that hangs up is not our error.
             if not isinstance(sys.exc_info()[1], OSError):
                 super().handle_error(request, client_address)
 
