@@ -2,34 +2,34 @@
 
     mpmm list                     the namespaces of this user
     mpmm inspect [NAMESPACE]      one screen: problems, memory, waiting requests and why they wait, loaded copies and
-                                  their holders, last evictions; of several namespaces, a line each
+                                  their holders, last evictions; with several namespaces, one line for each
     mpmm inspect --json           everything as one JSON object
-    mpmm inspect --max-wait 60    exit status 1 if a request has waited for longer
+    mpmm inspect --max-wait 60    exit status 1 if a request has waited longer than that
     mpmm ps [NAMESPACE]           one line for each loaded copy; --format json or '{tag} {mb:.0f}' for scripts
-    mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q ends, h helps
+    mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q quits, h helps
     mpmm events [NAMESPACE]       past events and their reasons, one line each (wrapped on a terminal); --follow prints
-                                  new ones as they come
+                                  new ones as they happen
     mpmm trace [NAMESPACE]        the last events as a trace for https://ui.perfetto.dev; --follow appends new ones
-    mpmm plot [NAMESPACE]         memory against the limit as a picture, of a namespace or of a trace
-    mpmm metrics [NAMESPACE]      metrics as Prometheus text, of all namespaces or one; --serve answers by HTTP
+    mpmm plot [NAMESPACE]         a picture of memory against the limit, from a namespace or a trace
+    mpmm metrics [NAMESPACE]      metrics of all namespaces or one, as Prometheus text; --serve serves them by HTTP
     mpmm dashboard                a live page for a browser, on 127.0.0.1 and protected by a token
     mpmm check [NAMESPACE]        verify the invariants; exit status 1 if one does not hold
-    mpmm check --health           for probes: exit status 1 for each ATTENTION, and if all processes are dead, too
+    mpmm check --health           for probes: exit status 1 also for any ATTENTION, and if all processes are dead
     mpmm unload TAG               unload a model: idle copies now, copies in use when they are released
     mpmm pin TAG, mpmm unpin TAG  keep the idle copies of a model, in all processes, until unpin
     mpmm preload TAG MODULE:FUNCTION
                                   load a model in a server process, for all processes
     mpmm suspend TAG, mpmm resume TAG
                                   move a model's idle copies into host memory, and back; exit status 1 if none was
-                                  moved, or one is left that was to be resumed
+                                  moved, or if one is left that should have been resumed
     mpmm settings                 show the settings; `settings set NAME VALUE` changes one for all processes
-    mpmm help TOPIC               settings, errors, guarantees, limits, stall and other topics at length
+    mpmm help TOPIC               settings, errors, guarantees, limits, stall and other topics in detail
     mpmm reset NAMESPACE          unload everything and cancel all waiting requests; asks first at a terminal, unless
                                   --yes is given
     mpmm prune                    remove what crashed processes left behind; --dry-run only lists it
     mpmm doctor                   check versions, drivers, memory sources, limits, permissions and namespaces; exit
-                                  status 1 for a problem; --bundle FILE.tar.gz packs the report for a support request,
-                                  without secrets
+                                  status 1 if there is a problem; --bundle FILE.tar.gz packs the report for a support
+                                  request, without secrets
     mpmm completion SHELL         a script for bash, zsh or fish: source <(mpmm completion bash)
     mpmm man                      the manual page: mpmm man | man -l -
     mpmm run --mb SIZE -- PROGRAM ARGUMENTS…
@@ -37,34 +37,34 @@
 
 All commands take `--runtime-root FOLDER`, before or after the command. `python -m mpmm` is the same as `mpmm`.
 
-`run` ends with the exit status of its program, or 128 + n if signal n ended it; 127 if there is no such program, 126 if
-it cannot be run, 125 if the memory cannot be reserved. See `mpmm.model_manager.run_command`. All other commands end
-with 2 if there is no namespace to look at.
+`run` exits with the status of its program, or with 128 + n if signal n ended it; with 127 if there is no such program,
+126 if it cannot be run, 125 if the memory cannot be reserved. See `mpmm.model_manager.run_command`. All other commands
+exit with 2 if there is no namespace to look at.
 
 Commands that only look take no lock, so they answer even while the holder of the lock is stopped, and report that.
 
-A TAG is the tag of a model, or else its name, the beginning of the tag if no other begins so, or what a screen shows of
-these: `01234567`, `01234567…` or `SklearnModelHandlerNumpy models/digits.joblib` for a model that `mpmm ps` shows as
-`SklearnModelHandlerNumpy models/digits.joblib [01234567…]`. Where several models fit, the command names them, changes
-nothing and ends with 2. Commands that change something take the beginning of a tag only of models with a name, or with
-the `…` behind it: `model-1` is not `model-10`.
+A TAG is the tag of a model; failing that, its name, the beginning of its tag if no other tag begins the same way, or
+what a screen shows for these: `01234567`, `01234567…` or `SklearnModelHandlerNumpy models/digits.joblib` for a model
+that `mpmm ps` shows as `SklearnModelHandlerNumpy models/digits.joblib [01234567…]`. If several models match, the
+command names them, changes nothing and exits with 2. Commands that change something accept the beginning of a tag only
+for models with a name, or with a `…` after it: `model-1` does not match `model-10`.
 
-A SIZE is a number of MB, or one with a unit: `5g`, `5GiB`, `800m`; all of them are powers of 1024.
+A SIZE is a number of MB, or a number with a unit: `5g`, `5GiB`, `800m`; all units are powers of 1024.
 
 JSON schema, version 2: an object with `schema` (2), and every field of `mpmm.shared_state.snapshot.Snapshot` under
 its name, its rows as arrays of objects with the fields of `MemberInfo`, `ModelInfo` and so on. Memory is in MB
-(MiB), durations in seconds, `*_wall_s` are Unix times; what is unknown or infinite is null. A lease that is held is
-among `instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that
-the policy has decided, also have `why`, the sentence that `mpmm inspect` shows. Tickets have `seconds_left`, what is
-left by now of the reason's time `seconds`, null once that has passed and for reasons that have none, and `expected_s`,
-the expected time until they are served, judging by the loads and holds so far. `findings` are the sentences at the top
-of that screen, as objects with `urgent` and `text`. Fields may be added; if one is removed or changes its meaning, the
-version rises. Version 1 had other names for a few fields; `mpmm help changes` has the table.
+(MiB), durations in seconds, `*_wall_s` are Unix times; unknown or infinite values are null. A held lease is among
+`instances`, with state `leased`, and every lease is among `models`, with kind `lease`. Tickets, and events that the
+policy has decided, also have `why`, the sentence that `mpmm inspect` shows. Tickets have `seconds_left`, how much of
+the reason's time `seconds` is left now (null once it has passed, and for reasons without a time), and `expected_s`, the
+expected time until they are served, judging by the loads and holds so far. `findings` are the sentences at the top of
+that screen, as objects with `urgent` and `text`. Fields may be added; if one is removed or changes its meaning, the
+version is raised. Version 1 had other names for a few fields; `mpmm help changes` has the table.
 
-On a terminal, sentences that do not fit beside their rows stand below them, and columns that do not fit even then are
-left out (`inspect --all` and a pipe show them all); there are colours unless NO_COLOR is set.
+On a terminal, sentences that do not fit beside their rows are printed below them, and columns that do not fit even then
+are left out (`inspect --all` and a pipe show them all); colours are used unless NO_COLOR is set.
 
-Commands import what only they need themselves, so that a prompt comes back fast.
+Each command imports what only it needs, so that the shell prompt comes back fast.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ours, program = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = make_parser()
     if not ours:
-        # Who types `mpmm` alone wants to know what there is.
+        # A user who types only `mpmm` wants to see which commands there are.
         parser.print_help(sys.stderr)
         return EXIT_USAGE
     options, unknown = parser.parse_known_args(ours)
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"two namespaces: {printable(options.namespace)} and --namespace {printable(named)}")
         options.namespace = named
     if options.command == "reset" and options.namespace is None:
-        # The only one there is would be a guess, and what it has is lost.
+        # Taking the only one there is would be a guess, and a reset cannot be undone.
         parser.error("reset: expected the name of the namespace")
     try:
         root = None
@@ -158,17 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Have all that is printed arrive in some form, whatever the locale can write; nowhere, if a stream is closed."""
+    """Make all output printable in some form, whatever the locale can encode; discard it if a stream is closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    # In the locale C it is the latter, which lets no letter beyond ASCII pass either.
+    # The C locale has "surrogateescape", which cannot encode letters beyond ASCII either.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _readable(root: Path | None, choice: EventChoice) -> tuple[list[Snapshot], list[str]]:
-    """Return the namespaces that can be read, and what to say of the others; one that has just ended is left out."""
+    """Return the namespaces that can be read, and why others cannot; one that has just ended is left out."""
     snapshots, troubles = [], []
     for name in find_namespaces(root):
         try:
@@ -182,7 +182,7 @@ def _readable(root: Path | None, choice: EventChoice) -> tuple[list[Snapshot], l
 
 
 def _is_in_passing(error: Exception) -> bool:
-    """Tell whether a namespace that was listed could not be read because it has just ended, or is being made."""
+    """Tell whether a listed namespace could not be read because it has just ended, or is being created."""
     return isinstance(error, FileNotFoundError) and not isinstance(error, DeadMakerError)
 
 
@@ -193,7 +193,7 @@ def _only_namespace(root: Path | None) -> str:
             raise segment_lost(lost, segment_name(root or default_root(), lost))
         raise FileNotFoundError(
             f"no namespaces in {root or default_root()}: no process of this user has a model manager at present; "
-            "MPMM_RUNTIME_DIR or --runtime-root name another folder to look in"
+            "set MPMM_RUNTIME_DIR or --runtime-root to look in another folder"
         )
     if len(names) != 1:
         raise FileNotFoundError(f"which namespace? There are {len(names)}: {', '.join(map(printable, names))}")
@@ -201,12 +201,12 @@ def _only_namespace(root: Path | None) -> str:
 
 
 def _namespace(options: argparse.Namespace, root: Path | None) -> str:
-    """Return the namespace that is asked for, else the only one there is."""
+    """Return the namespace that the user named, else the only one there is."""
     return _only_namespace(root) if options.namespace is None else options.namespace
 
 
 def _width() -> int | None:
-    """Return how many characters a line of the output may have, None where it is no terminal."""
+    """Return how many characters a line of the output may have; None if it is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -237,7 +237,7 @@ def _inspect(options: argparse.Namespace, root: Path | None) -> int:
         print(render(snapshots[0], everything=options.all, width=width, paint=painter(sys.stdout)))
         log = RuntimeDirectory(REGISTRY_FOLDER, root).file(SERVERS_LOG)
         if log.exists():
-            print(f"\noutput of model servers whose starters have ended: {printable(str(log))}")
+            print(f"\noutput of model servers that outlived the processes that started them: {printable(str(log))}")
     return EXIT_PROBLEM if troubles or max(map(longest_wait_s, snapshots)) > max_wait_s else 0
 
 
@@ -247,7 +247,7 @@ def _run(options: argparse.Namespace, program: Sequence[str], root: Path | None)
     from mpmm.model_manager.run_command import run_on_lease
     from mpmm.observability.terminal_log import terminal_handler
 
-    # The standard streams are the program's, and nobody needs a report that our defaults differ from the settings.
+    # The standard streams belong to the program; a warning that our defaults differ from the settings would be noise.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
     name = Path(program[0]).name if options.name is None else options.name
     try:
@@ -285,11 +285,11 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
         return print_once(_namespace(options, root), root, controls)
     # On a terminal, wait for the first namespace to appear.
     namespace = _namespace(options, root) if options.namespace is not None or find_namespaces(root) else None
-    # What changes the terminal is undone on the way out, which the default action of a signal does not take.
+    # `run` restores the terminal as the stack unwinds; the default action of a signal would end us without that.
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGHUP):
-                # Under nohup, say, it is to be ignored.
+                # A signal that our parent ignores, as nohup does, stays ignored.
                 if signal.getsignal(number) == signal.SIG_DFL:
                     stack.callback(signal.signal, number, signal.signal(number, _leave))
         return run(namespace, root, interval_s, controls)
@@ -309,7 +309,7 @@ def _ps(options: argparse.Namespace, root: Path | None) -> int:
         except (OSError, MpmmError) as error:
             if options.namespace is not None:
                 raise
-            # A namespace that has just ended, or is being made, is left out, and one that is broken hides no other.
+            # Leave out a namespace that has just ended or is being created; a broken one must not hide the others.
             if not _is_in_passing(error):
                 print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
                 status = EXIT_PROBLEM
@@ -355,10 +355,10 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
 
     if options.serve is None:
         if options.namespace is not None:
-            # An unknown name is a mistake; a scrape of a namespace that has ended is none.
+            # Here an unknown name is a mistake; for a scrape it may be a namespace that has ended.
             read_snapshot(options.namespace, root, events=False)
         text = Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics)
-        # A file or a pipe gets the text as a scrape would.
+        # A file or a pipe gets the same text as a scrape.
         print(printable_lines(text) if sys.stdout.isatty() else text.encode("utf-8", "replace").decode(), end="")
         return 0
     host, _, port = options.serve.rpartition(":")
@@ -383,13 +383,13 @@ def _dashboard(options: argparse.Namespace, root: Path | None) -> int:
         raise InvalidArgumentError(f"--port {options.port}: expected a number from 0 to 65535")
     token = checked_token(options.token or os.environ.get("MPMM_DASHBOARD_TOKEN"))
     if options.namespace is not None:
-        # An impossible name is a mistake; a namespace that does not exist yet may come.
+        # Raises for an invalid name; a namespace that does not exist yet may still be created.
         RuntimeDirectory(options.namespace, root)
     return run(options.host, options.port, token, root, options.namespace)
 
 
 def _missing(extra: str, library: str) -> int:
-    print(f"mpmm: this needs {library}; pip install 'mpmm[{extra}]' brings it", file=sys.stderr)
+    print(f"mpmm: this needs {library}; install it with: pip install 'mpmm[{extra}]'", file=sys.stderr)
     return EXIT_USAGE
 
 
@@ -438,7 +438,7 @@ def _reset(options: argparse.Namespace, root: Path | None) -> int:
         in_use = sum(copy.state == "active" for copy in snapshot.copies)
         print(
             f"This unloads {len(snapshot.copies)} copies of {options.namespace}, {in_use} of them in use, and "
-            f"cancels {snapshot.waiting} waiting requests. Go on? [y/N] ",
+            f"cancels {snapshot.waiting} waiting requests. Continue? [y/N] ",
             end="",
             flush=True,
         )

@@ -399,7 +399,7 @@ def test_reset_asks_at_a_terminal(
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdin", terminal)
     assert main(["reset", namespace]) == status
-    said = f" copies of {namespace}, 1 of them in use, and cancels 1 waiting requests. Go on? [y/N] "
+    said = f" copies of {namespace}, 1 of them in use, and cancels 1 waiting requests. Continue? [y/N] "
     assert said in capsys.readouterr().out
     assert read_snapshot(namespace).resets == 1 - status
     assert main(["reset", "--yes", namespace]) == 0

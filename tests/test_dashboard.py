@@ -454,4 +454,4 @@ def test_without_the_libraries_it_says_what_to_install(capsys: Capture, monkeypa
     monkeypatch.delitem(sys.modules, "mpmm.observability.dashboard.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["dashboard"]) == 2
-    assert "this needs starlette and uvicorn; pip install 'mpmm[web]' brings it" in capsys.readouterr().err
+    assert "this needs starlette and uvicorn; install it with: pip install 'mpmm[web]'" in capsys.readouterr().err

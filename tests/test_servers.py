@@ -329,7 +329,8 @@ def test_inspect_names_the_log_of_servers_once_there_is_one(
     assert SERVERS_LOG not in capsys.readouterr().out
     (client.path / SERVERS_LOG).write_text("said\n")
     assert cli.main(["inspect", "test"]) == 0
-    assert f"output of model servers whose starters have ended: {client.path / SERVERS_LOG}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"output of model servers that outlived the processes that started them: {client.path / SERVERS_LOG}" in out
 
 
 def test_records_of_level_info_reach_the_starters_stderr(start_method: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -310,7 +310,7 @@ def test_without_the_library_it_says_what_to_install(
     monkeypatch.delitem(sys.modules, "mpmm.observability.top")
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["top", namespace]) == 2
-    assert capsys.readouterr().err == "mpmm: this needs rich; pip install 'mpmm[cli]' brings it\n"
+    assert capsys.readouterr().err == "mpmm: this needs rich; install it with: pip install 'mpmm[cli]'\n"
 
 
 def test_what_is_asked_for_must_be_there(runtime_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""The command line behind `mpmm.cli`: its parser, what changes a namespace, and the pages of `mpmm help`."""
+"""Behind `mpmm.cli`: its parser, the commands that change a namespace, and the pages of `mpmm help`."""

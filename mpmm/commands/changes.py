@@ -23,10 +23,10 @@ from mpmm.text.arguments import checked_size_mb, checked_timeout, in_brief
 __all__ = ["COMMANDS", "add_commands"]
 
 EXIT_PROBLEM = 1
-# Idle copies are unloaded by then; callers that want to wait for copies in use pass a longer time.
+# Long enough to unload idle copies; to wait for copies in use, the user passes a longer time.
 UNLOAD_WAIT_S = 10.0
 _UNLIMITED = ("none", "inf")
-# The parameter whose value is no number.
+# The parameter whose value is not a number.
 _SUSPEND = "suspend"
 
 
@@ -38,7 +38,7 @@ def add_commands(commands: Any) -> None:
         type=float,
         default=UNLOAD_WAIT_S,
         metavar="SECONDS",
-        help=f"wait this long for the copies to be gone, else end with status 1 (default: {UNLOAD_WAIT_S:g})",
+        help=f"wait at most this long until the copies are unloaded, then exit with 1 (default: {UNLOAD_WAIT_S:g})",
     )
     pin = commands.add_parser("pin", help="keep the idle copies of a model, in all processes, until `mpmm unpin`")
     unpin = commands.add_parser("unpin", help="undo `mpmm pin`; pins that processes set themselves stay")
@@ -50,7 +50,7 @@ def add_commands(commands: Any) -> None:
         type=int,
         default=1,
         metavar="NUMBER",
-        help="how many copies are to be loaded in the end (default: 1)",
+        help="how many copies should be loaded in the end (default: 1)",
     )
     preload.add_argument(
         "--suspend", action="store_true", help="then suspend the copies in host memory, like `mpmm suspend`"
@@ -72,23 +72,23 @@ def add_commands(commands: Any) -> None:
         "--users",
         type=int,
         metavar="N",
-        help="let so many use a copy at a time (default: what the last request said, else 1)",
+        help="how many may use a copy at a time (default: what the last request said, else 1)",
     )
     preload.add_argument(
         "--expect-mb",
         metavar="SIZE",
-        help="what a copy takes, until it is measured: MB, or 5g, 5GiB (default: default_estimate_mb)",
+        help="what a copy is expected to take until it is measured: MB, or 5g, 5GiB (default: default_estimate_mb)",
     )
     preload.add_argument(
         "--priority",
         type=int,
         default=0,
         metavar="NUMBER",
-        help="among preloads that wait, from -10 to 10; each step counts like 10 s of waiting",
+        help="rank among waiting preloads, from -10 to 10; each step counts as 10 s of waiting",
     )
     settings = commands.add_parser("settings", help="show the settings, or change one for all processes")
     settings.add_argument(
-        "change", nargs="*", metavar="set NAME VALUE", help="without it: show the settings; VALUE `none`: no limit"
+        "change", nargs="*", metavar="set NAME VALUE", help="if left out, show the settings; VALUE `none`: no limit"
     )
     for command in (unload, pin, unpin, preload, settings):
         command.add_argument("--namespace", help="default: the only one there is")
@@ -155,7 +155,7 @@ def _preload(options: argparse.Namespace, name: str, root: Path | None) -> int:
 
 
 def _function(name: str) -> Callable[[], Any]:
-    """Return what `module:function` names; modules of the working directory are found, as with `python -m`."""
+    """Return what `module:function` names; as with `python -m`, modules of the working directory are found."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise InvalidArgumentError(f"loader {name!r}: expected MODULE:FUNCTION")
@@ -172,7 +172,7 @@ def _function(name: str) -> Callable[[], Any]:
 
 
 def _load_handle(load: Callable[[], Any], name: str) -> str:
-    """Return the handle that a loader makes. Raises InvalidArgumentError for an object, which would end with us."""
+    """Return a loader's handle. Raises InvalidArgumentError if it returns an object, which would end with us."""
     value = load()
     if not isinstance(value, str):
         raise InvalidArgumentError(
@@ -208,14 +208,14 @@ def _value(setting: str, text: str) -> float | None:
             return checked_size_mb(setting, text)
         if setting in CHANGEABLE:
             raise InvalidArgumentError(f"{setting}={in_brief(text)}: expected a number, or none") from None
-        # It is refused whatever the value is, with the reason why it cannot be changed.
+        # The setting is refused whatever the value, and the error says why it cannot be changed.
         return None
 
 
 def _show(settings: Settings) -> None:
     """Print the settings under the names of the parameters of `ModelManager`."""
     values = {name: _shown(value) for name, value in asdict(settings).items()}
-    # A number in the segment, and a word for people.
+    # The segment stores it as a number; people see the word.
     values[_SUSPEND] = CHECKPOINTS[int(settings.suspend_checkpoints)]
     del values["suspend_checkpoints"]
     width = max(map(len, values))
@@ -228,7 +228,7 @@ def _shown(value: float) -> str:
     return "none" if math.isinf(value) else f"{value:.12g}"
 
 
-#: What each command does, given the options, a namespace and the root; returns the exit status.
+#: The function of each command: takes the options, a namespace and the root, and returns the exit status.
 COMMANDS: dict[str, Callable[[argparse.Namespace, str, Path | None], int]] = {
     "unload": _unload,
     "pin": _pin,

@@ -1,7 +1,7 @@
-"""`mpmm help TOPIC`: pages at length, as plain text for a terminal.
+"""`mpmm help TOPIC`: detailed pages, as plain text for a terminal.
 
-Most pages are the Markdown files in `mpmm/help`. Those of settings and errors are made from the tables and docstrings
-that the code itself uses, so that the two cannot differ.
+Most pages are the Markdown files in `mpmm/help`. Those on settings and errors are made from the tables and docstrings
+that the code itself uses, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def errors_page() -> str:
             "# Errors",
             "",
             "All errors are in `mpmm`, children of `MpmmError` and of a built-in exception. The facts in their texts "
-            "are attributes. Impossible arguments are refused before anything is changed, with the name of the "
-            "parameter (NumPy's scalars are numbers, a bool is not). A tag may be any text, also one with the bytes "
-            "of a file name (`os.fsdecode`); characters of it that do not print are escaped in screens, errors and "
-            "logs, while JSON, traces and metrics have it exactly.",
+            "are also attributes. Invalid arguments are refused before anything is changed, and the error names the "
+            "parameter (NumPy's scalars count as numbers, a bool does not). A tag may be any text, including the bytes "
+            "of a file name (`os.fsdecode`); screens, errors and logs escape its unprintable characters, while JSON, "
+            "traces and metrics contain it exactly.",
             "",
             "| error | is also a | when | what to do | attributes |",
             "|---|---|---|---|---|",
@@ -61,7 +61,7 @@ def _file(name: str) -> Callable[[], str]:
     return lambda: (_PACKAGE / name).read_text(encoding="utf-8")
 
 
-#: What each topic is about, and what returns its page as Markdown.
+#: For each topic, what it is about, and a function that returns its page as Markdown.
 TOPICS: dict[str, tuple[str, Callable[[], str]]] = {
     "settings": ("parameters of ModelManager and environment variables: defaults, units, ranges", settings_page),
     "errors": ("every error: when it is raised and what to do", errors_page),
@@ -79,7 +79,7 @@ TOPICS: dict[str, tuple[str, Callable[[], str]]] = {
 
 
 def page(topic: str | None, width: int | None = None) -> str:
-    """Return a page as plain text in lines of that width; without a topic, the list of topics."""
+    """Return a page as plain text in lines of at most `width`; without a topic, the list of topics."""
     width = min(width or LONGEST_LINE, LONGEST_LINE)
     if topic is not None:
         return as_text(TOPICS[topic][1](), width)
@@ -89,7 +89,7 @@ def page(topic: str | None, width: int | None = None) -> str:
 
 
 def as_text(markdown: str, width: int) -> str:
-    """Return Markdown, as far as our pages use it, as plain text: a table becomes a paragraph for each of its rows."""
+    """Turn the Markdown that our pages use into plain text; each row of a table becomes a paragraph."""
     parts = []
     for block in _blocks(markdown):
         if block[0].startswith("```"):
@@ -105,7 +105,7 @@ def as_text(markdown: str, width: int) -> str:
 
 
 def _blocks(markdown: str) -> Iterator[list[str]]:
-    """Yield headings, tables, code and paragraphs; a list with its items is a paragraph."""
+    """Yield headings, tables, code and paragraphs; a whole list is one paragraph."""
     block: list[str] = []
     inside_code = False
     for line in markdown.split("\n"):
@@ -124,7 +124,7 @@ def _blocks(markdown: str) -> Iterator[list[str]]:
 
 
 def _rows(table: list[str], width: int) -> Iterator[str]:
-    """Yield the rows of a table: the first cell, and below it the others behind the names of their columns."""
+    """Yield the rows of a table: the first cell, and below it the others, each after the name of its column."""
     head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table)
     for row in rows:
         first, *cells = map(_plain, row)
@@ -136,7 +136,7 @@ def _rows(table: list[str], width: int) -> Iterator[str]:
 
 
 def _items(block: list[str], width: int) -> list[str]:
-    """Return a paragraph, or a list of paragraphs, in lines of that width."""
+    """Return a paragraph, or a list, in lines of at most `width`."""
     texts: list[tuple[str, str]] = []
     for line in block:
         found = re.match(r"( *)([-*]|\d+\.) ", line)
@@ -160,5 +160,5 @@ def _wrapped(text: str, width: int, first: str = "", others: str = "") -> list[s
 
 
 def _plain(text: str) -> str:
-    """Return a line without emphasis and links; code keeps its marks, or a reader could mistake it for words."""
+    """Return a line without emphasis and links; code keeps its backticks, or a reader might take it for words."""
     return re.sub(r"\[([^\]]+)\]\(([^)]+)\)", r"\1 (\2)", text.replace("**", "").replace("\\|", "|"))

@@ -1,4 +1,4 @@
-"""How a command joins a namespace that others have made."""
+"""How a command joins a namespace that other processes have created."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["join"]
 
 
 def join(name: str, root: Path | None) -> ModelManager:
-    """Return a manager of a namespace. The log has errors alone: a command says itself what it does.
+    """Return a manager of a namespace, and log only errors: the command itself prints what it does.
 
-    Nobody needs a report, either, that the defaults of a manager without arguments differ from the settings.
+    A warning that the defaults of a manager without arguments differ from the settings would be noise, too.
     """
     from mpmm.model_manager import ModelManager
 

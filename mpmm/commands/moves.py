@@ -37,16 +37,16 @@ def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
             type=float,
             default=WAIT_S,
             metavar="SECONDS",
-            help=f"wait this long for that, else end with status 1 (default: {WAIT_S:g})",
+            help=f"wait at most this long for that, then exit with 1 (default: {WAIT_S:g})",
         )
         added.append(command)
     return added
 
 
 def move(options: argparse.Namespace, name: str, root: Path | None, says: logging.Handler | None) -> int:
-    """Move the copies. The exit status is 1, and it is said why, if none was moved, or one that was to be is left.
+    """Move the copies; return 1 and print why if none was moved, or one that should have been moved is left.
 
-    says: is given what is waited for; None where nobody sits there who wants to know.
+    says: shows what the command waits for; None if no user sits at a terminal.
     """
     from mpmm.model_manager.waits import say_at_terminal
 
@@ -83,14 +83,14 @@ def _why_none(snapshot: Snapshot, tag: str) -> str:
         return f"{_copies(states['suspended'])} suspended already"
     if states["idle"]:
         return (
-            "a copy can be suspended if it is idle, and its object has sleep() and wake_up(), or the CUDA driver can "
+            "a copy can be suspended if it is idle, and its object has sleep() and wake_up() or the CUDA driver can "
             "do it, and suspend_budget_mb and the host leave room for it; `mpmm help behaviour` says more"
         )
     return f"no copy is idle: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
 
 
 def _why_left(snapshot: Snapshot, tag: str, moved: int) -> str:
-    """Return why suspended copies of a model are left, or none was resumed; empty if all were."""
+    """Return why suspended copies of a model are left, or why none was resumed; empty if all were."""
     left = [copy for copy in snapshot.copies if copy.tag == tag and copy.state == "suspended"]
     if not left:
         barred = _why_barred(snapshot, tag)
@@ -112,7 +112,7 @@ def _why_left(snapshot: Snapshot, tag: str, moved: int) -> str:
 
 
 def _why_barred(snapshot: Snapshot, tag: str) -> str:
-    """Return why the model's copies are not suspended any more, empty if they are."""
+    """Return why mpmm no longer suspends the model's copies; empty if it still does."""
     return next((model.why_unsuspendable for model in snapshot.models if model.tag == tag), "")
 
 

@@ -15,7 +15,7 @@ from mpmm.text.arguments import checked_size_mb, in_brief
 
 __all__ = ["DEFAULT_NAMESPACE", "make_parser"]
 
-# Where programs run for which no namespace was named, if there is none at all.
+# The namespace of `mpmm run` if the user names none and none exists.
 DEFAULT_NAMESPACE = "default"
 _RUNTIME_ROOT: Any = {
     "metavar": "FOLDER",
@@ -29,7 +29,7 @@ Commands = Any
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `mpmm`; `options.command` is the command."""
     parser = argparse.ArgumentParser(
-        prog="mpmm", description="Look into the model managers of this host, and change them."
+        prog="mpmm", description="Inspect the model managers of this host, and change them."
     )
     parser.add_argument("--version", action="version", version=f"mpmm {__version__}")
     parser.add_argument("--runtime-root", **_RUNTIME_ROOT)
@@ -40,13 +40,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_explaining(commands)
     for command in commands.choices.values():
-        # Suppressed where it is not given, or it would undo the one in front of the command.
+        # Without a default, which would overwrite an option given before the command.
         command.add_argument("--runtime-root", default=argparse.SUPPRESS, **_RUNTIME_ROOT)
     return parser
 
 
 def _add_looking(commands: Commands) -> None:
-    """Add what shows a namespace at a terminal."""
+    """Add the commands that show a namespace at a terminal."""
     commands.add_parser("list", help="list the namespaces of this user")
     inspect = commands.add_parser(
         "inspect", help="one screen: problems, memory, waiting requests and why they wait, loaded copies, evictions"
@@ -58,20 +58,20 @@ def _add_looking(commands: Commands) -> None:
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="end with status 1 if a request has waited longer",
+        help="exit with 1 if a request has waited longer",
     )
-    top = commands.add_parser("top", help="the same as inspect, live; q ends it, h shows its keys (needs mpmm[cli])")
+    top = commands.add_parser("top", help="the same as inspect, live; q quits, h shows the keys (needs mpmm[cli])")
     top.add_argument(
         "--interval", type=float, default=0.5, metavar="SECONDS", help="time between two updates (default: 0.5)"
     )
     ps = commands.add_parser("ps", help="one line for each loaded copy")
     _add_namespace(ps, "all")
-    ps.add_argument("--format", metavar="FORMAT", help="json, or a format string of Python: '{tag} {pid} {mb:.0f}'")
+    ps.add_argument("--format", metavar="FORMAT", help="json, or a Python format string: '{tag} {pid} {mb:.0f}'")
     events = commands.add_parser("events", help="past events and their reasons, one line each")
     events.add_argument(
         "-f", "--follow", action="store_true", help="print new events until the namespace ends, or Ctrl-C"
     )
-    events.add_argument("--model", metavar="TAG", help="only events of this model: its tag, or as for `mpmm unload`")
+    events.add_argument("--model", metavar="TAG", help="only events of this model, named as for `mpmm unload`")
     events.add_argument("--json", action="store_true", help="one JSON object for each event")
     events.add_argument(
         "-n", "--last", type=int, metavar="COUNT", help="only the last COUNT past events (default: all that are kept)"
@@ -80,17 +80,17 @@ def _add_looking(commands: Commands) -> None:
         "--sort", default="state", metavar="KEY", help="sort copies and models by state, MB, age, name or uses"
     )
     top.add_argument(
-        "--filter", default="", metavar="TEXT", help="only models whose tag contains this, or which this pid uses"
+        "--filter", default="", metavar="TEXT", help="only models whose tag contains this, or that this pid uses"
     )
-    _add_namespace(inspect, "all, with a line each if there are several")
+    _add_namespace(inspect, "all, one line for each if there are several")
     for command in (top, events):
         _add_namespace(command)
 
 
 def _add_exporting(commands: Commands) -> None:
-    """Add what writes or serves what others read: traces, pictures, metrics, a page; and `check`, for scripts."""
+    """Add the commands whose output other programs read: traces, pictures, metrics, a page; and `check`."""
     trace = commands.add_parser("trace", help="write the last events as a trace for https://ui.perfetto.dev")
-    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default, as -: the standard output")
+    trace.add_argument("-o", "--output", type=Path, metavar="FILE", help="default, and -: the standard output")
     trace.add_argument(
         "--follow", action="store_true", help="wait for the namespace, then write until it ends, or Ctrl-C"
     )
@@ -106,7 +106,7 @@ def _add_exporting(commands: Commands) -> None:
     )
     metrics.add_argument("--serve", metavar="[HOST:]PORT", help="serve HTTP at this port (default host: 127.0.0.1)")
     check = commands.add_parser("check", help="verify the invariants of a namespace")
-    check.add_argument("--health", action="store_true", help="also fail for every ATTENTION; checks all namespaces")
+    check.add_argument("--health", action="store_true", help="also fail for any ATTENTION; checks all namespaces")
     dashboard = commands.add_parser("dashboard", help="serve a live page for a browser, read-only (needs mpmm[web])")
     dashboard.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     dashboard.add_argument("--port", type=int, default=8717, help="port to listen on, 0 for any (default: 8717)")
@@ -118,10 +118,10 @@ def _add_exporting(commands: Commands) -> None:
 
 
 def _add_changing(commands: Commands) -> None:
-    """Add what changes a namespace, or looks after the host."""
+    """Add the commands that change a namespace, or clean up and check the host."""
     changes.add_commands(commands)
     reset = commands.add_parser("reset", help="unload everything and cancel all waiting requests")
-    _add_namespace(reset, "none, it has to be named")
+    _add_namespace(reset, "none, it must be named")
     reset.add_argument("-y", "--yes", action="store_true", help="do not ask at a terminal")
     for command in moves.add_commands(commands):
         _add_namespace(command)
@@ -154,7 +154,7 @@ def _add_run(commands: Commands) -> None:
         type=int,
         default=0,
         metavar="NUMBER",
-        help="from -10 to 10; each step counts like 10 s of waiting",
+        help="from -10 to 10; each step counts as 10 s of waiting",
     )
     run.add_argument(
         "--steady",
@@ -172,11 +172,11 @@ def _add_run(commands: Commands) -> None:
 
 
 def _add_explaining(commands: Commands) -> None:
-    """Add what is about the command line itself."""
+    """Add the commands about the command line itself."""
     completion = commands.add_parser("completion", help="print a script that completes `mpmm` in a shell")
     completion.add_argument("shell", choices=("bash", "fish", "zsh"))
     topics = commands.add_parser(
-        "help", help="explain a topic at length: settings, errors, guarantees, limits, stall, …"
+        "help", help="explain a topic in detail: settings, errors, guarantees, limits, stall, …"
     )
     topics.add_argument("topic", nargs="?", choices=sorted(TOPICS), metavar="TOPIC", help=", ".join(TOPICS))
     commands.add_parser("man", help="print the manual page; `mpmm man | man -l -` shows it")
@@ -184,7 +184,7 @@ def _add_explaining(commands: Commands) -> None:
 
 def _add_namespace(command: argparse.ArgumentParser, default: str = "the only one there is") -> None:
     command.add_argument("namespace", nargs="?", help=f"default: {default}")
-    # As with the commands that have other arguments. Not of the same name: what is not given would undo what is.
+    # As for commands with other arguments. Its own `dest`, or the form that is not given would overwrite the other.
     command.add_argument(
         "--namespace", dest="named", metavar="NAMESPACE", help=f"the namespace, as an option (default: {default})"
     )
@@ -195,7 +195,7 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        # Here argparse takes the next word for the number, and that may be the program.
+        # argparse takes the next word for the number, and that may be the program.
         raise argparse.ArgumentTypeError(
             f"{in_brief(text)}: expected seconds, or nothing; write the program and its arguments after `--`"
         ) from None

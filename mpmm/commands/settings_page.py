@@ -1,7 +1,7 @@
 """The page of `mpmm help settings`: parameters of `ModelManager` and environment variables, as one table each.
 
-What holds for a whole namespace is declared in `shared_state.settings`. The other parameters, and the variables, are
-declared here; a test holds the signature and the docstring of `ModelManager` equal to both.
+Settings of a whole namespace are declared in `shared_state.settings`, the other parameters and the variables here; a
+test checks that the signature and the docstring of `ModelManager` agree with both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, SETTINGS, Settin
 
 __all__ = ["ENVIRONMENT", "OWN_PARAMETERS", "Variable", "allowed", "entry", "settings_page"]
 
-#: Parameters of `ModelManager` that are each manager's own, or no numbers: what each one means.
+#: Parameters of `ModelManager` that each manager has for itself, or that are not numbers, with their meanings.
 OWN_PARAMETERS: dict[str, str] = {
     "monitor": "takes the place of the memory source: a `GPUMonitor`, or any object with the methods of Beam's monitor",
     "verbose_logging": "logs the steps of the estimator",
@@ -35,7 +35,7 @@ OWN_PARAMETERS: dict[str, str] = {
     "runtime_root": "the folder of the runtime directories; None takes `$MPMM_RUNTIME_DIR`, and without that "
     "`/tmp/mpmm-<uid>`",
 }
-#: Defaults that say more as words than as the value in the signature.
+#: Defaults that are clearer in words than as the value in the signature.
 _DEFAULTS = {"suspend_budget_mb": "half of the free host memory", "memory_budget_mb": "none", "devices": "all"}
 #: How the units of the settings are shown.
 _UNITS = {"seconds": "s", "a fraction": "share", "a count": "count", "MB": "MB"}
@@ -49,7 +49,7 @@ class Variable(NamedTuple):
     meaning: str
 
 
-#: What is read from the environment.
+#: The environment variables that mpmm reads.
 ENVIRONMENT: dict[str, Variable] = {
     "MPMM_RUNTIME_DIR": Variable(
         "`/tmp/mpmm-<uid>`",
@@ -62,27 +62,29 @@ ENVIRONMENT: dict[str, Variable] = {
     "MPMM_ARENA_MB": Variable(
         "256", "MB", "bounds the shared memory for payloads in a process; 0 sends all payloads through sockets"
     ),
-    "MPMM_PRELOAD": Variable("none", "modules", "names modules that model servers import beforehand, with commas"),
+    "MPMM_PRELOAD": Variable(
+        "none", "modules", "names modules, separated by commas, that model servers import beforehand"
+    ),
     "MPMM_ZYGOTE": Variable("1", "0 or 1", "0 spawns model servers instead of forking them"),
     "MPMM_CORE": Variable(
         "none",
         "`python` or `compiled`",
-        "`python` does without the compiled core, which is built where there is a C compiler and makes reuse several "
-        "times faster; `compiled` insists on it; `mpmm doctor` shows which one is in use",
+        "`python` does without the compiled core, which is built if there is a C compiler and makes reuse several "
+        "times faster; `compiled` requires it; `mpmm doctor` shows which one is in use",
     ),
     "MPMM_LOAD_AHEAD": Variable(
         "1",
         "0 or 1",
-        "0 has Beam's models loaded by their first batches, and not, where memory is free, when a worker is set up",
+        "0 loads Beam's models at their first batches, even if memory is already free when a worker is set up",
     ),
     "MPMM_DASHBOARD_TOKEN": Variable("random", "text", "the token of `mpmm dashboard`, if `--token` is not given"),
 }
-#: What a program finds in its environment that `mpmm run` starts, or a model server that a steady load starts.
+#: About the environment of programs that `mpmm run` starts, and of model servers that a steady load starts.
 _FOR_PROGRAMS = (
     "`mpmm run` sets `MPMM_LEASE_MB`, `MPMM_DEVICES` and `MPMM_MEMORY_FRACTION` for its program: the memory that it "
     "leased, the devices, and the share of each device's memory. Model servers that a loader starts find the same for "
-    "the memory that is reserved for the load, if that is `steady=True` or happens within `mpmm run`; a loader asks "
-    "`mpmm.current_placement()`. Where the size of a device is not known, its share is missing, or empty."
+    "the memory that is reserved for the load, if that is `steady=True` or happens within `mpmm run`; a loader itself "
+    "calls `mpmm.current_placement()`. If the size of a device is unknown, its share is missing, or empty."
 )
 
 
@@ -93,7 +95,7 @@ def allowed(setting: Setting) -> str:
 
 
 def entry(name: str) -> str:
-    """Return what the docstring of `ModelManager` says of a parameter, on one line."""
+    """Return what the docstring of `ModelManager` says about a parameter, on one line."""
     setting = SETTINGS.get(name)
     return f"{name}: {OWN_PARAMETERS[name]}." if setting is None else f"{name} ({allowed(setting)}): {setting.meaning}."
 
@@ -109,10 +111,10 @@ def settings_page() -> str:
         [
             "# Settings",
             "",
-            "All are parameters of `ModelManager`. Settings that hold for all processes of a namespace are those of "
-            "the process that creates it: later processes log a warning if theirs differ. `mpmm settings` shows "
-            "them; the changeable ones can be changed for all processes by `mpmm settings set NAME VALUE` or "
-            "`manager.update_settings(...)`. Memory is in MiB.",
+            "All of them are parameters of `ModelManager`. The process that creates a namespace chooses the settings "
+            "that hold for all of its processes; later processes log a warning if theirs differ. `mpmm settings` shows "
+            "them; `mpmm settings set NAME VALUE` or `manager.update_settings(...)` changes the changeable ones for "
+            "all processes. Memory is in MiB.",
             "",
             "| parameter | default | values | changeable | meaning |",
             "|---|---|---|---|---|",

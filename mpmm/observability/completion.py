@@ -217,7 +217,7 @@ def man_page(parser: argparse.ArgumentParser, version: str) -> str:
     purposes = _help_of(parser)
     lines = [
         f'.TH MPMM 1 "{time.strftime("%Y-%m-%d")}" "mpmm {version}"',
-        *(".SH NAME", r"mpmm \- look into the model managers of this host, and change them"),
+        *(".SH NAME", r"mpmm \- inspect the model managers of this host, and change them"),
         *(".SH SYNOPSIS", r".B mpmm", r"[\fB\-\-runtime\-root\fR \fIFOLDER\fR] \fICOMMAND\fR ..."),
         *(".SH DESCRIPTION", _troff(parser.description or "")),
         _troff(
