@@ -13,29 +13,29 @@ and a few methods of RunInference do what managed models need (`mpmm.beam.run_in
 
 Workers are other processes, and they learn of the installation in one of two ways:
 
-- What is pickled brings it. The classes of Beam that hold a model handler or a loader are given a
-  `__reduce_ex__` under which unpickling them installs first. This needs nothing from the runner, so it
+- Pickled objects carry it. `install()` gives the classes of Beam that hold a model handler or a loader a
+  `__reduce_ex__`, so that unpickling them installs mpmm first. This needs nothing from the runner, so it
   works where workers get no pipeline options: the local multi-process runner, Beam's worker pool.
 - The runner imports it. A worker whose pipeline options say `--beam_plugins=mpmm.beam` imports this
   module while it starts, and the import installs. `install()` also defines a `BeamPlugin`, so runners
   that collect plugins by themselves (Dataflow) list this module without being told.
 
-Without either, importing this module changes nothing of Beam.
+Without either, importing this module does not change Beam.
 
-Beam asks for models by itself, so a handler says by attributes what other callers say by options of
+Beam itself asks for models, so attributes of a handler stand for the options that other callers pass to
 `ModelManager.acquire_model`:
 
     mpmm_users = 4          Four workers use one copy at a time (`users=`), for a model that may be called from several
                             threads at a time.
-    mpmm_expect_mb = 1500   What a copy takes (`expect_mb=`), until the model is measured. An attribute `expect_mb` of
+    mpmm_expect_mb = 1500   What a copy takes (`expect_mb=`) until the model is measured. An attribute `expect_mb` of
                             what `load_model` returns does the same, from the end of the first load on. The handlers
-                            in a `KeyedModelHandler` with several models may say it, too: a copy, which holds all of
-                            them, takes the sum, of the `max_models_per_worker_hint` largest if there is such a hint.
-    mpmm_priority = 3       How urgent the batches are that wait for the model (`priority=`), from -10 to 10.
+                            in a `KeyedModelHandler` with several models may have it, too: a copy holds all of the
+                            models, so it takes the sum, or that of the `max_models_per_worker_hint` largest.
+    mpmm_priority = 3       How urgent batches that wait for the model are (`priority=`), from -10 to 10.
 
 From one host to many
     mpmm shares models between the processes of one host. Every host has its own namespace, with its own memory, queue
-    and copies; nothing of mpmm passes between hosts. The runner spreads the work, and mpmm makes the best of each host:
+    and copies; mpmm sends nothing between hosts. The runner spreads the work, and mpmm makes the best of each host:
 
     Flink, Spark    Start Beam's worker pool on each host (environment `EXTERNAL`, address `localhost:50000`), with mpmm
                     installed there. Its workers share one namespace. Task slots of a host may outnumber its copies.
@@ -43,10 +43,10 @@ From one host to many
                     `tools/examples/dask_hosts.py`.
     Dataflow        Put mpmm into the workers' container, or into their requirements, and start with
                     `--beam_plugins=mpmm.beam`.
-    Ray             Actors make a `ModelManager` of the same namespace, see `tools/examples/ray_hosts.py`.
+    Ray             Actors create a `ModelManager` of the same namespace, see `tools/examples/ray_hosts.py`.
 
     What mpmm does not do: send requests or models to another host, choose a request's host, start or stop workers.
-    `mpmm help hosts` says more: what makes a host, and how a runner that scales by metrics learns of demand.
+    `mpmm help hosts` says more: what counts as a host, and how a runner that scales by metrics learns of demand.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ _MODEL_MANAGER = "apache_beam.ml.inference.model_manager"
 _MULTI_PROCESS_SHARED = "apache_beam.utils.multi_process_shared"
 _OURS = {_MODEL_MANAGER: "mpmm.model_manager", _MULTI_PROCESS_SHARED: "mpmm.multi_process_shared"}
 
-# The names of the two modules that other modules import one by one.
+# The names in the two modules that other modules import one by one.
 _NAMES = ("GPUMonitor", "ModelManager", "MultiProcessShared", "QueueTicket", "ResourceEstimator")
 
 # The classes of Beam that travel to workers and to model servers and need the replaced modules there.
 _CARRIERS = ("_RunInferenceDoFn", "OOMProtectedFn")
 
-# Said of ourselves to the zygote: what model servers of this process do first.
+# What the zygote has model servers of this process do first.
 _PRELOAD_HOOK = "mpmm.beam:install"
 
 _ABSENT = object()
@@ -91,11 +91,10 @@ _changes: _Changes | None = None
 
 
 def install() -> None:
-    """Make Beam use mpmm, in this process and in every worker that a pipeline of it starts.
+    """Make Beam use mpmm, in this process and in every worker that its pipelines start.
 
-    Doing it twice is the same as doing it once, from any thread. Raises ImportError where Beam is not
-    installed. Warns where this Beam is too old to have a model manager; then only
-    `multi_process_shared` is replaced.
+    Any thread may call it, and a second call does nothing. Raises ImportError if Beam is not installed. Warns
+    if this Beam is too old to have a model manager; then only `multi_process_shared` is replaced.
     """
     global _changes
     with _lock:
@@ -116,10 +115,10 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put everything that `install` changed back. Does nothing where it is not installed.
+    """Restore everything that `install` changed; does nothing if it is not installed.
 
-    Modules outside Beam which imported a replaced name *while* it was replaced keep it. Whatever was
-    pickled before still brings the installation along.
+    Modules outside Beam that imported a replaced name *while* it was replaced keep it. Objects that were
+    pickled before still install mpmm where they are unpickled.
     """
     global _changes
     with _lock:
@@ -134,13 +133,13 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Whether Beam uses mpmm in this process."""
+    """Return whether Beam uses mpmm in this process."""
     with _lock:
         return _changes is not None
 
 
 class _Changes:
-    """What was changed, so that it can be put back in reverse order."""
+    """Makes changes and records them, so that it can undo them in reverse order."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -159,7 +158,7 @@ class _Changes:
         self._undo.append(put_back)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute; code that overwrites it later keeps what it wrote."""
+        """Set an attribute; if other code overwrites it later, `undo` leaves that in place."""
         old = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
 
@@ -174,17 +173,17 @@ class _Changes:
         self._undo.append(put_back)
 
     def call_at_undo(self, call: Callable[[], object]) -> None:
-        """Have something else done when everything is put back."""
+        """Let `undo` make this call, too."""
         self._undo.append(call)
 
     def undo(self) -> None:
-        """Put everything back, the last change first."""
+        """Undo all changes, the last one first."""
         while self._undo:
             self._undo.pop()()
 
 
 def _replace_modules(changes: _Changes) -> None:
-    """Put our two modules wherever Beam's are to be found."""
+    """Replace Beam's two modules by ours wherever they are referred to."""
     replaced = [_MULTI_PROCESS_SHARED]
     if _beam_has_model_manager():
         replaced.append(_MODEL_MANAGER)
@@ -193,11 +192,11 @@ def _replace_modules(changes: _Changes) -> None:
         stock, ours = sys.modules.get(name), importlib.import_module(_OURS[name])
         if stock is not None and stock is not ours:
             swaps += _counterparts(stock, ours)
-        # At once, and not at its first use: else every worker that is forked would import that for itself.
+        # Import the class now, not at its first use, or every forked worker would import it for itself.
         _ = ours.ModelManager if name == _MODEL_MANAGER else ours.MultiProcessShared
         changes.set_module(name, ours)
-    # Beam's packages are imported only now: whatever they import finds our modules, and where torch is installed it
-    # is not loaded into every worker just because Beam's own model manager imports it.
+    # Import Beam's packages only now, so that their own imports find our modules: Beam's model manager imports torch
+    # if it is installed, and would load it into every worker.
     for name in replaced:
         package_name, _, attribute = name.rpartition(".")
         changes.set_attribute(importlib.import_module(package_name), attribute, sys.modules[name])
@@ -205,7 +204,7 @@ def _replace_modules(changes: _Changes) -> None:
 
     base = importlib.import_module(_BASE)
     if _MODEL_MANAGER in replaced and base.ModelManager is None:
-        # Imported before us, without torch: Beam then gives up on its manager and on `resource` together.
+        # Beam was imported before us, without torch: then it does without both its manager and `resource`.
         changes.set_attribute(base, "ModelManager", sys.modules[_MODEL_MANAGER].ModelManager)
         resource = _import_or_none("resource")
         if base.resource is None and resource is not None:
@@ -213,19 +212,19 @@ def _replace_modules(changes: _Changes) -> None:
 
 
 def _replace_methods(changes: _Changes) -> None:
-    """Have RunInference do what managed models need, see `mpmm.beam.run_inference`."""
+    """Give RunInference the methods that managed models need, see `mpmm.beam.run_inference`."""
     for owner, name, method in replacements(importlib.import_module(_BASE)):
         changes.set_attribute(owner, name, method)
 
 
 def _inherit_log_levels(changes: _Changes) -> None:
-    """Have levels that are set for Beam's two modules, `--sdk_harness_log_level_overrides` say, count for ours, too.
+    """Apply log levels of Beam's two modules, for example by `--sdk_harness_log_level_overrides`, to ours, too.
 
-    Each pair of loggers becomes a chain: ours, unless it has a level of its own, asks Beam's next.
+    Each pair of loggers becomes a chain: unless ours has a level of its own, it takes that of Beam's.
     """
     ours, proxy = logging.getLogger("mpmm"), logging.getLogger("mpmm.multi_process_shared")
     manager, shared = logging.getLogger(_MODEL_MANAGER), logging.getLogger(_MULTI_PROCESS_SHARED)
-    # To set a level, the same even, is what makes loggers forget what they have looked up.
+    # Setting a level, even the same one, makes loggers forget the levels that they have looked up.
     changes.call_at_undo(lambda: ours.setLevel(ours.level))
     for logger, asked_next in ((ours, manager), (proxy, shared), (shared, ours)):
         changes.set_attribute(logger, "parent", asked_next)
@@ -233,9 +232,9 @@ def _inherit_log_levels(changes: _Changes) -> None:
 
 
 def _beam_has_model_manager() -> bool:
-    """Look for the module's file: importing it would need torch, and importing its package would import it.
+    """Return whether the module's file exists: importing it needs torch, and importing its package would import it.
 
-    Raises ImportError where there is no Beam at all.
+    Raises ImportError if Beam is not installed at all.
     """
     beam = importlib.util.find_spec("apache_beam")
     if beam is None:
@@ -245,7 +244,7 @@ def _beam_has_model_manager() -> bool:
         return True
     version = getattr(importlib.import_module("apache_beam"), "__version__", "of unknown version")
     warnings.warn(
-        f"Apache Beam {version} has no {_MODEL_MANAGER}, so RunInference knows no use_model_manager; only "
+        f"Apache Beam {version} has no {_MODEL_MANAGER}, so RunInference lacks use_model_manager; only "
         f"{_MULTI_PROCESS_SHARED} is replaced. mpmm is made for Beam 2.72 to 2.77.",
         RuntimeWarning,
         stacklevel=4,
@@ -263,9 +262,9 @@ def _counterparts(found: Any, wanted: Any) -> list[tuple[Any, Any]]:
 
 
 def _swap_everywhere(swaps: list[tuple[Any, Any]], changes: _Changes, prefix: str = "") -> None:
-    """In the globals of all modules below `prefix`, put the second of a pair where the first is found.
+    """Replace the first of each pair by the second in the globals of all modules below `prefix`.
 
-    The modules that define the pairs are left alone, and so is mpmm itself.
+    The modules among the firsts are left alone, and so is mpmm itself.
     """
     wanted = {id(found): replacement for found, replacement in swaps}
     defining = {id(found) for found, _ in swaps}
@@ -280,15 +279,15 @@ def _swap_everywhere(swaps: list[tuple[Any, Any]], changes: _Changes, prefix: st
 
 
 def _give_back_imported_meanwhile() -> None:
-    """Undo for those modules of Beam that were imported while ours stood in for Beam's."""
+    """Undo the replacement in modules of Beam that were imported while it was in force."""
     base = sys.modules[_BASE]
     for name in _OURS:
         ours = importlib.import_module(_OURS[name])
         stock = _import_or_none(name)
         if stock is None and name == _MODEL_MANAGER and vars(base).get("ModelManager") is ours.ModelManager:
-            # What Beam does where its own manager cannot be imported.
+            # As Beam does if its own manager cannot be imported.
             vars(base)["resource"] = None
-        # Not recorded: this is the state that an import without us would have made.
+        # Not recorded: this is the state that an import without us would have left.
         _swap_everywhere(_counterparts(ours, stock), _Changes(), prefix="apache_beam.")
 
 
@@ -300,7 +299,7 @@ def _import_or_none(name: str) -> ModuleType | None:
 
 
 class _BringInstallation:
-    """Stands first in what is pickled, so that unpickling installs before anything of Beam is imported."""
+    """Comes first in a pickle, so that unpickling installs mpmm before it imports anything of Beam."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_bring_installation, ())
@@ -312,12 +311,12 @@ def _bring_installation() -> _BringInstallation:
 
 
 def _rebuild(_: _BringInstallation, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Rebuild an object as it would have been without us; its first argument has just installed."""
+    """Rebuild an object as plain unpickling would; unpickling the first argument has just installed mpmm."""
     return function(*arguments)
 
 
 def _mark_carriers(changes: _Changes) -> None:
-    """Make the pickled form of Beam's classes bring the installation to wherever it is unpickled."""
+    """Make pickles of Beam's carrier classes install mpmm wherever they are unpickled."""
     base = importlib.import_module(_BASE)
     for name in _CARRIERS:
         carrier = getattr(base, name, None)
@@ -336,9 +335,9 @@ def _bringing(plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def _define_plugin(changes: _Changes) -> None:
-    """Define the `BeamPlugin` by whose name runners that collect plugins import this module in workers.
+    """Define a `BeamPlugin`, so that runners that collect plugins have workers import this module.
 
-    They get `mpmm.beam.MpmmPlugin`, and Beam's worker, finding no module of that name, imports `mpmm.beam`.
+    They pass on `mpmm.beam.MpmmPlugin`; Beam's worker finds no module of that name, and imports `mpmm.beam`.
     """
     plugin = importlib.import_module("apache_beam.utils.plugin").BeamPlugin
     ours = type("MpmmPlugin", (plugin,), {"__module__": __name__, "__doc__": "Imports mpmm.beam in workers."})
@@ -346,11 +345,11 @@ def _define_plugin(changes: _Changes) -> None:
 
 
 def _is_worker_that_asks_for_us(environment: Mapping[str, str]) -> bool:
-    """Whether this process is an SDK worker whose pipeline options name this module as a plugin.
+    """Return whether this process is an SDK worker whose pipeline options name this module as a plugin.
 
-    The options are found where Beam's `sdk_worker_main` finds them: in the file PIPELINE_OPTIONS_FILE,
-    else in PIPELINE_OPTIONS; as JSON, either below "options" or flat, with or without
-    "beam:option:...:v1" around the names.
+    The options are where Beam's `sdk_worker_main` looks for them: in the file PIPELINE_OPTIONS_FILE, else in
+    PIPELINE_OPTIONS; as JSON, either below "options" or flat, with or without "beam:option:...:v1" around the
+    names.
     """
     if "CONTROL_API_SERVICE_DESCRIPTOR" not in environment:
         return False

@@ -1,19 +1,19 @@
-"""What Beam's `RunInference` has to do otherwise where a manager evicts, reloads and lends out its models.
+"""What Beam's `RunInference` must do differently when a manager evicts, reloads and lends out its models.
 
-`mpmm.beam.install` puts these in place of Beam's methods, and `uninstall` takes them away again:
+`mpmm.beam.install` replaces these methods of Beam, and `uninstall` restores them:
 
-    _RunInferenceDoFn._run_inference    A result that is computed while it is read is read before the copy goes back to
-                                        the manager, which may hand it to another process or evict it.
-    _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler, too, where
-                                        no copy is loaded. Copies of the version before are the first to be evicted.
-                                        A model whose tag is a uuid gets a name for people. Where memory is free for
-                                        it, a model is loaded before its first batch comes, see `load_ahead`. Attributes
-                                        of the handler set how its model is asked for, see `OPTIONS`.
+    _RunInferenceDoFn._run_inference    A result that is computed while it is read is read before the copy is released,
+                                        because the manager may then hand it to another process or evict it.
+    _RunInferenceDoFn._load_model       An update of a keyed handler with several models reaches the handler even if no
+                                        copy is loaded. Copies of the previous version are evicted first. A model whose
+                                        tag is a uuid gets a readable name. If memory is free, a model is loaded before
+                                        its first batch arrives, see `load_ahead`. Attributes of the handler set the
+                                        options of requests for its model, see `OPTIONS`.
     _SharedModelWrapper.all_models      Handles become proxies, because such an update calls methods of every copy.
     _SharedModelWrapper.next_model      The demand for the model is reported, if `autoscaling_metric` says so.
-    _SharedModelWrapper.release_model   The same. A copy of an updated model goes back under the tag of its acquire.
+    _SharedModelWrapper.release_model   The same. A copy of an updated model is released under the tag of its acquire.
 
-Without `use_model_manager` they do what they did.
+Without `use_model_manager` they behave as before.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ __all__ = ["OPTIONS", "name_of_handler", "options_of_handler", "replacements"]
 
 Method = Callable[..., Any]
 
-# What Beam gives a model without `model_identifier` for a tag, also when it is loaded anew after a time-out.
+# The tag that Beam gives a model without `model_identifier`, also when it loads it anew after a time-out.
 _UUID = re.compile(r"[0-9a-f]{32}(_reload_\d+)?")
-# Where Beam's handlers, and most others, keep what they load.
+# The attributes in which Beam's handlers, and most others, keep the path that they load from.
 _PATHS = (
     *("_model_uri", "_model_path", "_state_dict_path", "_torch_script_model_path", "_engine_path", "_model_name"),
     *("model_uri", "model_path", "model_name", "_model", "_path", "path"),
 )
-#: The attributes by which a handler says how its model is asked for, and the option of `acquire_model` that each sets.
+#: The attributes of a handler that set options of requests for its model, each with its option of `acquire_model`.
 OPTIONS = {"mpmm_users": "users", "mpmm_expect_mb": "expect_mb", "mpmm_priority": "priority"}
-# Its end says more than its beginning.
+# A longer path is shown by its end, which says more than its beginning.
 PATH_SHOWN = 48
 
 
 def replacements(base: ModuleType) -> Iterator[tuple[type, str, Method]]:
-    """Yield class, name and new method for what this Beam has of `apache_beam.ml.inference.base`."""
+    """Yield class, name and new method, for each of them that this Beam has in `apache_beam.ml.inference.base`."""
     wanted = (
         ("_RunInferenceDoFn", "_run_inference", _draining),
         ("OOMProtectedFn", "__call__", _drained_if_asked),
@@ -73,7 +73,7 @@ def replacements(base: ModuleType) -> Iterator[tuple[type, str, Method]]:
 
 
 class _ThisThread(threading.local):
-    """drains: Beam's next protected call in this thread is an inference on a copy that it returns right after."""
+    """drains: Beam's next protected call in this thread is an inference on a copy that it releases right after."""
 
     drains = False
 
@@ -98,7 +98,7 @@ def _drained_if_asked(plain: Method) -> Method:
             return plain(self, *args, **kwargs)
         _this_thread.drains = False
         inference = self.func
-        # Inside the protection: a generator runs out of memory while it is read.
+        # Read it inside the protection: a generator runs out of memory only while it is read.
         return plain(type(self)(lambda *args, **kwargs: list(inference(*args, **kwargs))), *args, **kwargs)
 
     return __call__
@@ -118,7 +118,7 @@ def _updating_keyed_models(plain: Method) -> Method:
             if before is not None and before.model_tag != wrapper.model_tag:
                 wrapper.models.supersede(before.model_tag, wrapper.model_tag)
             if isinstance(side_input_model_path, list):
-                # Beam has told the copies that were loaded before. The first batch of a worker finds others' copies.
+                # Beam has updated the copies of an earlier wrapper. A worker's first batch also finds others' copies.
                 _update(self._model_handler, wrapper.all_models() if before is None else [], side_input_model_path)
         return wrapper
 
@@ -126,14 +126,14 @@ def _updating_keyed_models(plain: Method) -> Method:
 
 
 def _load_ahead(wrapper: Any) -> None:
-    """Begin to load the model of a transform that is being set up, in the way in which its first batch would."""
+    """Begin to load the model of a transform that is being set up, as its first batch would."""
     loader = getattr(sys.modules[type(wrapper).__module__], "_ProxyLoader", None)
     if loader is not None:
         load_ahead(wrapper.models, wrapper.model_tag, loader(wrapper.loader_func, wrapper.model_tag))
 
 
 def _update(handler: Any, copies: list[Any], paths: list[Any]) -> None:
-    """Give a keyed handler with several models, and copies of its models, the paths to load from."""
+    """Give a keyed handler with several models, and copies of its models, the new paths to load from."""
     keyed = _keyed(handler)
     if keyed is not None:
         for copy in [*copies, _NoCopy()]:
@@ -141,7 +141,7 @@ def _update(handler: Any, copies: list[Any], paths: list[Any]) -> None:
 
 
 def name_of_handler(handler: Any) -> str:
-    """Return what a person recognises a handler by: its class, without Beam's wrappers, and where the model lies."""
+    """Return a readable name of a handler: its class, without Beam's wrappers, and the path of its model."""
     while (inner := getattr(handler, "_base", None) or getattr(handler, "_unkeyed", None)) is not None:
         handler = inner
     models = getattr(handler, "_id_to_mh_map", None)
@@ -156,10 +156,10 @@ def name_of_handler(handler: Any) -> str:
 
 
 def options_of_handler(handler: Any) -> dict[str, Any]:
-    """Return the options of requests for its model that a handler says itself, by the attributes of `OPTIONS`.
+    """Return the options of requests for its model that a handler sets, by the attributes of `OPTIONS`.
 
-    Each may be an attribute of the handler or of one that it wraps; what the outer one says counts. What a keyed
-    handler with several models does not say itself of its size, its models' handlers say.
+    Each may be an attribute of the handler or of one that it wraps; the outer one counts. If a keyed handler with
+    several models does not set its size, its models' handlers do.
     """
     found: dict[str, Any] = {}
     while handler is not None:
@@ -175,20 +175,20 @@ def options_of_handler(handler: Any) -> dict[str, Any]:
 
 
 def _size_of_several(handlers: Iterable[Any], most: int | None) -> dict[str, Any]:
-    """Return the option for the size of a copy that holds the models of several handlers, as far as these say theirs.
+    """Return the size option of a copy that holds the models of several handlers, from the sizes that these set.
 
-    most: how many of the models a worker keeps in it, None for all; they may be the largest.
+    most: how many of the models a copy keeps at a time, None for all; the largest are assumed.
     """
     said = [options["expect_mb"] for options in map(options_of_handler, handlers) if "expect_mb" in options]
     wrong = [size for size in said if not (isinstance(size, Real) and float(size) > 0)]
     if wrong or not said:
-        # The manager refuses it, as it would if the handler were alone.
+        # The manager refuses a wrong size, as it would that of a single handler.
         return {"expect_mb": wrong[0]} if wrong else {}
     return {"expect_mb": math.fsum(heapq.nlargest(len(said) if most is None else most, said))}
 
 
 def _keyed(handler: Any) -> Any:
-    """Return the keyed handler with several models that a handler is, or wraps; None where there is none."""
+    """Return the keyed handler with several models that a handler is, or wraps; None if there is none."""
     while handler is not None:
         if getattr(handler, "_single_model", None) is False:
             return handler
@@ -197,7 +197,7 @@ def _keyed(handler: Any) -> Any:
 
 
 class _NoCopy:
-    """Takes an update of a keyed handler where no copy is loaded: the next one is loaded with the handler's paths."""
+    """Takes an update of a keyed handler in place of a copy: the next load takes the handler's paths."""
 
     def update_model_handler(self, key: str, model_path: str, previous_key: str) -> None:
         """Do nothing."""
@@ -227,7 +227,7 @@ def _reporting_demand(plain: Method) -> Method:
     def next_model(self: Any) -> Any:
         if not _reports_demand(self):
             return plain(self)
-        # The wait may be long, and is what another worker would be started for.
+        # Report before the wait: it may be long, and is the reason to start another worker.
         report_demand(self.model_tag, self.models._demand(self.model_tag) + 1)
         model = plain(self)
         report_demand(self.model_tag, self.models._demand(self.model_tag))
@@ -241,14 +241,14 @@ def _reports_demand(wrapper: Any) -> bool:
 
 
 class _Proxies:
-    """Proxies of the copies that updates have reached, one for each; kept, because each batch brings the update."""
+    """One proxy for each copy that updates have reached; kept, because every batch repeats the update."""
 
     def __init__(self) -> None:
         self._mutex = new_lock()
         self._by_tag: dict[str, dict[str, SharedProxy]] = {}
 
     def of(self, tag: str, copies: list[Any]) -> list[Any]:
-        """Return a proxy for each handle, objects as they are; without what is gone or belongs to other processes."""
+        """Return proxies for handles, and objects as they are, without what is gone or belongs to other processes."""
         with self._mutex:
             known = self._by_tag.pop(tag, {})
             current = {copy: known.pop(copy, None) or _proxy_of(copy) for copy in copies if isinstance(copy, str)}
@@ -266,7 +266,7 @@ _proxies = _Proxies()
 
 
 def _proxy_of(handle: str) -> SharedProxy | None:
-    """Return a proxy of a handle's object, None where its server is gone."""
+    """Return a proxy of a handle's object, None if its server is gone."""
     try:
         proxy: Any = MultiProcessShared(lambda: None, tag=handle, always_proxy=True).acquire()
     except ModelServerError:
