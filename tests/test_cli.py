@@ -77,7 +77,7 @@ def test_inspect_says_what_is_wrong(namespace: str, new_manager: NewManager, new
         "the last sample of device 0 (booked) is 9.0 s old, poll_interval is 0.5 s",
         "dead, but not cleaned up yet",
         f"pid {waiter.pid} has waited for wanted for 75 s",
-        f"pid {os.getpid()} has held held for 7 min while 1 waits",
+        f"pid {os.getpid()} has held held for 7 min while 1 request waits",
     ]
     assert str(dead.pid) in urgent[2]
     assert "in use" in urgent[3]
@@ -292,7 +292,7 @@ def test_ps_has_a_line_for_each_copy_and_lease(new_manager: NewManager, namespac
 def test_a_format_that_cannot_be_is_refused(template: str, busy: ModelManager, capsys: Capture) -> None:
     assert main(["ps", "--format", template]) == 2
     said = capsys.readouterr()
-    assert (said.out, said.err.count("fields of namespace, tag, name, copy")) == ("", 1)
+    assert (said.out, said.err.count("fields namespace, tag, name, copy")) == ("", 1)
 
 
 def test_ps_without_any_namespace_has_nothing_but_the_head(capsys: Capture) -> None:

@@ -68,7 +68,7 @@ def test_a_runtime_directory_that_cannot_be_used_is_a_problem(tmp_path: Path) ->
     [check] = checks("permissions", tmp_path)
     assert (check.state, "has mode 0755, expected 0700" in check.text) == ("PROBLEM", True)
     [missing, tried] = checks("permissions", tmp_path / "below" / "it")
-    assert "not there yet" in missing.text
+    assert "does not exist yet" in missing.text
     assert tried.text.startswith(f"locks and sockets work in {tmp_path} (")
     # It leaves nothing behind.
     assert list(tmp_path.iterdir()) == []

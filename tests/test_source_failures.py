@@ -271,7 +271,7 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     assert source.process_knowledge is None and not sample.processes_known
     gpus.allocate(200, 0)
     (sample,) = source.sample((os.getpid(),))
-    wait_until(lambda: "source nvml (knows processes)," in render(read_snapshot(namespace)), "it was seen")
+    wait_until(lambda: "source nvml (measures processes)," in render(read_snapshot(namespace)), "it was seen")
     assert sample.process_mb == {os.getpid(): 200}
     assert sample.unrelated_mb((os.getpid(),)) == 0
     assert sample.unrelated_mb(()) == 200

@@ -206,7 +206,7 @@ def test_it_runs_in_a_terminal_and_ends_with_q(busy: ModelManager, namespace: st
         os.write(ours, b"h/nothing-like-it")
         read_until(ours, "copies with 'nothing-like-it': 0 of 1")
         os.write(ours, b"\x1b")
-        read_until(ours, "/ filter  space hold")
+        read_until(ours, "/ filter  space pause")
         os.write(ours, b"xq")
         # Back on the ordinary screen, where the last picture stays.
         left = read_until(ours, LEFT).rpartition(LEFT)[2]
@@ -290,7 +290,7 @@ def test_keys_sort_filter_hold_and_help() -> None:
     for key in "\r ?":
         controls.press(key)
     assert (controls.paused, controls.helping) == (True, True)
-    assert "continue (held)" in controls.footer()
+    assert "continue (paused)" in controls.footer()
     assert controls.press("q")
 
 

@@ -342,7 +342,7 @@ def test_a_file_that_is_no_text_or_more_than_python_reads_is_no_trace(
     file = tmp_path / "trace.json"
     file.write_bytes(content)
     assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
-    assert capsys.readouterr().err == f"mpmm: {file} is no trace: expected the JSON that `mpmm trace` writes\n"
+    assert capsys.readouterr().err == f"mpmm: {file} is not a trace: expected the JSON that `mpmm trace` writes\n"
 
 
 @pytest.mark.parametrize("pid", ["main", None, [1], 1.5, 7, DEVICE_PID + 64])
@@ -371,14 +371,14 @@ def test_events_of_another_programs_trace_are_refused(
     file = tmp_path / "trace.json"
     file.write_text(json.dumps([MEMORY, event]))
     assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
-    assert "this is no trace of mpmm: `mpmm trace` writes no event" in capsys.readouterr().err
+    assert "this is not a trace of mpmm: `mpmm trace` writes no event" in capsys.readouterr().err
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "trace.json"
     file.write_text("no trace")
     assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
-    assert "is no trace" in capsys.readouterr().err
+    assert "is not a trace" in capsys.readouterr().err
     file.write_text("[]")
     assert main(["plot", "--trace", str(file), "-o", "plot.png"]) == 2
     assert "nothing to draw" in capsys.readouterr().err

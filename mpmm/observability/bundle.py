@@ -1,15 +1,15 @@
-"""A support bundle: all that a person who is asked for help needs, in one file, and nothing secret.
+"""A support bundle: everything that someone who is asked for help needs, in one file, and nothing secret.
 
-    doctor.txt                  what `mpmm doctor` says
-    NAMESPACE/inspect.json      as `mpmm inspect --json` has it, the last events among it
+    doctor.txt                  the output of `mpmm doctor`
+    NAMESPACE/inspect.json      the output of `mpmm inspect --json`, which includes the last events
     NAMESPACE/inspect.txt       the same for people, with all rows
     NAMESPACE/events.txt        the last events, a line for each
     NAMESPACE/error.txt         instead of these, why the namespace cannot be read
 
 `doctor.txt` has the values of `doctor.VARIABLES`, the environment variables that choose settings of mpmm and of GPU
-drivers, because what goes wrong often follows from them; of the dashboard's token it says only that it is set. Tags,
-handles, pids, paths, and names of programs and GPUs are in the bundle, too. No other environment variables are, nor
-keys of connections, payloads or the output of model servers.
+drivers, because they often cause the problem; of the dashboard's token it says only that it is set. The bundle also
+contains tags, handles, pids, paths, and names of programs and GPUs. It contains no other environment variables, no keys
+of connections, no payloads and no output of model servers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Colours, on a terminal only and never where the user has set NO_COLOR (https://no-color.org).
+"""Colours, on a terminal only and never if the user has set NO_COLOR (https://no-color.org).
 
-A line is painted once it has been laid out, so what it is cut or padded to does not depend on it.
+Lines are painted after they have been laid out, so colours do not affect how they are cut or padded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def plain(style: str, text: str) -> str:
 
 
 def painter(stream: TextIO) -> Paint:
-    """Return what paints for a stream: in colours if it is a terminal that has them and the user wants them."""
+    """Return the paint function of a stream: with colours if it is a terminal that has them and the user wants them."""
     if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return plain
     return _in_colours

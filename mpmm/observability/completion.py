@@ -1,6 +1,6 @@
-"""`mpmm completion` and `mpmm man`: what shells and `man` want to know of the command line, made of its own parser.
+"""`mpmm completion` and `mpmm man`: scripts for shells and a manual page, made from the parser of the command line.
 
-So they cannot say anything else than it does. Names of namespaces and models are asked for when the user presses Tab.
+So they cannot contradict it. The scripts ask for the names of namespaces and models when the user presses Tab.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 
 __all__ = ["SHELLS", "completion", "man_page"]
 
-# What prints a word for each that there is.
+# Shell commands that print one word for each namespace, and for each tag.
 _NAMESPACES = "mpmm list 2>/dev/null | grep -v ' '"
 _TAGS = "mpmm ps --format '{tag}' 2>/dev/null"
 _ASKED_FOR = {"namespace": _NAMESPACES, "tag": _TAGS}
-# Arguments of options that are files, by their metavar.
+# The metavars of options whose values are files.
 _FILES = ("FILE", "FOLDER")
-# What bash runs when somebody presses Tab; it calls `_mpmm_words`, which the parser is turned into.
+# What bash runs when the user presses Tab; it calls `_mpmm_words`, which `_bash` makes from the parser.
 _COMPLETE = r"""
 # Sets `words` and `current` to what a command line means up to here, and `quote` to a quote that is open at its end.
-# Fails where the line has an expansion: with what would be added behind a `$` it might run a command.
+# Fails if the line has an expansion: with text added after a `$` it might run a command.
 _mpmm_split() {
     local line=$1 at=0 char word="" begun=""
     words=() quote=""
@@ -31,7 +31,7 @@ _mpmm_split() {
         elif [[ $char == [\$\`] ]]; then return 1
         elif [ "$char" = '\' ]; then
             at=$((at + 1))
-            # Between double quotes it stands for itself before other characters.
+            # Between double quotes, a backslash before any other character stands for itself.
             if [ "$quote" = '"' ] && [[ ${line:$at:1} != [\\\"\$\`] ]]; then word=$word'\'; fi
             word=$word${line:$at:1} begun=1
         elif [ -n "$quote" ]; then word=$word$char
@@ -45,26 +45,26 @@ _mpmm_split() {
     done
     current=$word
 }
-# Prints the rest of a word so that the shell reads it as it is where the word stands, with or without an open quote.
+# Prints the rest of a word so that the shell takes it literally, with or without an open quote.
 _mpmm_quoted() {
     local rest=$1
-    # zsh does it itself between quotes.
+    # Between quotes, zsh does it itself.
     if [ -n "$quote" ] && [ -n "${ZSH_VERSION-}" ]; then printf '%s' "$rest"; return; fi
     case $quote in
     "'") printf '%s' "$rest" | sed "s/'/'\\\\''/g" ;;
     '"') printf '%s' "$rest" | sed 's/[\\"$`]/\\&/g' ;;
     *) [ -z "$rest" ] || printf '%q' "$rest" ;;
     esac
-    # The shell closes the quote itself, unless the word seems to do that.
+    # The shell closes the quote itself, unless the word seems to do so already.
     if [ -n "$quote" ] && [[ $rest == *"$quote" ]]; then printf '%s' "$quote"; fi
 }
 _mpmm() {
-    # What is replaced is the second argument. bash has begun a new one after each `:` and `=`, so words are made of the
-    # line, and what is typed already is kept as it is.
+    # The shell replaces the second argument. bash begins a new one after each `:` and `=`, so split the line instead,
+    # and keep what has already been typed as it is.
     local words quote current typed=$2 previous command="" word
     COMPREPLY=()
     _mpmm_split "${COMP_LINE:0:$COMP_POINT}" || return
-    # zsh has the quote in the argument, and does not replace it.
+    # zsh includes the quote in the argument, and does not replace it.
     typed=${typed#"$quote"}
     previous=""
     for word in "${words[@]:1}"; do
@@ -117,25 +117,25 @@ def _metavar(action: argparse.Action) -> str:
 
 
 def _needs_value(action: argparse.Action) -> bool:
-    """Tell whether the word after an option is its value; where that may be left out, another option may follow."""
+    """Tell whether the word after an option must be its value; if the value is optional, an option may follow."""
     return action.nargs not in (0, "?")
 
 
 def _asked_for(option: argparse.Action) -> str:
-    """Return what of `_ASKED_FOR` the value of an option is, empty for anything else."""
+    """Return which key of `_ASKED_FOR` the value of an option is, empty if none."""
     dest = {"model": "tag", "named": "namespace"}.get(option.dest, option.dest)
     return dest if dest in _ASKED_FOR else ""
 
 
 def _dests(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield what of `_ASKED_FOR` the positional arguments of a subcommand are."""
+    """Yield the keys of `_ASKED_FOR` among the positional arguments of a subcommand."""
     yield from (action.dest for action in _positionals(parser) if action.dest in _ASKED_FOR)
 
 
 def _bash(parser: argparse.ArgumentParser) -> str:
-    """Return a function that works in zsh, too.
+    """Return the script, which works in zsh, too.
 
-    The words are compared by ourselves and quoted: `compgen -W` would expand them, and run what stands in a tag.
+    It compares and quotes the words itself: `compgen -W` would expand them, and run commands in a tag.
     """
     commands = _commands(parser)
     everywhere = " ".join(word for action in _options(parser) for word in action.option_strings)
@@ -150,7 +150,7 @@ def _bash(parser: argparse.ArgumentParser) -> str:
             if _needs_value(action):
                 kind = "files" if _metavar(action) in _FILES else _asked_for(action) or "other"
                 valued[kind].update(action.option_strings)
-    # An option that is a file in one command and a name in another is taken for the first.
+    # An option that takes a file or a name in one command, and anything else in another, counts as the former.
     valued["other"] -= valued["files"] | valued["namespace"] | valued["tag"]
     return f"""\
 _mpmm_words() {{
@@ -208,7 +208,7 @@ def _argument_help(action: argparse.Action) -> str:
     return (action.help or "").replace("%%", "%").replace("%(prog)s", "mpmm")
 
 
-#: What makes the script of each shell.
+#: The function that makes the script of each shell.
 SHELLS: dict[str, Callable[[argparse.ArgumentParser], str]] = {"bash": _bash, "fish": _fish, "zsh": _zsh}
 
 
@@ -248,7 +248,7 @@ def man_page(parser: argparse.ArgumentParser, version: str) -> str:
             "A problem was found, or the request was refused.",
         ),
         *(".TP", ".B 2", "There is no namespace to look at, or the command line is not valid."),
-        _troff("run ends with the exit status of its program, or with 125 to 127 if it could not be started."),
+        _troff("run exits with the status of its program, or with 125 to 127 if it could not be started."),
         ".SH ENVIRONMENT",
         *(".TP", ".B MPMM_RUNTIME_DIR", _troff("Folder of the runtime directories, /tmp/mpmm-<uid> by default.")),
         *(".TP", ".B NO_COLOR", "If set, turns off colours on a terminal."),
@@ -268,6 +268,6 @@ def _entry(action: argparse.Action) -> list[str]:
 
 
 def _troff(text: str) -> str:
-    """Return a text so that nothing of it is taken for a command."""
+    """Escape a text, so that troff takes no part of it for a command."""
     text = text.replace("\\", r"\e").replace("-", r"\-").replace("…", "...")
     return rf"\&{text}" if text.startswith((".", "'")) else text

@@ -19,7 +19,7 @@ __all__ = ["HELP", "SORTS", "Controls", "single_keys"]
 HELP = """\
 q, Ctrl-C  quit; the last picture stays on the terminal
 h, ?       show or hide this help
-space      hold or continue
+space      pause or continue
 s          sort copies and models by the next of:
            {sorts}
 r          reverse the order
@@ -30,7 +30,7 @@ bar        █ used  ▓ reserved for loads and leases
            ░ on its way back from unloads  · free  │ limit
 below it   memory in use over time, a column for each update"""
 
-# By copy and by model; `state` is the order in which `mpmm inspect` has them.
+# Sort keys of copies and of models; `state` is the order of `mpmm inspect`.
 _COPY_KEYS: dict[str, Callable[[InstanceInfo], Any]] = {
     "MB": lambda copy: -max(copy.mb, copy.reserved_mb),
     "age": lambda copy: -copy.for_s,
@@ -51,7 +51,7 @@ _ESCAPE = "\x1b"
 
 @dataclass
 class Controls:
-    """What the user has chosen so far. typing: keys are letters of the filter."""
+    """What the user has chosen so far. typing: keys are added to the filter."""
 
     sort: str = SORTS[0]
     backwards: bool = False
@@ -61,7 +61,7 @@ class Controls:
     helping: bool = False
 
     def press(self, key: str) -> bool:
-        """Take a key; return whether it ends the program. An unknown one does nothing."""
+        """Handle a key; return whether it ends the program. An unknown one does nothing."""
         if self.typing:
             self._type(key)
         elif key == "q":
@@ -91,9 +91,9 @@ class Controls:
             self.filter += key
 
     def arranged(self, section: Section[Any], tags: Mapping[str, str] | None = None) -> Section[Any]:
-        """Return a section with the rows that are wanted, in the order that is wanted.
+        """Return a section with the rows that the filter lets through, in the chosen order.
 
-        tags: whole tags, by what the rows have instead.
+        tags: whole tags, by what the rows show instead.
         """
         items = [item for item in section.items if self._wants(section, item, tags or {})]
         keys = _KEYS.get(section.title, {})
@@ -111,7 +111,7 @@ class Controls:
         texts = (shown, tags.get(shown, ""))
         if not wanted or any(wanted in text.casefold() for text in texts):
             return True
-        # A row has the pids of those that hold, keep or want what it is about.
+        # A row has the pids of the processes that hold, keep or wait for its item.
         pids = (cell for name, cell in zip(section.head, section.row(item), strict=False) if "pid" in name)
         return wanted.isdigit() and wanted in pids
 
@@ -121,14 +121,14 @@ class Controls:
             return f"filter: {self.filter}_   (Enter keeps it, Esc shows all rows)"
         parts = ["q quit", "h help", f"s sort: {self.sort}{', reversed' if self.backwards else ''}"]
         parts.append(f"/ filter: {self.filter}" if self.filter else "/ filter")
-        return "  ".join([*parts, "space: continue (held)" if self.paused else "space hold"])
+        return "  ".join([*parts, "space: continue (paused)" if self.paused else "space pause"])
 
 
 @contextlib.contextmanager
 def single_keys() -> Iterator[Callable[[float], str]]:
-    """Read single keys; yield what waits some seconds for any, and returns those that came, one character each.
+    """Read single keys; yield a function that waits some seconds for any and returns them, one character each.
 
-    A key that sends an escape sequence, as arrows do, is none. Without a terminal to read from no key ever comes.
+    Keys that send an escape sequence, such as arrows, are ignored. Without a terminal to read from there are no keys.
     """
     if not sys.stdin.isatty():
         yield _no_keys
@@ -144,7 +144,7 @@ def single_keys() -> Iterator[Callable[[float], str]]:
             return ""
         typed = os.read(descriptor, 1024)
         if not typed:
-            # The terminal is gone, and would be ready for ever.
+            # The terminal is gone; `select` would report it as ready for ever.
             raise KeyboardInterrupt
         keys = typed.decode("utf-8", "ignore")
         return "" if len(keys) > 1 and keys[0] == _ESCAPE else keys

@@ -1,7 +1,7 @@
 """`mpmm doctor`: what this host offers, which limits it sets, and which problems there are, in one text.
 
-It changes nothing but for a folder of its own that it makes and removes, to see whether locks work, and takes no lock
-of a namespace. It shows no environment variables but `VARIABLES`, and of the one that is secret only that it is set.
+It changes nothing, except that it creates and removes a folder of its own to see whether locks work, and takes no lock
+of a namespace. It shows no environment variables but `VARIABLES`, and of the secret one only that it is set.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mpmm.text.printable import printable
 __all__ = ["Check", "Group", "examine", "report"]
 
 REQUIRED = ("filelock", "numpy", "nvidia-ml-py", "psutil", "scipy")
-# What brings them is the extra behind the colon; None: no extra of ours does.
+# Each with the extra that installs it, None if no extra of ours does.
 OPTIONAL = {
     "apache-beam": "beam",
     "rich": "cli",
@@ -50,7 +50,7 @@ OPTIONAL = {
     "torch": None,
 }
 _TOKEN_VARIABLE = "MPMM_DASHBOARD_TOKEN"
-# What people set for mpmm and the drivers; the rest of the environment is not looked at.
+# What users set for mpmm and the drivers; the doctor does not look at the rest of the environment.
 VARIABLES = (
     *("MPMM_RUNTIME_DIR", "MPMM_MEMORY_SOURCE", "MPMM_ESTIMATES_PATH", "MPMM_ARENA_MB", "MPMM_PRELOAD", "MPMM_ZYGOTE"),
     *(CORE_VARIABLE, "MPMM_LOAD_AHEAD", _TOKEN_VARIABLE, "NO_COLOR"),
@@ -59,11 +59,11 @@ VARIABLES = (
 GPU_SOURCES = ("nvml", "nvidia-smi", "amdsmi")
 SAMPLE_TIMEOUT_S = 10.0
 MIB = 2**20
-# A container has 64 MB of shared memory unless it is told otherwise; payloads of one client may take 256 MB.
+# A container has 64 MB of shared memory by default; payloads of one client may take 256 MB.
 LITTLE_SHARED_MEMORY_MB = 300.0
 ENLARGE = "docker run --shm-size=1g, in Kubernetes an emptyDir with medium: Memory"
 FEW_OPEN_FILES = 256
-# Where `flock` may not work, or not between hosts.
+# File systems where `flock` may not work, or not between hosts.
 _REMOTE = ("nfs", "nfs4", "lustre", "cifs", "smb3", "9p", "fuse.sshfs")
 _MEASURED = {
     Measures.NOTHING: "measures nothing, and uses its own accounting",
@@ -90,9 +90,9 @@ class Group:
 
 
 def examine(root: Path | None = None) -> list[Group]:
-    """Return what there is to say about this host, and about the namespaces below `root`.
+    """Check this host and the namespaces below `root`; return the results.
 
-    Takes a second or two; a driver that hangs is given up after 20 s.
+    Takes a second or two; gives up on a driver that hangs after 20 s.
     """
     parts: dict[str, Callable[[], Iterator[Check]]] = {
         "versions": _versions,
@@ -107,7 +107,7 @@ def examine(root: Path | None = None) -> list[Group]:
 
 
 def report(groups: list[Group], width: int | None = None, paint: Paint = plain) -> str:
-    """Return the groups as text in so many characters."""
+    """Return the groups as text, in lines of at most `width` characters."""
     lines = []
     for group in groups:
         lines.append(paint("title", f"{group.title}:"))
@@ -122,7 +122,7 @@ def report(groups: list[Group], width: int | None = None, paint: Paint = plain) 
 
 
 def _completed(checks: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """Yield checks; one that fails itself is a problem to be told, and no end of the others."""
+    """Yield checks; if examining fails, that is a problem to report, and other groups are still examined."""
     try:
         yield from checks()
     except Exception as error:
@@ -142,9 +142,7 @@ def _core() -> Check:
 
 
 def _versions() -> Iterator[Check]:
-    yield Check(
-        "ok", f"mpmm {mpmm.__version__} in {Path(mpmm.__file__).parent}, layout {LAYOUT_VERSION} of its segments"
-    )
+    yield Check("ok", f"mpmm {mpmm.__version__} in {Path(mpmm.__file__).parent}, segment layout {LAYOUT_VERSION}")
     yield Check("ok", f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}")
     yield _core()
     if sys.platform != "linux":
@@ -215,9 +213,7 @@ def _source(source: MemorySource) -> Iterator[Check]:
     except TimeoutError as error:
         yield Check("PROBLEM", f"{source.name}: does not answer: {error}")
         return
-    yield Check(
-        "ok", f"{source.name}: {_MEASURED.get(what_it_measures(source), 'it is not known yet what it measures')}"
-    )
+    yield Check("ok", f"{source.name}: {_MEASURED.get(what_it_measures(source), 'what it measures is not known yet')}")
     figures = {sample.index: sample for sample in samples}
     for device in devices:
         sample = figures.get(device.index)
@@ -238,7 +234,7 @@ def _limits() -> Iterator[Check]:
 
     total_mb, allowed_mb = psutil.virtual_memory().total / MIB, host_memory_mb()
     if allowed_mb < total_mb - 1:
-        yield Check("note", f"memory: {allowed_mb:.0f} MB by the control group, of {total_mb:.0f} MB of the host")
+        yield Check("note", f"memory: the control group allows {allowed_mb:.0f} of the host's {total_mb:.0f} MB")
     else:
         yield Check("ok", f"memory: {total_mb:.0f} MB, and no control group limits it")
     yield from _shared_memory()
@@ -287,7 +283,7 @@ def _limit(value: int) -> str:
 
 
 def _pid_namespaces() -> int:
-    """Return in how many pid namespaces this process has a pid, 1 where the kernel does not tell."""
+    """Return in how many pid namespaces this process has a pid, 1 if the kernel does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("NSpid:"):
@@ -301,9 +297,9 @@ def _permissions(root: Path) -> Iterator[Check]:
         check_private_folder(root)
         yield Check("ok", f"runtime directory {root}: private to this user")
     except FileNotFoundError:
-        # Made at the first use, in the nearest folder that there is.
+        # The first use creates it, in the nearest folder that exists.
         folder = next(parent for parent in root.parents if parent.exists())
-        yield Check("ok", f"runtime directory {root}: not there yet; the first manager will create it")
+        yield Check("ok", f"runtime directory {root}: does not exist yet; the first manager will create it")
     except (OSError, MpmmError) as error:
         yield Check("PROBLEM", str(error))
         return
@@ -318,7 +314,7 @@ def _permissions(root: Path) -> Iterator[Check]:
 
 
 def _try_folder(folder: Path) -> None:
-    """Take a lock in a folder twice, of which the second must fail, and bind a socket. Raises OSError."""
+    """Take a lock in a folder twice (the second attempt must fail), and bind a socket. Raises OSError."""
     with open(folder / "lock", "wb") as first, open(folder / "lock", "wb") as second:
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -327,7 +323,7 @@ def _try_folder(folder: Path) -> None:
             pass
         else:
             raise OSError(0, "a lock is granted twice")
-    # By a short way, as the address has little room.
+    # By a short path, because the address has little room.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as bound:
@@ -337,7 +333,7 @@ def _try_folder(folder: Path) -> None:
 
 
 def _file_system(folder: Path) -> str:
-    """Return the type of the file system that a folder is on, `?` if it cannot be told."""
+    """Return the type of the file system that a folder is on, `?` if unknown."""
     import psutil
 
     path = os.path.realpath(folder)
@@ -352,7 +348,7 @@ def _file_system(folder: Path) -> str:
 def _variables() -> Iterator[Check]:
     for name in VARIABLES:
         if name in os.environ:
-            # Reports are passed on, and a token is a password.
+            # Users pass reports on, and a token is a password.
             yield Check("ok", f"{name} is set" if name == _TOKEN_VARIABLE else f"{name}={os.environ[name]}")
     if not any(name in os.environ for name in VARIABLES):
         yield Check("ok", "none")
@@ -369,7 +365,7 @@ def _namespaces(root: Path | None) -> Iterator[Check]:
             yield Check("PROBLEM", str(error))
             continue
         except FileNotFoundError:
-            # It has just ended, or is being made.
+            # It has just ended, or is being created.
             continue
         except (OSError, MpmmError) as error:
             yield Check("PROBLEM", f"{name}: {error}")

@@ -1,4 +1,4 @@
-"""`mpmm events`: what has happened and what happens, a line for each event, for people or as JSON."""
+"""`mpmm events`: past and new events, one line for each, for people or as JSON."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["Choice", "lines", "said", "show_events"]
 _TAG_WIDTH = 20
 _INDENT = "  "
 
-# What is said instead where another process than the one that has left writes the event.
+# The text if a process other than the one that has left writes the event.
 _SEEN_TO_HAVE_LEFT = "sees that pid {pid} has ended"
-# {mb}, {s} and {pid} are the event's value, {on} the devices where it is about some.
+# {mb}, {s} and {pid} are the event's value, {on} its devices, if it has any.
 _TEXTS = {
     "joined": "joined",
     "left": "left",
@@ -55,7 +55,7 @@ _TEXTS = {
     "unpinned": "unpinned",
     "out_of_memory": "out of memory; estimate until now {mb} MB",
     "waits": "has waited for {s}",
-    "unload_on_release": "will be unloaded once it is given back, {mb} MB come free then",
+    "unload_on_release": "will be unloaded when it is released, which frees {mb} MB",
     "settings": "settings changed",
     "suspend_began": "suspension begins, {mb} MB expected back",
     "suspend_ended": "suspended after {s}",
@@ -77,7 +77,7 @@ _TROUBLE = frozenset({"reaped", "load_failed", "refused", "lost", "written_off",
 class Choice:
     """Which events are shown, and how.
 
-    model: of this one only, as people name it, see `meant_tag`. last: so many of the past, None for all there are.
+    model: only those of this one, as a user names it, see `meant_tag`. last: how many past ones, None for all.
     """
 
     model: str | None = None
@@ -93,25 +93,25 @@ def show_events(
     say: Callable[[str], None] = print,
     width: Callable[[], int | None] = lambda: None,
 ) -> int:
-    """Print events until there are no more: until now, or with `follow` until the namespace ends, or an interrupt.
+    """Print the events so far, or with `follow` those until the namespace ends, or an interrupt; return 0.
 
-    With `follow` a namespace that is not there yet is waited for. width: tells how many characters a line may have by
-    then, None for any number, as in a pipe. Returns 0. Raises what `read_snapshot` raises, FileNotFoundError without
-    `follow` only; InvalidArgumentError where several models fit.
+    With `follow`, wait for a namespace that does not exist yet. width: returns how many characters a line may have at
+    the time, None for any number, as in a pipe. Raises what `read_snapshot` raises, FileNotFoundError only without
+    `follow`; InvalidArgumentError if several models match.
     """
     reader, paint = EventReader(namespace, root), painter(sys.stdout)
     with contextlib.ExitStack() as stack:
         looks = steps(reader, stack.enter_context(asked_to_end())) if choice.follow else [reader.step()]
         first, tag = True, None
         for step in looks:
-            # Once it is found it stays that one, whichever models come later.
+            # Once a tag is found it stays the one, whichever models are added later.
             tag = _tag_meant(choice.model, step) if tag is None else tag
             wanted = choice.model if tag is None else tag
             events = [event for event in step.events if wanted is None or event.tag == wanted]
             if first and choice.last is not None:
                 events = list(deque(events, choice.last))
             elif step.lost and not first:
-                # On a stream of its own, so that every line of the output is an event.
+                # On another stream, so that every line of the output is an event.
                 print(f"mpmm: {step.lost} events were overwritten before they could be read", file=sys.stderr)
             names, columns = names_of(step.snapshot), width()
             for event in events:
@@ -121,14 +121,14 @@ def show_events(
                     continue
                 for text in lines(step, for_people, columns):
                     say(paint("urgent", text) if event.kind in _TROUBLE else text)
-            # A pipe is to have it now.
+            # The reader of a pipe should get it now.
             sys.stdout.flush()
             first = False
     return 0
 
 
 def _tag_meant(model: str | None, step: Step) -> str | None:
-    """Return the tag of the model that is asked for, None as long as there is none."""
+    """Return the tag of the model that the user named, None until there is one."""
     if model is None:
         return None
     names = {event.tag: "" for event in step.events if event.tag is not None}
@@ -139,8 +139,8 @@ def _tag_meant(model: str | None, step: Step) -> str | None:
 def lines(step: Step, event: EventInfo, width: int | None = None) -> list[str]:
     """Return an event for people: local time, pid, model, what happened, and why.
 
-    That is one line, or with a width as many as it takes: further ones begin below the model, and so does what happened
-    where the model's name is longer than its column.
+    That is one line, or with a width as many as it takes: further lines begin below the model, and if the model's name
+    is longer than its column, so does what happened.
     """
     at = step.snapshot.taken_wall_s - event.age_s
     clock = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03d}"
@@ -157,7 +157,7 @@ def lines(step: Step, event: EventInfo, width: int | None = None) -> list[str]:
 
 
 def said(event: EventInfo) -> str:
-    """Return what an event says happened, without the model and the reason."""
+    """Return what happened, without the model and the reason."""
     on = f" on device{'s' if len(event.devices) > 1 else ''} {' and '.join(map(str, event.devices))}"
     template = _TEXTS.get(event.kind, f"{event.kind.replace('_', ' ')} {{value}}")
     if event.kind == "left" and event.value != event.pid:
@@ -172,7 +172,7 @@ def _seconds(value: float | None) -> str:
 
 def _json(step: Step, event: EventInfo, reason: str) -> str:
     found = as_json(event)
-    # An age would say something else with every look.
+    # The age would differ with every look.
     del found["age_s"]
     at = step.snapshot.taken_wall_s - event.age_s
     return json.dumps({"namespace": step.snapshot.namespace, "wall_s": at, **found, "why": reason})

@@ -1,8 +1,7 @@
-"""Following a namespace: its events one after another, none twice, and those that were overwritten unseen counted.
+"""Follow a namespace: read its events one after another, none twice, and count those that were overwritten unread.
 
-No process writes slower for being followed: the ring is read like everything else, from a copy, without the lock. So
-the reader has to look again before the ring has been overwritten once; the pauses shorten by themselves where much
-happens.
+Following slows no process down: the reader copies the ring, like everything else, without the lock. So it
+must look again before the ring has been overwritten once; the pauses become shorter when much happens.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ __all__ = ["EventReader", "Step", "asked_to_end", "steps"]
 
 LONGEST_PAUSE_S = 0.25
 SHORTEST_PAUSE_S = 0.02
-# Between two looks for a namespace that is not there yet.
+# Between two looks for a namespace that does not exist yet.
 WAITING_PAUSE_S = 0.1
-# So many events at a time are a good number: a quarter of the smallest ring that is reasonable for a busy host.
+# With more events than this at a time, pauses shorten: a quarter of the smallest reasonable ring for a busy host.
 WANTED_AT_A_TIME = 2000
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is new. lost: events that were overwritten before this look. fresh: nothing was seen before, or all that
-    was seen belongs to an earlier namespace of this name."""
+    """What is new. lost: events that were overwritten before this look. fresh: this is the first look, or all earlier
+    ones were at an earlier namespace of this name."""
 
     snapshot: Snapshot
     events: tuple[EventInfo, ...]
@@ -38,7 +37,7 @@ class Step:
 
 
 class EventReader:
-    """Reads the events of a namespace, of whichever segment has its name at present. Not thread-safe."""
+    """Reads the events of a namespace, from whichever segment has its name at the time. Not thread-safe."""
 
     def __init__(self, namespace: str, root: Path | None = None) -> None:
         self.namespace = namespace
@@ -66,10 +65,10 @@ class EventReader:
 
 
 def steps(reader: EventReader, ending: Callable[[], bool]) -> Iterator[Step]:
-    """Yield looks at a namespace until it is gone or `ending()`; if there is none yet, wait for it."""
+    """Yield looks at a namespace until it is gone or `ending()`; if it does not exist yet, wait for it."""
     seen = False
     while True:
-        # Asked first, so that what happened until the request is in the trace.
+        # Ask first, so that the last look has everything that happened before the request.
         asked = ending()
         try:
             yield reader.step()
@@ -86,7 +85,7 @@ def steps(reader: EventReader, ending: Callable[[], bool]) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def asked_to_end() -> Iterator[Callable[[], bool]]:
-    """Take SIGINT and SIGTERM for a request to end in good order; yield what tells whether one has come."""
+    """Take SIGINT and SIGTERM as a request to end in good order; yield a function that tells whether one has come."""
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Findings: sentences about problems of a namespace, and notes about what merely happened, told apart."""
+"""Findings: sentences about problems that a namespace has now, and notes about what has happened in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpmm.shared_state.snapshot import Snapshot, TicketInfo
 
 __all__ = ["Finding", "attention_texts", "findings", "longest_wait_s", "oldest_waiter"]
 
-# A leader polls every `poll_interval`, and others do in its place after 0.6 s more; then comes the poll itself.
+# The leader polls every `poll_interval`; 0.6 s later another process does it instead, and the poll takes time, too.
 STALE_AFTER_S = 2.0
 # A wait of this length is worth a look; so is a load, or a hold that others wait for.
 LONG_WAIT_S = 30.0
@@ -35,8 +35,8 @@ class Finding:
 def findings(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> list[Finding]:
     """Return the findings about a namespace, the urgent ones first.
 
-    decided: when waiters were told why they wait, see `formatting.decided_at`; None takes what the snapshot's events
-    tell. Of a namespace whose processes are all dead there is one thing to say, and what happened before.
+    decided: when waiters were told why they wait, see `formatting.decided_at`; None takes the times from the snapshot's
+    events. If all processes of the namespace are dead, return that, and what happened before.
     """
     ended = _ended(snapshot)
     if ended and snapshot.members:
@@ -59,7 +59,7 @@ def attention_texts(snapshot: Snapshot) -> list[str]:
 
 
 def _ended(snapshot: Snapshot) -> str:
-    """Return that a namespace has no living process, if that is so; else an empty text."""
+    """Return a sentence if a namespace has no living process, otherwise an empty text."""
     if any(member.alive is not False for member in snapshot.members):
         return ""
     return (
@@ -175,7 +175,7 @@ def _holds(snapshot: Snapshot) -> Iterator[Finding]:
         yield Finding(
             True,
             f"pid {pid} has held {longest.tag} for {age(longest.for_s)} while {len(queue)} "
-            + ("waits" if len(queue) == 1 else "wait")
+            + ("request waits" if len(queue) == 1 else "requests wait")
             + ("" if len(held) == 1 else f"; {len(held)} copies are held for more than {LONG_HOLD_S:.0f} s"),
         )
 
@@ -211,7 +211,7 @@ def _suspensions(snapshot: Snapshot) -> Iterator[Finding]:
     pids = {member.slot: member.pid for member in snapshot.members}
     for copy in snapshot.copies:
         if copy.state == "suspending" and copy.device in snapshot.steady_devices:
-            # It waits until something has started undisturbed, and has its time from then on.
+            # It waits for a steady load or lease on its device; its time limit begins after that.
             continue
         if copy.state in ("suspending", "resuming") and copy.for_s > limit_s(copy.device_mb):
             pid = "?" if copy.holder is None else pids.get(copy.holder, "?")

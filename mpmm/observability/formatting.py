@@ -1,4 +1,4 @@
-"""Words and figures that several views have in common."""
+"""Texts and figures that several views share."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ __all__ = [
     "with_names",
 ]
 
-#: Parts of a bar: used, reserved, on its way back, free, and where the limit is.
+#: Signs of a bar: used, reserved, returning and free memory, and the limit.
 BAR_SIGNS = "█▓░·│"
 PLAIN_SIGNS = "#+-.|"
 Row = TypeVar("Row", bound=Any)
 
 
 def names_of(snapshot: Snapshot) -> dict[str, str]:
-    """Return what people are shown instead of tags, where models have names."""
+    """Return what people see instead of tags, for models with names."""
     return shown_tags({model.tag: model.name for model in snapshot.models})
 
 
 def named(row: Row, names: Mapping[str, str]) -> Row:
-    """Return a row of a snapshot with names for tags; the same object where there are none."""
+    """Return a row of a snapshot with names instead of tags; the same object if it has none."""
     found = {field: names.get(getattr(row, field, None) or "") for field in ("tag", "other")}
     changed: dict[str, Any] = {field: name for field, name in found.items() if name is not None}
     return replace(row, **changed) if changed else row
 
 
 def with_names(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot whose rows have names for tags; the same object where no model has one."""
+    """Return a snapshot whose rows have names instead of tags; the same object if no model has a name."""
     names = names_of(snapshot)
     if not names:
         return snapshot
@@ -69,9 +69,9 @@ def with_names(snapshot: Snapshot) -> Snapshot:
 
 
 def for_people(row: Row) -> Row:
-    """Return a snapshot, or a row of one, as a terminal can show it: names for tags, and nothing that does not print.
+    """Return a snapshot, or a row of one, fit for a terminal: printable, a snapshot with names instead of tags.
 
-    The same object where nothing changes.
+    The same object if nothing changes.
     """
     if isinstance(row, Snapshot):
         row = cast(Row, with_names(row))
@@ -108,16 +108,16 @@ def age(seconds: float | None) -> str:
 
 
 def decided_at(events: Iterable[EventInfo], taken_s: float) -> dict[int, float]:
-    """Return when waiters were told why they wait, by ticket, as far as events tell; taken_s: when those were read."""
+    """Return by ticket when waiters were told why they wait, as far as events say; taken_s: when these were read."""
     waits = (event for event in events if event.kind == "waits" and event.ticket is not None)
     return {cast(int, event.ticket): taken_s - event.age_s for event in waits}
 
 
 def times_left(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> Callable[[TicketInfo], float]:
-    """Return what tells how much is left of the time in a waiter's reason by now; `inf`, unknown, once it has passed.
+    """Return a function that says how much of a waiter's reason's time is left; `inf`, unknown, once it has passed.
 
-    decided: see `decided_at`; None takes what the snapshot's events tell. A waiter of which these tell nothing may have
-    been told from the first.
+    decided: see `decided_at`; None takes the times from the snapshot's events. A waiter without one counts as told when
+    it began to wait.
     """
     models = {model.row: model for model in snapshot.models}
     told = decided_at(snapshot.events, snapshot.taken_s) if decided is None else decided
@@ -133,7 +133,7 @@ def times_left(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -
 
 
 def whys(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> Callable[[TicketInfo], str]:
-    """Return what tells in a sentence why a waiter waits by now; `decided` as for `times_left`."""
+    """Return a function that says in a sentence why a waiter waits now; `decided` as for `times_left`."""
     need_of, left_s_of = needs(snapshot), times_left(snapshot, decided)
     leases = {model.row for model in snapshot.models if model.kind == "lease"}
     devices = [device.row for device in snapshot.devices]
@@ -155,16 +155,16 @@ def whys(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> Call
 
 
 def _back_off_left_s(ticket: TicketInfo, model: ModelInfo | None) -> float | None:
-    """Return what is left of the back-off that a ticket waits for, None if it waits for something else."""
+    """Return how much is left of the back-off that a ticket waits for, None if it waits for something else."""
     if ticket.reason != Reason.BACKING_OFF or model is None or model.failed_ago_s is None:
         return None
     return max(0.0, back_off_s(model.failures) - model.failed_ago_s)
 
 
 def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: float | None = None) -> str:
-    """Return the sentence for a decision, empty where the policy has decided nothing.
+    """Return the sentence for a decision, empty if the policy has decided nothing.
 
-    need_mb: what is needed, if the row does not say it, see `needs`. seconds: its time as it is by now (`times_left`).
+    need_mb: what to show instead of the row's, see `needs`. seconds: the time that is left now, see `times_left`.
     """
     if row.reason is None:
         return ""
@@ -175,14 +175,14 @@ def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: floa
 
 
 def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
-    """Return what tells how many MB a ticket needs; an unknown model no more than a whole device, as it is tried."""
+    """Return a function that says how many MB a ticket needs; an unknown model is tried on a whole device at most."""
     unknown = {model.row for model in snapshot.models if model.estimate_mb is None and model.expect_mb is None}
     largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
     return lambda ticket: min(ticket.need_mb, largest) if ticket.model in unknown else ticket.need_mb
 
 
 def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
-    """Return what tells in how many seconds a waiter is expected to have its copy, `nan` for a lease."""
+    """Return a function that says in how many seconds a waiter is expected to get its copy, `nan` for a lease."""
     copies: dict[int, list[InstanceInfo]] = {}
     for copy in snapshot.instances:
         copies.setdefault(copy.model, []).append(copy)
@@ -195,7 +195,7 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
         back_off_left_s = _back_off_left_s(ticket, models.get(ticket.model))
         return ticket.seconds if back_off_left_s is None else back_off_left_s
 
-    # By ticket: how many wait for its model before it, and in how many seconds those before it have room.
+    # By ticket: how many requests ahead of it wait for its model, and in how many seconds all ahead of it have room.
     before: dict[int, tuple[int, float]] = {}
     ahead, room_ahead_s = Counter[int](), -math.inf
     for one in queue:
@@ -206,7 +206,7 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     def expected_s(ticket: TicketInfo) -> float:
         if ticket.model not in views:
             return math.nan
-        # One that waits no more stands behind all.
+        # A ticket that no longer waits counts as behind all others.
         in_front, room_s = before.get(ticket.number, (ahead[ticket.model], room_ahead_s))
         waited_s = ticket.waited_s
         others = (seconds_of(ticket), seen, waited_s, waited_s if room_s == -math.inf else room_s)
@@ -216,7 +216,7 @@ def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
 
 
 def _view(model: ModelInfo, copies: list[InstanceInfo]) -> ModelView:
-    """Return a model as the policy sees it, as far as times are concerned."""
+    """Return a model as the policy sees it, with what is needed to compute times."""
     staying = [copy for copy in copies if not copy.unload_on_release]
     held = [copy for copy in staying if copy.state in ("active", "idle")]
     whole = [copy for copy in held if copy.seat_of is None]
@@ -240,11 +240,11 @@ def _view(model: ModelInfo, copies: list[InstanceInfo]) -> ModelView:
 
 
 def copies_counter(snapshot: Snapshot) -> Callable[[ModelInfo, str], int]:
-    """Return what tells how many copies of a model are in a state, one that several use counting once."""
+    """Return a function that says how many copies of a model are in a state; one with several users counts once."""
     found = Counter((copy.model, copy.state) for copy in snapshot.copies)
 
     def count(model: ModelInfo, state: str) -> int:
-        # In these two alone there are seats; the other counters of a model have states together.
+        # Only these two have seats; for the others the model's own counters, which may combine states, are right.
         if state == "loaded":
             return model.copies
         return found[model.row, state] if state in ("active", "idle") else int(getattr(model, state))
@@ -253,28 +253,28 @@ def copies_counter(snapshot: Snapshot) -> Callable[[ModelInfo, str], int]:
 
 
 def shared_by(copy: InstanceInfo) -> list[str]:
-    """Return how many use a copy of those that may at a time, as text; nothing for one that only one may use."""
+    """Return how many of its possible users a copy has, as text; nothing if it may have only one."""
     return [f"{copy.held} of {copy.seats + 1} users"] if copy.seats else []
 
 
 def pids(snapshot: Snapshot) -> Callable[[int | None], str]:
-    """Return what tells the pid of the member in a slot, as text."""
+    """Return a function that returns the pid of the member in a slot, as text."""
     known = {member.slot: str(member.pid) for member in snapshot.members}
     return lambda slot: "-" if slot is None else known.get(slot, "?")
 
 
 def waiters(snapshot: Snapshot) -> list[TicketInfo]:
-    """Return the waiting tickets, the first one first."""
+    """Return the waiting tickets, the head of the queue first."""
     return [ticket for ticket in snapshot.tickets if ticket.state == "waiting"]
 
 
 def devices_of(copy: InstanceInfo) -> tuple[int, ...]:
-    """Return the rows of the devices on which a copy lies, or on which a lease is."""
+    """Return the rows of the devices that a copy or a lease is on."""
     return tuple(copy.shares_mb)
 
 
 def places(copy: InstanceInfo) -> str:
-    """Return where a copy lies, as text."""
+    """Return the devices of a copy, as text."""
     return ", ".join(map(str, devices_of(copy)))
 
 
@@ -290,7 +290,7 @@ def bar(device: DeviceInfo, width: int, signs: str = BAR_SIGNS) -> str:
                 if cell < width:
                     cells[cell] = sign
             begin = end
-        # What is on its way back is still part of what is used.
+        # Returning memory is still part of what is used.
         back = round(max(0.0, device.returning_mb) / device.total_mb * width)
         last = min(width, round((device.used_mb or 0.0) / device.total_mb * width))
         for cell in range(max(0, last - back), last):

@@ -1,9 +1,9 @@
-"""Histograms of waits, holds and loads, made of events.
+"""Histograms of waits, holds and loads, made from events.
 
-The exporter of metrics counts them, from the ring, for as long as it follows it. They could stand in the segment, and
-be the same for every exporter; but then each release would pay for them (a bucket, a sum and a count are three words of
-the undo log, 0.8 µs of a release's 10), or the leader of each namespace would read the whole ring four times a second,
-whether they are exported or not. So the exporter pays, and a counter says how many events it has missed.
+The exporter of metrics counts them from the ring, as long as it follows it. They could be in the segment, the same for
+every exporter; but then each release would pay for them (a bucket, a sum and a count are three words of the undo log,
+0.8 µs of a release's 10), or the leader of each namespace would read the whole ring four times a second, whether or not
+they are exported. So the exporter pays, and a counter says how many events it has missed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from mpmm.observability.event_reader import Step
 
 __all__ = ["BOUNDS_S", "Histogram", "Histograms"]
 
-#: Upper bounds in seconds; one more bucket has what is longer.
+#: Upper bounds in seconds; one more bucket has all that is longer.
 BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 @dataclass
 class Histogram:
-    """How many durations lie in which bucket, each counted once, and their sum in seconds."""
+    """How many durations are in each bucket, each counted once, and their sum in seconds."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
     sum_s: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Count one duration."""
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
 
@@ -36,7 +36,7 @@ class Histogram:
 class Histograms:
     """Histograms by tag.
 
-    waits: of requests that had to queue, to the end of the wait, whatever ended it. lost: unseen events.
+    waits: of requests that had to queue, until the wait ended, for whatever reason. lost: how many events were missed.
     """
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class Histograms:
         self.lost += step.lost
         taken_s = step.snapshot.taken_s
         if step.lost or step.fresh:
-            # Whose end has gone unseen would be kept for ever.
+            # Otherwise waits whose end was missed would be kept for ever.
             self._queued = {ticket.number: taken_s - ticket.waited_s for ticket in step.snapshot.tickets}
         for event in step.events:
             if event.tag is None:
-                # Its row is gone, as a lease's is once it has ended.
+                # The row of its model is gone, as a lease's is once it has ended.
                 continue
             if event.kind == "queued" and event.ticket is not None:
                 self._queued[event.ticket] = taken_s - event.age_s

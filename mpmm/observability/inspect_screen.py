@@ -56,7 +56,7 @@ __all__ = [
     "waiting",
 ]
 
-#: So many newest events of each kind are all that a screen needs.
+#: How many of the newest events of each kind a screen needs.
 EVENTS_OF_EACH = 16
 BAR_WIDTH = 30
 NARROWEST_BAR = 10
@@ -70,10 +70,10 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Section(Generic[Item]):
-    """A table with a title, of which only the rows that are shown are put into words.
+    """A table with a title; only rows that are shown are formatted.
 
-    items: what there is, what matters most first. row: makes a row of one. shown: so many matter most.
-    least: the columns that matter least, and are left out first. prose: the last column is a sentence.
+    items: all there are, the most important first. row: formats one. shown: how many are shown by default. least: the
+    least important columns, which are left out first. prose: the last column is a sentence.
     """
 
     title: str
@@ -85,12 +85,12 @@ class Section(Generic[Item]):
     prose: bool = False
 
     def rows(self, everything: bool = False) -> list[Row]:
-        """Return the rows that are shown, which are all if everything is wanted or only one would be left out."""
+        """Return the rows to show: all of them with `everything`, or if only one would be left out."""
         items = self.items if everything or len(self.items) <= self.shown + 1 else self.items[: self.shown]
         return [self.row(item) for item in items]
 
     def lines(self, everything: bool, width: int | None, paint: Paint = plain) -> list[str]:
-        """Return the table as text, without what matters less unless everything is wanted."""
+        """Return the lines of the table, without `everything` only the most important rows."""
         if not self.items:
             return [f"{self.title}: none"]
         rows = self.rows(everything)
@@ -103,8 +103,8 @@ class Section(Generic[Item]):
 def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = None, paint: Paint = plain) -> str:
     """Return a snapshot as text for people.
 
-    everything: all rows, not only those that matter most. width: columns that do not fit into so many characters are
-    left out, and sentences go on in further lines, or below their rows. paint: gives parts of it a style.
+    everything: all rows, not only the most important ones. width: in characters; columns that do not fit are left out,
+    and sentences are wrapped, or placed below their rows. paint: gives parts of the text a style.
     """
     snapshot = for_people(snapshot)
     first, *others = (line for long in headline(snapshot) for line in wrapped(long, width))
@@ -118,7 +118,7 @@ def render(snapshot: Snapshot, *, everything: bool = False, width: int | None = 
 
 
 def headline(snapshot: Snapshot) -> list[str]:
-    """Return the lines that stand above everything."""
+    """Return the lines at the top of the screen."""
     leader = next((member for member in snapshot.members if member.slot == snapshot.leader), None)
     kinds = Counter(member.kind for member in snapshot.members)
     lines = [
@@ -158,17 +158,17 @@ def _counted(number: int, what: str) -> str:
 
 
 def _source(snapshot: Snapshot) -> str:
-    return (snapshot.source or "(none yet)") + (" (knows processes)" if snapshot.measures_processes else "")
+    return (snapshot.source or "(none yet)") + (" (measures processes)" if snapshot.measures_processes else "")
 
 
 def _lock_state(snapshot: Snapshot) -> str:
     if snapshot.lock.held is None:
-        return "not looked at"
+        return "not checked"
     return f"held by pid {snapshot.lock.last_holder_pid}" if snapshot.lock.held else "free"
 
 
 def overview(snapshots: Sequence[Snapshot], width: int | None = None, paint: Paint = plain) -> str:
-    """Return one line for each of several namespaces, in so many characters."""
+    """Return one line for each of several namespaces, in at most `width` characters."""
     rows = []
     for snapshot in map(for_people, snapshots):
         used = sum(device.used_mb or 0.0 for device in snapshot.devices)
@@ -193,7 +193,7 @@ def overview(snapshots: Sequence[Snapshot], width: int | None = None, paint: Pai
 
 
 def sections(snapshot: Snapshot, width: int | None = None) -> list[Section[Any]]:
-    """Return everything there is in tables for lines of so many characters, what matters most first."""
+    """Return all tables, for lines of `width` characters, the most important first."""
     return [
         devices(snapshot, BAR_WIDTH if width is None else min(BAR_WIDTH, max(NARROWEST_BAR, width // 5))),
         waiting(snapshot),
@@ -207,7 +207,7 @@ def sections(snapshot: Snapshot, width: int | None = None) -> list[Section[Any]]
 
 
 def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
-    """Return the devices, with bars of so many characters."""
+    """Return the devices, with bars of `bar_width` characters."""
     signs = BAR_SIGNS if _can_show(BAR_SIGNS) else PLAIN_SIGNS
 
     def row(device: DeviceInfo) -> Row:
@@ -224,7 +224,7 @@ def devices(snapshot: Snapshot, bar_width: int) -> Section[DeviceInfo]:
         *("device", "", "used MB", "external", "reserved", "returning"),
         *("limit", "total", "highest", "sampled", "name"),
     )
-    # Last of all those by which the bar is to be read.
+    # The columns that explain the bar are left out last.
     least = ("highest", "total", "sampled", "name", "external", "returning", "reserved")
     return Section("devices", head, snapshot.devices, row, 16, least)
 
@@ -242,7 +242,7 @@ def _can_show(signs: str) -> bool:
 
 
 def waiting(snapshot: Snapshot) -> Section[TicketInfo]:
-    """Return the waiting requests in the order in which they are served; those with an answer hold or load a copy."""
+    """Return the waiting requests in the order of the queue; those with an answer are not among them."""
 
     need_of, expected_s_of, why_of = needs(snapshot), expected_waits(snapshot), whys(snapshot)
 
@@ -270,7 +270,7 @@ def _reason(reason: int) -> str:
 
 
 def copies(snapshot: Snapshot) -> Section[InstanceInfo]:
-    """Return the copies of models: those that change state, then those in use, the longest first."""
+    """Return the copies of models: those that change state, then those in use, then idle ones; the longest first."""
     pid_of = pids(snapshot)
     names = {member.slot: member.name for member in snapshot.members}
     order = {state: place for place, state in enumerate(_STATES)}
@@ -327,7 +327,7 @@ def leases(snapshot: Snapshot) -> list[Section[InstanceInfo]]:
 
 
 def _size(model: ModelInfo) -> str:
-    """Return what a model takes: the estimate, else what is known besides, or what its users say (`~`)."""
+    """Return what a model takes: the estimate, else a known lower bound (`>`), or what its users expect (`~`)."""
     if model.estimate_mb is None and model.at_least_mb >= (model.expect_mb or 1e-9):
         return f"> {mb(model.at_least_mb)}"
     if model.estimate_mb is None and model.expect_mb is not None:
@@ -336,14 +336,14 @@ def _size(model: ModelInfo) -> str:
 
 
 def _kept(model: ModelInfo) -> str:
-    """Return how long idle copies are kept where the users of the model have said it."""
+    """Return how long idle copies are kept, if the users of the model have said so."""
     if model.keep_alive_s is None:
         return "-"
     return "for ever" if math.isinf(model.keep_alive_s) else age(model.keep_alive_s)
 
 
 def models(snapshot: Snapshot) -> Section[ModelInfo]:
-    """Return the models, those that requests wait for first."""
+    """Return the models, first those that requests wait for."""
     count = copies_counter(snapshot)
 
     def row(model: ModelInfo) -> Row:
@@ -386,7 +386,7 @@ def _eviction(event: EventInfo) -> Row:
 
 
 def evictions(snapshot: Snapshot) -> Section[EventInfo]:
-    """Return what was told to go last, the latest first."""
+    """Return the last unloads and suspensions, the latest first."""
     gone = [event for event in snapshot.events if event.kind in ("unload_began", "suspend_began")]
     return Section(
         "last evictions", _DECISION_HEAD, gone[: -EVENTS_OF_EACH - 1 : -1], _decision, 5, ("ticket", "event"), True

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 2
 def snapshot_json(snapshot: Snapshot) -> str:
     """Return every field of a snapshot, with the sentences that people are shown, as one line of JSON."""
     found = as_json(snapshot)
-    # Fields have tags, and sentences are for people.
+    # Fields have tags; sentences are for people, and have names.
     named = with_names(snapshot)
     why_of, left_s_of, expected_s_of = whys(named), times_left(named), expected_waits(named)
     for ticket, shown in zip(named.tickets, found["tickets"], strict=True):

@@ -18,22 +18,21 @@ from mpmm.text.printable import printable
 
 __all__ = ["JSON_FORMAT", "ListedInstance", "as_table", "copies_of", "formatted"]
 
-#: What `--format` takes instead of a format string, to print JSON lines.
+#: The value of `--format` that prints JSON lines.
 JSON_FORMAT = "json"
-# Shells pass these on as they are typed.
+# Shells pass these on unchanged.
 _ESCAPES = {"\\t": "\t", "\\n": "\n"}
 
 
 @dataclass(frozen=True)
 class ListedInstance:
-    """What `--format` and JSON have of one copy or lease; None where it is unknown or there is none.
+    """The fields of one copy or lease for `--format` and JSON; None if unknown or if there is none.
 
-    name: what people call the model, empty for nothing but the tag.
-    copy: its row, which `mpmm inspect` shows, too. kind: `model` or `lease`. state: `loading`, `active`,
-    `idle` and so on, or `lost` where the process that holds or keeps it is dead. mb: memory that it takes. devices:
-    rows. pid, holder: the process that holds it, None while it is idle. kept_by: pid of the process that has the
-    memory. held: how many use it, of `users` that may at a time. seconds: for how long it has been in this state.
-    handle: None for an object of the process `kept_by`.
+    name: what people call the model, empty if it only has a tag. copy: its row, as in `mpmm inspect`. kind: `model` or
+    `lease`. state: `loading`, `active`, `idle` and so on, or `lost` if the process that holds or keeps it is dead. mb:
+    memory that it takes. devices: rows. pid, holder: the process that holds it, None while it is idle. kept_by: pid of
+    the process that has the memory. held: how many use it, of the `users` that may do so at a time. seconds: how long
+    it has been in this state. handle: None for an object of the process `kept_by`.
     """
 
     namespace: str
@@ -56,7 +55,7 @@ class ListedInstance:
 
 
 def copies_of(snapshot: Snapshot) -> list[ListedInstance]:
-    """Return the copies and leases of a namespace, those of one model together."""
+    """Return the copies and leases of a namespace, sorted by tag."""
     members = {member.slot: member for member in snapshot.members}
     names = {model.tag: model.name for model in snapshot.models}
 
@@ -112,7 +111,7 @@ def as_table(copies: Sequence[ListedInstance], width: int | None) -> list[str]:
 
 
 def formatted(copy: ListedInstance, template: str) -> str:
-    """Return a copy as a format string has it, or as JSON. Raises InvalidArgumentError for a string that cannot be."""
+    """Return a copy, formatted by a format string or as JSON. Raises InvalidArgumentError for an invalid string."""
     values = {field.name: getattr(copy, field.name) for field in fields(copy)}
     if template == JSON_FORMAT:
         return json.dumps(values)
@@ -123,20 +122,20 @@ def formatted(copy: ListedInstance, template: str) -> str:
     except (KeyError, ValueError, IndexError, TypeError) as error:
         problem = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
         raise InvalidArgumentError(
-            f"--format {template!r}: {problem}; expected {JSON_FORMAT!r}, or a format string of Python with fields of "
-            f"{', '.join(values)}, as '{{tag}} {{mb:.0f}}'"
+            f"--format {template!r}: {problem}; expected {JSON_FORMAT!r}, or a Python format string with some of the "
+            f"fields {', '.join(values)}, as in '{{tag}} {{mb:.0f}}'"
         ) from None
 
 
 class _Formatter(string.Formatter):
-    """Knows fields by their plain names: no attributes and no items of them."""
+    """Accepts plain names of fields, but no attributes or items of them."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         return kwargs[field_name], field_name
 
 
 class _Nothing:
-    """Stands for a figure that is not known, in whatever way it was to be formatted."""
+    """Stands for an unknown figure, whatever its format."""
 
     def __format__(self, spec: str) -> str:
         return "-"

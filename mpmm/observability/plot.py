@@ -1,4 +1,4 @@
-"""Memory against the limit over time, with loads, evictions and leases marked, from the events of a trace.
+"""Draw memory against the limit over time, with loads, evictions and leases marked, from the events of a trace.
 
 Needs matplotlib, the extra `plot`.
 """
@@ -24,7 +24,7 @@ from mpmm.text.printable import printable
 __all__ = ["SUFFIXES", "DeviceHistory", "draw", "histories", "read_trace"]
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Of a longer tag the picture has both ends.
+# The picture has only both ends of a longer tag.
 MOST_LETTERS = 60
 _COLOURS = ("#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#999933", "#44aa99", "#882255", "#bbbbbb")
 _LEASED = "#555555"
@@ -33,10 +33,10 @@ _MEMORY, _LIMIT, _BOOKS = "memory MB", "limit MB", "models MB"
 
 @dataclass
 class DeviceHistory:
-    """What a trace says of one device; times in µs.
+    """What a trace says about one device; times in µs.
 
-    loaded: spans of copies, as (begin, end, tag, evicted). leased: those of leases, as (begin, end, name, MB), of which
-    each device of a lease has the same share.
+    loaded: spans of copies, as (begin, end, tag, evicted). leased: spans of leases, as (begin, end, name, MB), where
+    MB is the share of this device; all devices of a lease have the same.
     """
 
     name: str = ""
@@ -46,7 +46,7 @@ class DeviceHistory:
     leased: list[tuple[float, float, str, float]] = field(default_factory=list)
 
     def leased_mb(self) -> list[tuple[float, float]]:
-        """Return how much is leased from when on, from before the first lease to the end of the last."""
+        """Return the changes of how much is leased, as (time, MB from then on), until the last lease has ended."""
         changes = sorted(
             [(begin, mb) for begin, _, _, mb in self.leased] + [(end, -mb) for _, end, _, mb in self.leased]
         )
@@ -55,21 +55,21 @@ class DeviceHistory:
 
 
 def read_trace(path: Path) -> list[TraceEvent]:
-    """Return the events of a trace, also of one whose end has not been written yet.
+    """Return the events of a trace, even if its end has not been written yet.
 
-    Raises InvalidArgumentError when it is none, OSError.
+    Raises InvalidArgumentError if the file is not a trace, OSError.
     """
     try:
         text = path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:
-        # An archive, say, or a picture.
+        # For example an archive, or a picture.
         raise _no_trace(path) from None
     for end in ("", "]", "}]"):
-        # Written line by line: at most the last one is cut off.
+        # A trace is written line by line, so at most the last line is cut off.
         for body in (text.rstrip(","), text.rpartition(",\n")[0]):
             try:
                 found = json.loads(body + end)
-            # Brackets without end, or a number of thousands of digits, are JSON, but more than Python reads.
+            # Brackets nested without end, or a number of thousands of digits, are JSON that Python cannot read.
             except (ValueError, RecursionError):
                 continue
             events = found.get("traceEvents") if isinstance(found, dict) else found
@@ -79,13 +79,13 @@ def read_trace(path: Path) -> list[TraceEvent]:
 
 
 def _no_trace(path: Path) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{path} is no trace: expected the JSON that `mpmm trace` writes")
+    return InvalidArgumentError(f"{path} is not a trace: expected the JSON that `mpmm trace` writes")
 
 
 def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
-    """Return what a trace says of its devices, by the devices' rows.
+    """Return what a trace says about its devices, by the devices' rows.
 
-    Raises InvalidArgumentError for one of another program that has processes of the numbers of our devices.
+    Raises InvalidArgumentError for a trace of another program that has processes with the numbers of our devices.
     """
     found: dict[int, DeviceHistory] = defaultdict(DeviceHistory)
     accounted: dict[int, list[tuple[float, float]]] = defaultdict(list)
@@ -98,10 +98,10 @@ def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
             _add(found[pid - DEVICE_PID], accounted[pid - DEVICE_PID], event)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise InvalidArgumentError(
-                f"this is no trace of mpmm: `mpmm trace` writes no event {in_brief(event)}"
+                f"this is not a trace of mpmm: `mpmm trace` writes no event {in_brief(event)}"
             ) from None
     for device, history in found.items():
-        # One point says how much there is now, not how it came to that: the accounts do.
+        # A single point only says how much is in use now; the accounts say how it came to that.
         history.used = sorted(history.used if len(history.used) > 1 else accounted[device] + history.used)
         history.loaded.sort()
         history.leased.sort()
@@ -109,7 +109,7 @@ def histories(events: Iterable[TraceEvent]) -> dict[int, DeviceHistory]:
 
 
 def _add(history: DeviceHistory, accounted: list[tuple[float, float]], event: TraceEvent) -> None:
-    """Add what an event says of its device. Raises an error of Python where it is not of the form that we write."""
+    """Add what an event says about its device. Raises a built-in error if it does not have the form that we write."""
     kind, name = event["ph"], event.get("name")
     if kind == "M" and name == "process_name":
         history.name = str(event["args"]["name"])
@@ -130,14 +130,14 @@ def _add(history: DeviceHistory, accounted: list[tuple[float, float]], event: Tr
 
 
 def _finite(value: float) -> float:
-    """Return a number of a trace. Raises ValueError for one that has no place in a picture, TypeError for no number."""
+    """Return a number of a trace. Raises ValueError if it is infinite or nan, TypeError if it is not a number."""
     if not math.isfinite(value):
         raise ValueError(value)
     return float(value)
 
 
 def _shown(tag: str) -> str:
-    """Return a tag as there is room for it, and fonts have letters."""
+    """Return a tag, shortened to the room that there is, and with printable characters only."""
     tag = printable(tag)
     return tag if len(tag) <= MOST_LETTERS else f"{tag[: MOST_LETTERS // 2 - 1]}…{tag[-MOST_LETTERS // 2 :]}"
 
@@ -167,12 +167,12 @@ def draw(events: Iterable[TraceEvent], path: Path) -> None:
     )
     first: Any = None
     for place, history in enumerate(devices.values()):
-        # One time for all, so that what stands below each other happened at the same moment.
+        # All have the same time axis, so that what is drawn below each other happened at the same moment.
         axes = figure.add_subplot(len(devices), 1, place + 1, sharex=first)
         first = first or axes
         _draw_device(axes, history, start, colours)
     with warnings.catch_warnings():
-        # A box stands for a letter that the font lacks, which a line of our code on stderr would not explain.
+        # A letter that the font lacks becomes a box; a warning with a line of our code would not explain that.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         figure.savefig(path, dpi=100)
 
@@ -181,7 +181,7 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
     def seconds(ts: float) -> float:
         return (ts - start) / 1e6
 
-    # Here and below: a tag with two `$` is no formula.
+    # Here and below: a tag with two `$` is not a formula.
     axes.set_title(_shown(history.name), loc="left", fontsize=10, parse_math=False)
     leased = history.leased_mb()
     top = max([mb for _, mb in (*history.used, *history.limit, *leased)], default=1.0) or 1.0
@@ -190,7 +190,7 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
         axes.fill_between(times, figures, step="post", color="#4477aa", alpha=0.25, label="memory in use")
         axes.step(times, figures, where="post", color="#4477aa")
     if leased:
-        # Beside what is in use and not on top of it: what the program of a lease has taken is among that already.
+        # Not stacked on the memory in use, which already includes what the program of a lease has taken.
         times, figures = [seconds(ts) for ts, _ in leased], [mb for _, mb in leased]
         axes.fill_between(times, figures, step="post", facecolor="none", edgecolor=_LEASED, hatch="//", linewidth=0.8)
         axes.fill_between([], [], facecolor="none", edgecolor=_LEASED, hatch="//", label="leased")
@@ -198,7 +198,7 @@ def _draw_device(axes: Any, history: DeviceHistory, start: float, colours: dict[
         axes.axhline(history.limit[-1][1], color="#cc3311", linestyle="--", label="limit")
     leases = {name: f"{name} (lease, {mb:.0f} MB)" for _, _, name, mb in history.leased}
     lanes = sorted({tag for _, _, tag, _ in history.loaded}) + sorted(leases.values())
-    # The copies lie below the curve, a row for each model, as a share of the axis.
+    # The copies are drawn below the curve, in one row for each model; its height is a share of the axis.
     height = 0.05 * top
     for begin, end, tag, evicted in history.loaded:
         y = -height * (1.4 + 1.4 * lanes.index(tag))

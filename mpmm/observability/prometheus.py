@@ -1,4 +1,4 @@
-"""What there is to export of a namespace, as families of metrics in Prometheus's sense; bytes and seconds."""
+"""What a namespace exports, as families of metrics in Prometheus's sense; in bytes and seconds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class _Families:
     def add(
         self, name: str, kind: str, description: str, value: float | None, labels: Mapping[str, str], suffix: str = ""
     ) -> None:
-        """Add one sample; a value of None is none."""
+        """Add one sample; a value of None adds only the family."""
         family = self.found.setdefault(name, Family(f"mpmm_{name}", kind, description))
         if value is not None:
             family.samples.append((suffix, tuple(labels.items()), float(value)))

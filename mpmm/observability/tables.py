@@ -1,9 +1,9 @@
-"""Tables of text in a given width: columns that do not fit are left out whole, prose is wrapped, nothing is cut first.
+"""Tables of text in a given width: columns that do not fit are left out whole, prose is wrapped, cutting comes last.
 
-Every table says which of its columns matter least, in the order in which they may go. Where not everything fits beside
-the prose, that is put below its row instead; and columns in which nothing stands go before all others. A name that has
-to be cut all the same loses its middle, because the end of a path says more than its beginning; and no two names of a
-column are cut so that they read the same.
+Every table says which of its columns matter least, in the order in which they are left out; empty columns are left out
+before all others. If not everything fits beside the prose, the prose is placed below its row. A name that must be cut
+nevertheless loses its middle, because the end of a path says more than its beginning, and no two names of a column are
+cut to the same text.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Collection, Iterable, Sequence
 __all__ = ["blocks", "cut", "shortened", "shortened_apart", "table", "wrapped"]
 
 LONGEST_CELL = 40
-# A name that is cut keeps so many characters, whatever else has to be cut then.
+# A name that is cut keeps at least this many characters, even if other text must be cut for it.
 SHORTEST_NAME = 12
-# And so many before columns are left out where prose stands below its row.
+# With prose below the rows, names are cut to this many before columns are left out.
 NARROW_NAME = 16
-# Prose is given so many characters before a column beside it is spared.
+# Columns beside prose are left out until it has this many characters.
 PROSE_WIDTH = 36
 # The share of a cut name that is its beginning.
 HEAD_SHARE = 0.25
 ROUNDS = 4
 GAP = 2
-# Prose below its row begins and goes on so far to the right.
+# The indents of prose below its row, in its first line and in the others.
 _BELOW, _BELOW_GOES_ON = " " * 4, " " * 6
 # Cells that say nothing.
 _NOTHING = frozenset({"", "-", "?", "0"})
@@ -42,12 +42,11 @@ def table(
     wrap: bool = True,
     below: bool = False,
 ) -> list[str]:
-    """Return rows below their heads, in columns; numbers to the right.
+    """Return rows below their heads, in columns; numbers are right-aligned.
 
-    width: in so many characters; None for as many as it takes. least: heads of columns that are left out where the
-    width is too little, the first one first. prose: the last column is, and goes on in further lines, or with `wrap`
-    off ends in an ellipsis. below: where not all columns fit beside it, it stands below its row, or with `wrap` off is
-    left out.
+    width: in characters; None for as many as it takes. least: heads of the columns to leave out if the width is too
+    small, in that order. prose: the last column is prose, which is wrapped, or without `wrap` ends in an ellipsis.
+    below: if not all columns fit beside the prose, place it below its row, or without `wrap` leave it out.
     """
     first, *others = blocks(head, rows, width, least=least, prose=prose, wrap=wrap, below=below)
     return [*first, *(line for block in others for line in block)]
@@ -75,7 +74,7 @@ def blocks(
             return [first, *others]
         return [first, *(block + _below(told, row[-1], width) for block, row in zip(others, rows, strict=True))]
     widths = _widths(head, rows)
-    # Prose counts with what it needs to be read.
+    # Prose counts with the width that it needs to be readable.
     last = min(widths[-1], PROSE_WIDTH) if prose else widths[-1]
     if _total([*widths[:-1], last], columns) > width:
         widths = [*(min(size, LONGEST_CELL) for size in widths[:-1]), widths[-1]]
@@ -86,7 +85,7 @@ def blocks(
         columns = [column for column in columns if head[column] != name]
     excess = _total(wanted, columns) - width
     if excess > 0:
-        # The longest names are all that is left to be shortened.
+        # Only the longest names are left to be shortened.
         texts = [column for column in columns[: -1 if prose else None] if not _is_numeric(rows, column)]
         longest = max(texts, key=lambda column: widths[column], default=None)
         if longest is not None:
@@ -95,12 +94,12 @@ def blocks(
 
 
 def _says_nothing(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> bool:
-    """Tell whether nothing stands in a column, as where no request has a priority."""
+    """Tell whether a column is empty, for example because no request has a priority."""
     return all(row[at] in _NOTHING for at in (head.index(name),) for row in rows) if name in head else True
 
 
 def _fits(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> bool:
-    """Tell whether all columns fit beside prose that can be read."""
+    """Tell whether all columns fit beside prose of a readable width."""
     widths = _widths(head, rows)
     return _total([*widths[:-1], min(widths[-1], PROSE_WIDTH)], range(len(head))) <= width
 
@@ -108,7 +107,7 @@ def _fits(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> boo
 def _with_short_names(
     head: Sequence[str], rows: Sequence[Sequence[str]], width: int, least: Sequence[str]
 ) -> list[list[str]]:
-    """Return rows without their prose, and with the longest names shortened rather than columns left out."""
+    """Return rows without their prose; the longest names are shortened, so that fewer columns are left out."""
     empty = [name for name in least if _says_nothing(head, rows, name)]
     columns = [column for column in range(len(head) - 1) if head[column] not in empty]
     widths = _widths(head, rows)
@@ -120,7 +119,7 @@ def _with_short_names(
 
 
 def _below(head: str, prose: str, width: int) -> list[str]:
-    """Return prose as lines that stand below a row."""
+    """Return prose as the lines below a row."""
     if not prose:
         return []
     return textwrap.wrap(
@@ -133,7 +132,7 @@ def _below(head: str, prose: str, width: int) -> list[str]:
 
 
 def wrapped(line: str, width: int | None, indent: str = "  ") -> list[str]:
-    """Return a line, gone on in further, indented ones where it is longer than `width`."""
+    """Return a line, continued in indented ones if it is longer than `width`."""
     if width is None or len(line) <= width:
         return [line]
     return textwrap.wrap(line, max(width, len(indent) + 1), subsequent_indent=indent, break_on_hyphens=False)
@@ -154,12 +153,12 @@ def shortened(text: str, width: int) -> str:
 
 
 def shortened_apart(texts: Iterable[str], width: int) -> dict[str, str]:
-    """Return texts of at most `width` characters, by what they are short for, no two of them the same.
+    """Return short forms of texts, by the whole texts, in at most `width` characters, no two of them the same.
 
-    Those that have the same beginning and end show where they begin to differ, and if that is not enough, a number.
+    Texts with the same beginning and end show where they begin to differ and, if that is not enough, a number.
     """
     found = {text: shortened(text, width) for text in texts}
-    # Each round divides the groups further; more than a few are for texts that have been made to look alike.
+    # Each round divides the groups further; only texts that were made to look alike would need more than a few.
     for _ in range(ROUNDS):
         for alike in _alike(found):
             first = next((place for place, signs in enumerate(zip(*alike, strict=False)) if len({*signs}) > 1), width)
@@ -178,7 +177,7 @@ def _alike(found: dict[str, str]) -> list[list[str]]:
 
 
 def _around(text: str, place: int, width: int) -> str:
-    """Return the beginning of a text and what it has around a place."""
+    """Return the beginning of a text and the part around a place."""
     head = int(width * HEAD_SHARE)
     room = max(1, width - head - 2)
     begin = max(head, place - room // 3)

@@ -1,4 +1,4 @@
-"""Log records for somebody who sits at a terminal: wrapped between words, and in a colour that sets them apart."""
+"""Log records for a user at a terminal: wrapped between words, and in a colour that sets them apart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INDENT = "  "
 
 
 def terminal_handler(stream: TextIO) -> logging.Handler | None:
-    """Return what writes log records to a stream if that is a terminal, else None."""
+    """Return a handler that writes log records to a stream if that is a terminal, else None."""
     if not stream.isatty():
         return None
     handler = logging.StreamHandler(stream)
@@ -26,7 +26,7 @@ def terminal_handler(stream: TextIO) -> logging.Handler | None:
 
 
 class _Formatter(logging.Formatter):
-    """Lays a record out for the width that the terminal has by then."""
+    """Lays a record out for the width that the terminal has at the time."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()

@@ -36,9 +36,9 @@ from mpmm.text.printable import printable
 __all__ = ["History", "Looks", "print_once", "run", "screen"]
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
-# So many columns are the widest terminal that is drawn to its edge.
+# In columns: history fills a terminal up to this width.
 HISTORY_LENGTH = 500
-# What a section takes besides its rows: its title and its head.
+# The lines of a section besides its rows: its title and its head.
 HEAD_LINES = 2
 BAR_SHARE = 0.3
 NARROWEST_BAR = 10
@@ -46,7 +46,7 @@ _CHOICE = EventChoice(newest_of_each=EVENTS_OF_EACH)
 
 
 class History:
-    """Memory of each device over time: the last samples that the segment knows, then one figure for each look."""
+    """Memory of each device over time: the last samples in the segment, then one figure for each look."""
 
     def __init__(self) -> None:
         self._figures: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY_LENGTH))
@@ -72,10 +72,10 @@ class History:
 
 
 class Looks:
-    """Looks at a namespace again and again, from before its begin to after its end.
+    """Looks at a namespace again and again, even before it exists and after it has ended.
 
-    namespace: None for the first one that there is. snapshot: the last picture, None before the first. notice: why it
-    is not one of now, empty if it is.
+    namespace: None for the first one that exists. snapshot: the last picture, None before the first. notice: why the
+    picture is not current, empty if it is.
     """
 
     def __init__(self, namespace: str | None, root: Path | None) -> None:
@@ -88,7 +88,7 @@ class Looks:
     def look(self) -> None:
         """Look once, and note the figures.
 
-        Raises what `read_snapshot` raises as long as there is no picture, but no FileNotFoundError.
+        Until there is a picture, raises what `read_snapshot` raises, except FileNotFoundError.
         """
         try:
             if self._namespace is None:
@@ -115,9 +115,9 @@ class Looks:
 
 
 def run(namespace: str | None, root: Path | None, interval_s: float, controls: Controls) -> int:
-    """Show a namespace, or the first one that there is, until `q` or an interrupt; return 0.
+    """Show a namespace, or the first one that exists, until `q` or an interrupt; return 0.
 
-    A namespace that is not there yet is waited for. The last picture stays on the terminal. Raises what `read_snapshot`
+    Waits for a namespace that does not exist yet. The last picture stays on the terminal. Raises what `read_snapshot`
     raises at the first look.
     """
     console, looks = Console(), Looks(namespace, root)
@@ -127,10 +127,10 @@ def run(namespace: str | None, root: Path | None, interval_s: float, controls: C
         due_s = time.monotonic() + interval_s
         ended = False
         while not ended:
-            # The size is asked for each time, as it may change.
+            # Ask for the size each time, because it may change.
             live.update(_picture(looks, controls, console.width, console.height), refresh=True)
             keys = keys_pressed(max(0.0, due_s - time.monotonic()))
-            # One after another, and no further than to the end.
+            # One key after another, up to one that ends the program.
             ended = any(controls.press(key) for key in keys)
             if time.monotonic() >= due_s:
                 due_s = time.monotonic() + interval_s
@@ -164,7 +164,7 @@ def _picture(looks: Looks, controls: Controls, width: int, height: int) -> Rende
 def screen(
     snapshot: Snapshot, history: History, width: int, height: int, controls: Controls | None = None
 ) -> RenderableType:
-    """Return what fills a terminal of so many columns and lines; the tables share what the rest leaves."""
+    """Return the picture for a terminal of `width` columns and `height` lines; tables share what the rest leaves."""
     controls = controls or Controls()
     tags = {printable(shown): tag for tag, shown in names_of(snapshot).items()}
     snapshot = for_people(snapshot)
@@ -187,7 +187,7 @@ def screen(
     left = height - len(head) - len(device_lines) - 2
     shown: list[RenderableType] = []
     for place, section in enumerate(controls.arranged(one, tags) for one in tables):
-        # What one table leaves of its share the next ones have. Why others wait is what people look for first.
+        # What one table leaves of its share, the next ones get. The first has half: users first look why requests wait.
         share = left // (2 if not place else len(tables) - place)
         room = max(1, share - HEAD_LINES)
         if min(room, max(1, len(section.items))) + HEAD_LINES <= left:
@@ -206,7 +206,7 @@ def _devices(snapshot: Snapshot, history: History, width: int) -> list[Text]:
         if device.returning_mb:
             figures += f", {mb(device.returning_mb)} returning"
         begin = f"{device.row} {device.name[:16]:16} "
-        # The figures by which the bar is to be read come before its length.
+        # The figures that explain the bar take precedence over its length.
         size = max(NARROWEST_BAR, min(int(width * BAR_SHARE), width - len(begin) - len(figures)))
         full = (device.used_mb or 0.0) + device.reserved_mb > device.limit_mb
         line = Text(begin, no_wrap=True, overflow="crop")
@@ -217,9 +217,9 @@ def _devices(snapshot: Snapshot, history: History, width: int) -> list[Text]:
 
 
 def _table(section: Section[Any], room: int, width: int) -> list[Text]:
-    """Return a table of at most `room` lines and its head, with as many rows as that takes.
+    """Return a table of at most `room` lines and its head, with as many rows as fit.
 
-    The sentence of the first row is whole, where `room` is enough for that; those of others as far as they fit.
+    The sentence of the first row is whole if `room` is enough for that; those of others as far as they fit.
     """
     if not section.items:
         return [Text.assemble((f"{section.title}: ", "bold"), ("none", "dim"))]
@@ -237,9 +237,9 @@ def _table(section: Section[Any], room: int, width: int) -> list[Text]:
 
 
 def _fitting(sizes: list[int], room: int) -> tuple[int, int]:
-    """Return how many rows fit into `room` lines, and how many of them with all of their lines, `sizes`, not with one.
+    """Return how many rows fit into `room` lines, and how many of those with all of their lines, `sizes`, not with one.
 
-    One of them at least, where that is possible at all: it is the one that is worth most.
+    The first row, the most important one, has all of its lines if that is possible at all.
     """
     if sizes[0] > room:
         return min(len(sizes), room), 0

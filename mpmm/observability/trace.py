@@ -1,13 +1,13 @@
 """Events as spans for a trace viewer: Chrome's JSON format, which https://ui.perfetto.dev opens.
 
-Each attached process is a process of the trace, with as many lanes as it does things at a time: waits, loads, holds,
-unloads and leases are spans there. Each device is one, too: what is loaded on it from when to when, and its memory as
-a counter. One more stands for the namespace: which process leads, and which model runs alone to be measured. Arrows
-lead from a wait to what followed, from a release to the grant that follows from it, and from an unload to the load that
-it made room for.
+Each attached process is a process of the trace, with as many lanes as it does things at the same time: its waits,
+loads, holds, unloads and leases are spans. Each device is a process, too: its spans show what is loaded on it when, and
+a counter shows its memory. One more process stands for the namespace: its spans show which process leads, and which
+model runs alone to be measured. Arrows lead from a wait to what followed, from a release to the grant that it allowed,
+and from an unload to the load that it made room for.
 
-A span is written when it ends, so that its lane is known; those that have not ended are written by `finish`. Times are
-`time.monotonic()` in microseconds. `trace_tracks` writes what is decided here.
+A span is written when it ends, because only then is its lane known; `finish` writes those that have not ended. Times
+are `time.monotonic()` in microseconds. `trace_tracks` writes what is decided here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpmm.shared_state.snapshot import FORGOTTEN, EventInfo, Snapshot
 
 __all__ = ["Tracer"]
 
-# Events that end nothing and begin nothing, and what is shown of them.
+# Events that neither begin nor end a span, and their labels.
 _MARKS = {
     "reaped": "reclaimed from the dead",
     "estimated": "estimate",
@@ -37,10 +37,10 @@ _MARKS = {
     "pinned": "pinned",
     "unpinned": "unpinned",
     "out_of_memory": "out of memory",
-    "unload_on_release": "to be unloaded when given back",
+    "unload_on_release": "to be unloaded when released",
     "settings": "settings changed",
 }
-# What a copy was when the first event that is known of it is of such a kind; idle before any other.
+# The state of a copy before the first event that is known of it, by that event's kind; idle before any other.
 _STATE_BEFORE = {
     "load_ended": "loading",
     "load_failed": "loading",
@@ -54,14 +54,14 @@ _STATE_BEFORE = {
     "resume_given_up": "resuming",
     "lease_ended": "leased",
 }
-# Unloads that make room for nobody.
+# Reasons of unloads that make room for no request.
 _NOT_EVICTED = (Reason.ASKED, Reason.EXPIRED, Reason.RESET)
-# So many unloads for a model may have arrows to its next load.
+# At most this many unloads for a model have arrows to its next load.
 _ARROWS_KEPT = 8
 
 
 class Tracer:
-    """Turns steps of a `EventReader` into events of a trace."""
+    """Turns steps of an `EventReader` into events of a trace."""
 
     def __init__(self) -> None:
         self.lost = 0
@@ -69,12 +69,12 @@ class Tracer:
         self._waits: dict[int, Span] = {}
         self._uses: dict[int, Span] = {}
         self._lying: dict[int, Span] = {}
-        # As what lies on the devices, but no model: what leases reserve there, by row.
+        # Like `_lying`, but for leases: what they reserve on the devices, by row.
         self._leases: dict[int, Span] = {}
         self._leading: Span | None = None
-        # By copy: on devices of their own several may run alone.
+        # By copy: several may run alone, each on another device.
         self._alone: dict[int | None, Span] = {}
-        # The end of a hold, by copy, and of unloads, by the model that they make room for.
+        # Where arrows begin: at the end of a hold, by copy, and of unloads, by the model that they make room for.
         self._released: dict[int, Arrow] = {}
         self._made_room: dict[str, list[Arrow]] = defaultdict(list)
         self._estimates: dict[str, float] = {}
@@ -115,7 +115,7 @@ class Tracer:
         snapshot = step.snapshot
         begin = min([snapshot.taken_s, *(snapshot.taken_s - event.age_s for event in step.events[:1])]) * 1e6
         if step.fresh or step.lost:
-            # What was open may have ended unseen.
+            # Open spans may have ended unseen.
             self._close_all(begin)
             self.lost += step.lost
         self._tracks.name_all(snapshot)
@@ -143,7 +143,7 @@ class Tracer:
         return self._tracks.take()
 
     def _count_lying(self, devices: Iterable[int], ts: float) -> None:
-        """Write how much the models on some devices take by the accounts."""
+        """Write how much memory the models on some devices take, by the accounts."""
         for device in devices:
             mb = sum(span.args.get("MB") or 0.0 for span in self._lying.values() if device in span.devices)
             self._tracks.counter(DEVICE_PID + device, ts, "models MB", {"loaded": round(mb, 1)})
@@ -151,7 +151,7 @@ class Tracer:
     # ---- before the first event ----------------------------------------------------------------------------
 
     def _find_what_was_there(self, snapshot: Snapshot, events: Sequence[EventInfo], begin: float) -> None:
-        """Open the spans of what had begun before the events at hand."""
+        """Open the spans of what had begun before the given events."""
         first: dict[int, EventInfo] = {}
         queued: set[int] = set()
         for event in events:
@@ -178,7 +178,7 @@ class Tracer:
                 lies = copy is None or copy.seat_of is None
                 self._open_copy(row, earliest.tag or "?", state, pid, devices, begin, lies)
                 if state == "leased":
-                    # Its size is known no more: the event of its end says only how long it was.
+                    # Its size is no longer known: the event of its end says only how long it was held.
                     self._lease(row, earliest.tag or "?", 0.0, devices, begin)
         for ticket in snapshot.tickets:
             if ticket.state == "waiting" and ticket.number not in queued:
@@ -215,7 +215,7 @@ class Tracer:
         for span in spans:
             span.args["unfinished"] = True
             self._tracks.span(span, ts)
-        # No counter falls: what is at the end of the trace goes on after it.
+        # No counter falls: what is loaded at the end of the trace stays loaded after it.
         for span in (*self._lying.values(), *self._leases.values()):
             span.args["unfinished"] = True
             self._write_lying(span, ts)
@@ -241,7 +241,7 @@ class Tracer:
             span.args["why"] = why(event)
 
     def _wait_ended(self, event: EventInfo, ts: float) -> tuple[int | None, list[Arrow]]:
-        """Write the wait of an event's ticket; return whose it was, and the begin of an arrow from it."""
+        """Write the wait of an event's ticket; return the pid that waited, and the beginning of an arrow from it."""
         span = None if event.ticket is None else self._waits.pop(event.ticket, None)
         if span is None:
             return None, []
@@ -320,7 +320,7 @@ class Tracer:
         span = None if event.instance is None else self._uses.pop(event.instance, None)
         if span is not None:
             pid, lane = self._tracks.span(span, ts, event.pid)
-            # An arrow from one forgotten model may lead to another's load.
+            # All forgotten models have one tag, so an arrow might lead to the load of another one.
             if span.args.get("for") not in (None, FORGOTTEN):
                 arrows = self._made_room[span.args["for"]]
                 arrows[:] = [*arrows[-_ARROWS_KEPT + 1 :], ("made room", pid, lane, ts)]
@@ -334,7 +334,7 @@ class Tracer:
             self._lease(event.instance, event.tag or "?", event.value or 0.0, event.devices, ts)
 
     def _lease(self, row: int, name: str, mb: float, devices: tuple[int, ...], ts: float) -> None:
-        # Of each of its devices it has the same share.
+        # A lease has the same share of each of its devices.
         share_mb = mb / max(1, len(devices))
         self._leases[row] = Span(name, "leased", ts, args={"MB": round(share_mb, 1)}, devices=devices)
 

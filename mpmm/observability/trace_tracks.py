@@ -1,6 +1,6 @@
 """The tracks of a trace: processes with lanes, spans on them, arrows between spans, moments and counters.
 
-`trace` decides what is a span; this writes it, in Chrome's JSON format.
+`trace` decides what the spans are; this module writes them, in Chrome's JSON format.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mpmm.shared_state.snapshot import Snapshot
 
 __all__ = ["DEVICE_PID", "NAMESPACE_PID", "Arrow", "Span", "TraceEvent", "Tracks"]
 
-# Tracks that are no processes get numbers that no process can have.
+# Tracks that are not processes get numbers that no process can have.
 NAMESPACE_PID = 1 << 23
 DEVICE_PID = NAMESPACE_PID + 1
 TraceEvent = dict[str, Any]
@@ -23,7 +23,7 @@ Arrow = tuple[str, int, int, float]
 
 @dataclass
 class Span:
-    """A span that has begun: ts in µs. arrows: where those begin that end here, as (name, pid, lane, ts)."""
+    """A span that has begun: ts in µs. arrows: the beginnings of those that end here, as (name, pid, lane, ts)."""
 
     name: str
     kind: str
@@ -40,10 +40,10 @@ class Tracks:
     def __init__(self) -> None:
         self._out: list[TraceEvent] = []
         self._named: dict[int, str] = {}
-        # By process: until when each of its lanes is taken.
+        # By process: until when each of its lanes is occupied.
         self._lanes: dict[int, list[float]] = defaultdict(list)
         self._arrows = 0
-        # By device: when the last sample that was written was taken.
+        # By device: the time of the last sample that was written.
         self._sampled: dict[int, float] = {}
 
     def take(self) -> list[TraceEvent]:
@@ -67,7 +67,7 @@ class Tracks:
             self._out.append({"ph": "M", "name": kind, "pid": pid, "tid": 0, "ts": 0, "args": args})
 
     def _lane(self, pid: int, begin: float, end: float) -> int:
-        """Return the lane of a process for a span: of those that are free then, the one that was busy last."""
+        """Return the lane of a process for a span: of those that are free, the one that was busy last."""
         lanes = self._lanes[pid]
         free = [lane for lane, until in enumerate(lanes) if until <= begin]
         lane = max(free, key=lambda lane: lanes[lane], default=len(lanes))
@@ -107,7 +107,7 @@ class Tracks:
         return pid, lane
 
     def mark(self, pid: int, ts: float, name: str, args: dict[str, Any]) -> None:
-        """Write a moment on a process's track, or on that of the namespace for all to see."""
+        """Write an event without duration: on a process's track, or for the namespace across all tracks."""
         scope = "g" if pid == NAMESPACE_PID else "p"
         if pid not in self._named:
             self._name_track(pid, f"process {pid}", 99)

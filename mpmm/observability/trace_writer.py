@@ -1,4 +1,4 @@
-"""Writing the trace of a namespace: of what its ring of events holds, or on and on while a job runs."""
+"""Write the trace of a namespace: what its ring of events holds, or continuously while a job runs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def recent_trace(namespace: str, root: Path | None = None) -> list[TraceEvent]:
 def record(namespace: str, root: Path | None, output: Path | None, *, follow: bool) -> int:
     """Write the trace of a namespace to a file, or the standard output; say on stderr what was written and missed.
 
-    follow: from what the ring holds now until the namespace is gone, or SIGINT or SIGTERM comes; if there is none yet,
-    wait for it. Return 0.
+    follow: from what the ring holds now until the namespace is gone, or SIGINT or SIGTERM arrives; if the namespace
+    does not exist yet, wait for it. Returns 0.
 
     Raises what `read_snapshot` raises, without `follow`; OSError when the file cannot be written.
     """
     reader, tracer = EventReader(namespace, root), Tracer()
     last: Snapshot | None = None
     with asked_to_end() as ending, contextlib.ExitStack() as stack:
-        # Before the file is begun: without a namespace nothing is to be written, and no earlier trace to be lost.
+        # Read before opening the file: without a namespace, an earlier trace in it must not be lost.
         first = None if follow else reader.step()
         stream = sys.stdout if output is None else stack.enter_context(open(output, "w", encoding="utf-8"))
         trace = TraceFile(stream)
@@ -53,7 +53,7 @@ def record(namespace: str, root: Path | None, output: Path | None, *, follow: bo
 
 
 class TraceFile:
-    """A trace that can be read at any time while it is written: the format lets the closing bracket be missing."""
+    """A trace that can be read at any time while it is written: in this format the closing bracket may be missing."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -61,13 +61,13 @@ class TraceFile:
         stream.write("[")
 
     def write(self, events: Iterable[TraceEvent]) -> None:
-        """Append events, and let readers see them."""
+        """Append events, and flush them, so that readers see them."""
         for event in events:
             self._stream.write((",\n" if self.written else "\n") + json.dumps(event))
             self.written += 1
         self._stream.flush()
 
     def close(self) -> None:
-        """Write the end; the stream stays open."""
+        """Write the closing bracket; the stream stays open."""
         self._stream.write("\n]\n")
         self._stream.flush()
