@@ -3,6 +3,6 @@
     segment -> EventReader -> Recorder (history, timeline) -> Watcher -> server -> page/
                               one for each namespace          a thread   JSON      index.html, app.js, style.css
 
-`server` alone needs the extra `web`. `grafana/` has a dashboard for Grafana and alert rules for Prometheus, made for
+Only `server` needs the extra `web`. `grafana/` has a dashboard for Grafana and alert rules for Prometheus, made for
 what `mpmm metrics` exports; nothing here reads them.
 """

@@ -1,4 +1,4 @@
-"""What the page says of an event of the ring: one sentence whose subject is the model or the process."""
+"""What the page says about an event of the ring: one sentence whose subject is the model or the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpmm.text.printable import printable
 
 __all__ = ["CATEGORIES", "decision"]
 
-#: Kinds of events that the page lists, and under which heading. Uses are many, and the timeline has them.
+#: The kinds of events that the page lists, and their categories. Uses are too many, and the timeline has them.
 CATEGORIES = {
     "load_began": "load",
     "load_ended": "load",
@@ -52,7 +52,7 @@ CATEGORIES = {
 def decision(event: EventInfo, taken_s: float, names: Mapping[str, str]) -> dict[str, Any]:
     """Return an event as the page shows it.
 
-    taken_s: the moment of the snapshot it is from, by `time.monotonic()`. names: what people are shown for tags.
+    taken_s: when its snapshot was taken, by `time.monotonic()`. names: what people see instead of tags.
     """
     for_people = named(event, names)
     return {

@@ -1,10 +1,10 @@
-"""What the page is told of one namespace: rows that have changed since its last look, and bounded histories.
+"""What the page is told about one namespace: rows that have changed since its last look, and bounded histories.
 
-Each look at the namespace has a number. Whatever is kept (a sample, a span, an event, a row of a table) knows the look
-at which it changed last, so a page that names the last look it has seen is told the rest, and no more. A thousand idle
-copies cost nothing after the first answer. Everything goes by tags; what people are shown for them is said once each
-(`names`), and sentences have it already. An answer of which the page has missed too much, or that is about another
-incarnation of the namespace, is complete, and says so (`complete`).
+Each look at the namespace has a number. Everything that is kept (a sample, a span, an event, a row of a table) has the
+number of the look at which it last changed, so a page that names the last look it has seen is told only what is newer.
+A thousand idle copies cost nothing after the first answer. Everything is identified by tags; what people see instead of
+them is sent once each (`names`), and sentences contain it already. If the page has missed too much, or knows another
+incarnation of the namespace, the answer is complete, and says so (`complete`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ WAITERS_SENT = 300
 GONE_KEPT = 20_000
 # Spans and decisions outlive their models, whose names they need.
 NAMES_KEPT = 4096
-# Each waiter may be a problem of its own.
+# Bounded because each waiter may cause a finding of its own.
 FINDINGS_SENT = 20
-# Waits that only other programs, or those who have pinned something, can end: loads and holds do not tell when.
+# Waits that only other programs, or processes that have pinned something, can end: loads and holds do not say when.
 _OTHERS_END = (Reason.EXTERNAL, Reason.PINNED)
 Row = dict[str, Any]
 Point = tuple[float, ...]
@@ -60,11 +60,11 @@ class Table:
     def __init__(self) -> None:
         self._rows: dict[str, tuple[int, Row]] = {}
         self._gone: deque[tuple[int, str]] = deque(maxlen=GONE_KEPT)
-        #: To a page that has seen no later look than this, it can no longer be said which rows have gone.
+        #: A page that has seen no later look than this can no longer be told which rows were removed.
         self.forgotten = 0
 
     def put(self, look: int, rows: Mapping[str, Row]) -> None:
-        """Let the table have exactly these rows."""
+        """Make these the only rows of the table."""
         for key in self._rows.keys() - rows.keys():
             del self._rows[key]
             if len(self._gone) == GONE_KEPT:
@@ -76,7 +76,7 @@ class Table:
                 self._rows[key] = (look, row)
 
     def since(self, look: int) -> dict[str, Any]:
-        """Return the rows that have changed after a look, and the keys of those that have gone."""
+        """Return the rows that have changed after a look, and the keys of those that were removed."""
         changed = {key: row for key, (at, row) in self._rows.items() if at > look}
         gone = [key for at, key in self._gone if at > look and key not in self._rows] if look else []
         return {"set": changed, "gone": gone}
@@ -99,7 +99,7 @@ class Samples:
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """Return at most POINTS_SENT points; of neighbours the time of the last and the highest of each figure."""
+    """Return at most POINTS_SENT points; merged neighbours have the last one's time and the highest of each figure."""
     size = -(-len(points) // POINTS_SENT)
     if size <= 1:
         return points
@@ -108,7 +108,7 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 
 class Recorder:
-    """Follows one namespace of whichever incarnation. Not thread-safe.
+    """Follows one namespace through all its incarnations. Not thread-safe.
 
     problem: why it cannot be read at present, None if it can. seen: whether it ever could. busy: whether so much
     happens that the next look should come soon.
@@ -140,7 +140,7 @@ class Recorder:
         self._lost = 0
 
     def look(self) -> None:
-        """Look once. Raises what `read_snapshot` raises; what is known then stays, and `problem` says why."""
+        """Look once. Raises what `read_snapshot` raises; then what is known stays, and `problem` says why."""
         try:
             step = self._reader.step()
             if step.fresh:
@@ -179,7 +179,7 @@ class Recorder:
         self._members.put(look, _members(snapshot))
 
     def _name(self, names: Mapping[str, str]) -> None:
-        """Note what people are shown for tags, so that a page is told what it does not know yet."""
+        """Note what people see instead of tags, so that a page is told those that it does not know yet."""
         for tag, shown in names.items():
             known = self._names.get(printable(tag))
             if known is None or known[1] != printable(shown):
@@ -194,17 +194,17 @@ class Recorder:
         if fresh and not snapshot.accounting_only:
             for ago_s, used_mb in device.samples[:-1]:
                 samples.add(self._look, (taken_s - ago_s, used_mb, 0.0))
-        # Peaks between two looks are what a chart must not lose.
+        # A chart must not lose peaks between two looks.
         recent = [] if snapshot.accounting_only else [mb for ago_s, mb in device.samples if ago_s <= 1.0]
         used_mb = max([device.used_mb or 0.0, *recent])
         samples.add(self._look, (taken_s, used_mb, device.committed_mb))
 
     def weight(self) -> tuple[bool, int]:
-        """Return what tells which of several namespaces is worth a look first: the highest."""
+        """Return the weight by which the page chooses among several namespaces: it shows the highest first."""
         return self.seen and self.problem is None, sum(self._head.get("states", {}).values())
 
     def summary(self) -> Row:
-        """Return the namespace in a few words, for the list of all."""
+        """Return a summary of the namespace, for the list of all."""
         return {
             "name": self.namespace,
             "shown": printable(self.namespace),
@@ -333,7 +333,7 @@ def _copy(copy: InstanceInfo, taken_s: float, pids: Mapping[int, int], pinned: b
 
 
 def _mb(copy: InstanceInfo) -> float:
-    """Return what a copy takes: of its device, or of the host where it is suspended; what it may take if it loads."""
+    """Return the memory of a copy: on its devices, on the host if it is suspended, or reserved while it loads."""
     if copy.state == "suspended":
         return copy.host_mb
     return copy.reserved_mb if copy.state in ("loading", "resuming", "leased") else copy.mb

@@ -1,8 +1,8 @@
 """The HTTP side of `mpmm dashboard`. Needs starlette and uvicorn, the extra `web`.
 
-Everything but the refusal itself takes the token, as `?token=` or as `Authorization: Bearer`: without one the answer is
-401 (in a browser, a field to paste it into), with a wrong one 403. The page keeps the token in its own address, so that
-a reload and a bookmark work; it leaves no trace elsewhere: no cookie, no referrer, no line in a log.
+Every request needs the token, as `?token=` or as `Authorization: Bearer`: without one the answer is 401 (in a browser,
+with a field to paste it into), with a wrong one 403. The page keeps the token in its own address, so that a reload and
+a bookmark work; it leaves no trace elsewhere: no cookie, no referrer, no line in a log.
 
 The server only answers GET and HEAD, never names another origin, and lets the browser load nothing but its own files.
 """
@@ -51,7 +51,7 @@ _HEADERS = {
 _ASKED_FOR = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><title>mpmm: token</title></head>
-<body><h1>mpmm</h1><p>{text} The URL that <code>mpmm dashboard</code> has printed has it.</p>
+<body><h1>mpmm</h1><p>{text} The URL that <code>mpmm dashboard</code> printed contains it.</p>
 <form action="/" method="get"><label>Token: <input name="token" autofocus required autocomplete="off"></label>
 <button>Open</button></form></body></html>
 """
@@ -66,7 +66,7 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            # Nothing else is served; a websocket is closed by the server when its application returns.
+            # Nothing else is served; the server closes a websocket when its application returns.
             return
 
         async def with_headers(message: Message) -> None:
@@ -97,7 +97,7 @@ def _given_token(scope: Scope) -> bytes | None:
 
 
 def create_app(watcher: Watcher, token: str) -> Starlette:
-    """Return the dashboard as an ASGI application; the watcher is the caller's to start and to close."""
+    """Return the dashboard as an ASGI application; the caller starts and closes the watcher."""
     page = resources.files("mpmm.observability.dashboard") / "page"
     index = page.joinpath("index.html").read_text("utf-8").replace("{{token}}", token)
     files = {one.name: one.read_bytes() for one in page.iterdir() if Path(one.name).suffix in _TYPES}
@@ -141,7 +141,7 @@ def checked_token(token: str | None) -> str:
 
 
 def run(host: str, port: int, token: str, root: Path | None, namespace: str | None) -> int:
-    """Serve until an interrupt; return 0. Raises OSError when nothing can listen there.
+    """Serve until an interrupt; return 0. Raises OSError if it cannot listen there.
 
     port: 0 for any that is free.
     """
@@ -151,7 +151,7 @@ def run(host: str, port: int, token: str, root: Path | None, namespace: str | No
         config = uvicorn.Config(
             create_app(watcher, token),
             log_level="warning",
-            # Its lines would have the token in them.
+            # Its lines would contain the token.
             access_log=False,
             lifespan="off",
             ws="none",
@@ -162,8 +162,8 @@ def run(host: str, port: int, token: str, root: Path | None, namespace: str | No
         print(f"mpmm: dashboard at {_url(host, bound_port)}/?token={token}", file=sys.stderr)
         if not _is_local(listening):
             print(
-                "mpmm: note: others on the network can reach this, and the token is not encrypted on its way; "
-                f"`ssh -L {bound_port}:127.0.0.1:{bound_port} HOST` to a dashboard on 127.0.0.1 is",
+                "mpmm: note: others on the network can reach this, and the token is sent unencrypted; "
+                f"`ssh -L {bound_port}:127.0.0.1:{bound_port} HOST` to a dashboard on 127.0.0.1 encrypts it",
                 file=sys.stderr,
             )
         sys.stderr.flush()
@@ -184,7 +184,7 @@ def _listen(host: str, port: int) -> socket.socket:
             listening.close()
             raise
     except OSError as error:
-        raise OSError(f"cannot listen at {host} port {port}: {error}; --host and --port say where else") from error
+        raise OSError(f"cannot listen at {host} port {port}: {error}; choose another by --host and --port") from error
     return listening
 
 

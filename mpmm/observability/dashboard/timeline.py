@@ -1,15 +1,15 @@
 """What each copy did and when, as spans on lanes: loads, holds, idle times, unloads and leases.
 
-A seat, with which several use one copy at a time, is shown like a copy while it is used, and not while it is idle.
+A seat, by which several use one copy at a time, is shown like a copy while it is used, but not while it is idle.
 
-A copy lies on a lane, named by its tag and a number: the lowest that no other copy of the tag has at the time. So a
-model that is evicted and loaded again comes back to its lane, and the page shows one line for it.
+Each copy has a lane, named by its tag and a number: the lowest that no other copy of the tag has at the time. So a
+model that is evicted and loaded again returns to its lane, and the page shows one line for it.
 
-Uses that follow each other within `MERGED_GAP_S` become one span that says how many they were and how long they took
+Uses that follow each other within `MERGED_GAP_S` become one span that says how many there were and how long they took
 together: a busy host makes thousands a second, and a pixel of the page is longer than that gap.
 
-Events give the moments, and the snapshot has the last word: a copy of which an event was overwritten unread, or which a
-reset took away, begins or ends at the look that notices it.
+Events say when something happened, and the snapshot has the last word: if an event of a copy was overwritten unread, or
+a reset took the copy away, it begins or ends at the look that notices that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpmm.text.printable import printable
 __all__ = ["Span", "Timeline"]
 
 MERGED_GAP_S = 0.25
-# A span of merged uses ends then, so that its share of busy time stays a local one.
+# A span of merged uses is no longer than this, so that its share of busy time is that of a short time.
 LONGEST_MERGED_S = 10.0
 # 10 000 spans take about 5 MB; they are the last 40 minutes of 16 copies that are used all the time.
 SPANS_KEPT = 10_000
@@ -76,7 +76,7 @@ class Span:
 
 @dataclass
 class _Instance:
-    """A copy that lives. doing: its open load, hold, unload or lease. last: its last hold, which may go on."""
+    """A copy that exists. doing: its open load, hold, unload or lease. last: its last hold, which may be continued."""
 
     tag: str
     lane: int
@@ -87,18 +87,18 @@ class _Instance:
 
 
 class Timeline:
-    """Turns steps of a `EventReader` into spans; keeps the newest. Not thread-safe."""
+    """Turns steps of an `EventReader` into spans; keeps the newest. Not thread-safe."""
 
     def __init__(self) -> None:
-        # Those that last or may go on, by number, and those that have ended.
+        # Spans that are open or may be continued, by number, and those that have ended.
         self._lasting: dict[int, Span] = {}
         self._ended: deque[Span] = deque(maxlen=SPANS_KEPT)
         self._copies: dict[int, _Instance] = {}
         self._numbers = 0
         self._look = 0
-        # Pids of those who queued, by ticket: the event that ends a wait has the pid of the process that served it.
+        # The pid that queued, by ticket: the event that ends a wait has the pid of the process that served it.
         self._queued: dict[int, int] = {}
-        # What people are shown for tags, in notes; spans go by tags.
+        # What notes show instead of tags; spans have tags.
         self._names: dict[str, str] = {}
         self._handlers: dict[str, Callable[[EventInfo, float], None]] = {
             "load_began": self._load_began,
@@ -122,7 +122,7 @@ class Timeline:
         }
 
     def add(self, step: Step, look: int) -> None:
-        """Add what a step tells; look: its number, which rises from step to step."""
+        """Add what a step contains; look: its number, which rises from step to step."""
         self._look = look
         self._names = names_of(step.snapshot)
         taken_s = step.snapshot.taken_s
@@ -134,7 +134,7 @@ class Timeline:
                 self._queued.pop(event.ticket, None)
             elif handler is not None and event.instance is not None:
                 handler(event, taken_s - event.age_s)
-        # A wait whose end was overwritten unread would be kept for ever.
+        # Otherwise a wait whose end was overwritten unread would be kept for ever.
         self._queued = {ticket.number: ticket.pid for ticket in step.snapshot.tickets}
         self._reconcile(step.snapshot.instances, {member.slot: member.pid for member in step.snapshot.members}, taken_s)
         for span in list(self._lasting.values()):
@@ -181,7 +181,7 @@ class Timeline:
         return copy
 
     def _known(self, event: EventInfo, at_s: float) -> _Instance:
-        """Return the copy that an event is about; one that nothing was known of was there, idle."""
+        """Return the copy that an event is about; one that was not known yet is taken to have been idle."""
         assert event.instance is not None, "`add` has looked"
         copy = self._copies.get(event.instance)
         if copy is None or event.tag not in (None, FORGOTTEN, copy.tag):
@@ -268,7 +268,7 @@ class Timeline:
     def _lost(self, event: EventInfo, at_s: float) -> None:
         if event.instance is not None:
             copy = self._copies.get(event.instance)
-            # That the process of a copy that is unloaded ends is no loss.
+            # A copy that is being unloaded is not lost if its process ends.
             leaves = copy is not None and copy.doing is not None and copy.doing.kind == "unload"
             self._finish(event.instance, at_s, "" if leaves else "lost with its process")
 
@@ -289,7 +289,7 @@ class Timeline:
             self._agree(copy, found, None if found.holder is None else pids.get(found.holder), since_s)
 
     def _agree(self, copy: _Instance, found: InstanceInfo, pid: int | None, since_s: float) -> None:
-        """Let the open spans of a copy be those of its state."""
+        """Make the open spans of a copy match its state."""
         kind = _KINDS.get(found.state)
         if copy.doing is not None and copy.doing.kind != kind:
             self._close(copy.doing, since_s)

@@ -1,4 +1,4 @@
-"""All namespaces of this user, as they come and end: a thread looks at each of them once a second."""
+"""All namespaces of this user, as they begin and end: a thread looks at each of them once a second."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Watcher"]
 _logger = printable_logger("mpmm.observability.dashboard")
 
 PAUSE_S = 1.0
-# Where so much happens that the ring of events could be overwritten between two looks.
+# If so much happens that the ring of events could be overwritten between two looks.
 BUSY_PAUSE_S = 0.25
-# The last picture of a namespace that has ended stays for so long.
+# How long the last picture of a namespace that has ended stays.
 ENDED_KEPT_S = 600.0
 
 
 class Watcher:
     """Keeps a `Recorder` for each namespace. Thread-safe; changes nothing that others can see.
 
-    namespace: the only one to show, whether it is there yet or not; None for all. root: folder of the runtime
+    namespace: the only one to show, whether or not it exists yet; None for all. root: folder of the runtime
     directories.
     """
 
@@ -38,7 +38,7 @@ class Watcher:
         self._mutex = new_lock()
         self._recorders: dict[str, Recorder] = {}
         self._ended: dict[str, float] = {}
-        # Why the thread's last look came to nothing, if it did.
+        # Why the thread's last look failed, if it did.
         self._trouble: str | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -63,9 +63,9 @@ class Watcher:
         return BUSY_PAUSE_S if busy else PAUSE_S
 
     def state(self, name: str | None, epoch: str, look: int, window_s: float) -> dict[str, Any]:
-        """Return what a page shows that has seen a look at a namespace; see `Recorder.state`.
+        """Return what to show on a page that has seen a certain look at a namespace; see `Recorder.state`.
 
-        name: None for the one that most happens in. What is not known has the state None.
+        name: None for the busiest. A namespace that is not known has the state None.
         """
         with self._mutex:
             if name is None:
@@ -93,21 +93,21 @@ class Watcher:
             self._look_at(recorder, name in there)
 
     def _look_at(self, recorder: Recorder, there: bool) -> None:
-        """Look at a namespace; forget it if it ended, is not there any more, and was shown for long enough."""
+        """Look at a namespace; forget it if it has ended and was shown for long enough, or could never be read."""
         name, now_s = recorder.namespace, time.monotonic()
         try:
             recorder.look()
             self._ended.pop(name, None)
         except Exception as error:
             if not isinstance(error, (OSError, MpmmError)):
-                # A mistake of ours: the page shows its text, and all other namespaces are looked at all the same.
+                # A bug of ours: the page shows its text, and the thread looks at all other namespaces nevertheless.
                 _logger.exception("mpmm dashboard: cannot show namespace %s", name)
             since_s = self._ended.setdefault(name, now_s)
             if not there and (not recorder.seen or now_s - since_s > ENDED_KEPT_S):
                 del self._recorders[name], self._ended[name]
 
     def _busiest(self) -> str | None:
-        """Return the namespace to show first: one that can be read, with most copies."""
+        """Return the namespace to show first: the one with the most copies, among those that can be read."""
         known = self._recorders
         return max(sorted(known), key=lambda name: known[name].weight(), default=None)
 
@@ -117,7 +117,7 @@ class Watcher:
             try:
                 pause_s = self.look()
             except Exception as error:
-                # The page says so until a look succeeds: what it shows would seem to be how things are.
+                # The page says so until a look succeeds, or its figures would seem to be current.
                 if self._trouble is None:
                     _logger.exception("mpmm dashboard: cannot look at the namespaces")
                 self._trouble, pause_s = f"cannot look at the namespaces: {error}", PAUSE_S

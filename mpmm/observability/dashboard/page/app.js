@@ -1,5 +1,5 @@
 "use strict";
-/* State, polling, what is shown where, and the keyboard. */
+/* State, polling, filling the page, and the keyboard. */
 
 const address = new URL(location.href);
 const TOKEN = address.searchParams.get("token") ?? "";
@@ -16,13 +16,13 @@ const view = {
   paused: false,
 };
 
-/** What the server has told, put together. */
+/** What the server has told so far. */
 const known = {
   epoch: "", look: 0, head: null, namespaces: [], devices: [], findings: [], waiters: [], memory: new Map(), load: [],
   decisions: [], copies: new Map(), models: new Map(), members: new Map(), urgent: 0, lost: 0, heardAt: 0,
 };
 
-/** The server's clock, now: between two answers it runs on here. */
+/** The time of the server's clock now, which runs on here between two answers. */
 function serverNow() {
   if (!known.head) return 0;
   const stands = view.paused || document.body.classList.contains("stale");
@@ -79,7 +79,7 @@ function take(said) {
   show();
 }
 
-/** Begin with two minutes where little more is known, unless somebody has chosen. */
+/** Begin with two minutes if little more is known, unless the user has chosen. */
 function chooseFirstWindow() {
   if (view.chosen) return;
   view.chosen = true;
@@ -401,7 +401,7 @@ function showTip(canvas, x, y) {
   drawCharts(false);
 }
 
-/* ---- what people do ---- */
+/* ---- what users do ---- */
 
 function chooseNamespace(name) {
   view.namespace = name;
@@ -431,7 +431,7 @@ function markWindow() {
   for (const button of byId("windows").children) button.setAttribute("aria-pressed", String(Number(button.dataset.window) === view.window_s));
 }
 
-/** Keep a choice in the address, so that a reload and a bookmark have it. */
+/** Keep a choice in the address, so that a reload and a bookmark keep it. */
 function remember(name, value) {
   address.searchParams.set(name, value);
   history.replaceState(null, "", address);

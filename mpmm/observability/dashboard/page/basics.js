@@ -1,5 +1,5 @@
 "use strict";
-/* What the other scripts have in common: elements, words for figures, colours. */
+/* What the other scripts share: elements, texts for figures, colours. */
 
 const byId = (id) => document.getElementById(id);
 
@@ -14,15 +14,15 @@ function make(name, attributes = {}, ...children) {
   return element;
 }
 
-/** Set a text, and touch the page only if it is another one. */
+/** Set a text, and touch the page only if it has changed. */
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/* Of a name that has to be cut, so many last characters stay. */
+/* How many last characters of a name stay if it must be cut. */
 const TAIL = 24;
 
-/** Make an element for a text that loses its middle where it is too long; `setEnds` sets it. */
+/** Make an element for a text that loses its middle if it is too long; `setEnds` sets it. */
 function makeEnds() {
   return make("div", { class: "ends" }, make("span"), make("span"));
 }
@@ -51,12 +51,12 @@ function duration(seconds) {
   return `${Math.round(time / 86400)} d`;
 }
 
-/** How long ago something was, which is never looked at to the split second. */
+/** How long ago something was, in whole seconds: fractions would not interest anyone. */
 function ago(seconds) {
   return seconds < 1 ? "just now" : `${duration(Math.floor(seconds))} ago`;
 }
 
-/** Memory that is given in MiB. */
+/** Memory, given in MiB. */
 function memory(mb) {
   if (mb === null || mb === undefined) return "–";
   if (Math.abs(mb) < 1000) return `${Math.round(mb)} MiB`;
@@ -71,7 +71,7 @@ function plural(number, one, many = `${one}s`) {
   return `${count(number)} ${number === 1 ? one : many}`;
 }
 
-/* ---- names: everything goes by tags, and people are shown more where a model has a name ---- */
+/* ---- names: everything is identified by tags, and users see the name of a model that has one ---- */
 
 const tagNames = new Map();
 
@@ -79,7 +79,7 @@ function shownTag(tag) {
   return tagNames.get(tag) ?? tag;
 }
 
-/** What a title says: the whole tag, too. */
+/** The text of a title, which has the whole tag, too. */
 function fullTag(tag) {
   return tagNames.has(tag) ? `${tagNames.get(tag)}\n${tag}` : tag;
 }
@@ -99,7 +99,7 @@ function passes(...texts) {
   return filter.words.every((word) => all.includes(word));
 }
 
-/* ---- colours, as the theme has them ---- */
+/* ---- colours of the theme ---- */
 
 const colours = {};
 
@@ -133,7 +133,7 @@ function surface(canvas, height) {
   return { context, width, height: tall };
 }
 
-/** Cut a text in its middle so that it is at most so wide. */
+/** Cut a text in its middle so that it is not wider than that. */
 function fitted(context, text, width) {
   if (context.measureText(text).width <= width) return text;
   let kept = Math.max(2, Math.floor((text.length * width) / context.measureText(text).width));

@@ -8,7 +8,7 @@ const MORE_LANES = 100;
 const LANES_CHOSEN_FOR_S = 10;
 const STEPS_OF_CURSOR = 120;
 
-/** ago: seconds before now where the cursor stands, null for none. lane: row of the timeline that it is on. */
+/** ago: how many seconds before now the cursor is, null for none. lane: row of the timeline that it is on. */
 const cursor = { ago: null, lane: null, on: null };
 
 /* ---- the axis of time ---- */
@@ -178,7 +178,7 @@ const timeline = {
     }
   },
 
-  /** Forget what the window does not show any more. */
+  /** Forget what the window no longer shows. */
   prune(from_s) {
     for (const [name, lane] of this.lanes) {
       for (const [number, span] of lane) if (span[SPAN.end] !== null && span[SPAN.end] < from_s) lane.delete(number);
@@ -186,7 +186,7 @@ const timeline = {
     }
   },
 
-  /** Choose the lanes to show: all if they are few, else those on which something happened last; by name. */
+  /** Choose the lanes to show, sorted by name: all if they are few, else those on which something happened last. */
   choose(now, anew) {
     if (!anew && now - this.chosenAt < LANES_CHOSEN_FOR_S && this.chosen.every((name) => this.lanes.has(name)) && this.chosen.length >= Math.min(this.most, this.total)) return;
     this.chosenAt = now;
@@ -285,7 +285,7 @@ const timeline = {
     context.globalAlpha = 1;
   },
 
-  /** Return the spans of a lane at a moment, what was done before where it lay. */
+  /** Return the spans of a lane at a moment, those drawn on top first. */
   at(row, time_s, now, slack_s) {
     const lane = this.lanes.get(this.chosen[row]);
     if (!lane) return [];
@@ -294,7 +294,7 @@ const timeline = {
   },
 };
 
-/** What share of a hold's time its copy was in use: less than all where short uses were merged. */
+/** The share of a hold's time in which its copy was in use: less than all if short uses were merged. */
 function busyShare(span, now) {
   const open = span[SPAN.end] === null;
   const busy = span[SPAN.busy] + (open ? Math.max(0, now - span[SPAN.resumed]) : 0);
@@ -304,7 +304,7 @@ function busyShare(span, now) {
 
 const DOING = { hold: "in use", stay: "loaded, idle", load: "loading", unload: "unloading", lease: "lease", suspend: "moves to host memory", sleep: "suspended in host memory", resume: "comes back from host memory" };
 
-/** Put a span into words, for the tip. */
+/** Describe a span, for the tip. */
 function spanSaid(span, now) {
   const lasted = (span[SPAN.end] ?? now) - span[SPAN.begin];
   const parts = [`${DOING[span[SPAN.kind]]} for ${duration(lasted)}`];

@@ -7,7 +7,7 @@ const OVERSCAN = 6;
 
 /* ---- lists: elements by key, kept while their item is there ---- */
 
-/** Let a list show some items in their order. fill(element, item) writes one; rest: a last line, or "". */
+/** Make a list show some items in their order. fill(element, item) writes one; rest: a last line, or "". */
 function fillList(list, items, keyOf, fill, empty, rest) {
   const kept = (list.kept ??= new Map());
   const wanted = new Set(items.map(keyOf));
@@ -89,7 +89,7 @@ const STATE_CLASS = { active: "hold", idle: "idle", loading: "load", unloading: 
 const STATE_WORD = { active: "in use", idle: "idle", loading: "loading", unloading: "unloading", leased: "lease", suspending: "suspending", suspended: "suspended", resuming: "resuming" };
 const STATE_ORDER = { unloading: 0, suspending: 1, resuming: 2, loading: 3, active: 4, leased: 5, idle: 6, suspended: 7 };
 
-/* A column: title, value to sort by, text to show, and how. full: what its title says. first: the direction of the first click. */
+/* A column: title, value to sort by, text to show, and how. full: the tooltip of its cells. first: the direction of the first click. */
 const COLUMNS = {
   copies: [
     { title: "Model", value: (copy) => shownTag(copy.tag), text: (copy) => shownTag(copy.tag), full: (copy) => fullTag(copy.tag), name: true, width: 30 },
@@ -125,7 +125,7 @@ const COLUMNS = {
   ],
 };
 
-/** The table below the tabs. Of its rows those in view are in the page, between two spacers. */
+/** The table below the tabs. Only the rows in view are in the page, between two spacers. */
 const table = {
   which: "copies",
   sorting: { copies: [1, 1], models: [0, 1], members: [2, 1] },
