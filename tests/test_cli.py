@@ -403,7 +403,7 @@ def test_reset_asks_at_a_terminal(
     assert said in capsys.readouterr().out
     assert read_snapshot(namespace).resets == 1 - status
     assert main(["reset", "--yes", namespace]) == 0
-    assert "Go on" not in capsys.readouterr().out
+    assert "Continue?" not in capsys.readouterr().out
 
 
 def test_reset_sends_everybody_away(new_process: NewProcess, namespace: str, capsys: Capture) -> None:
