@@ -114,7 +114,7 @@ def decided_at(events: Iterable[EventInfo], taken_s: float) -> dict[int, float]:
 
 
 def times_left(snapshot: Snapshot, decided: Mapping[int, float] | None = None) -> Callable[[TicketInfo], float]:
-    """Return a function that says how much of a waiter's reason's time is left; `inf`, unknown, once it has passed.
+    """Return a function that says how much of the time in a waiter's reason is left; `inf`, unknown, once it is over.
 
     decided: see `decided_at`; None takes the times from the snapshot's events. A waiter without one counts as told when
     it began to wait.

@@ -1,4 +1,4 @@
-"""One screen of text about a namespace: what is wrong, what is loaded where, who holds it, who waits and why."""
+"""One screen of text about a namespace: problems, what is loaded where, which processes hold it or wait, and why."""
 
 from __future__ import annotations
 

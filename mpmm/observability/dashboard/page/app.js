@@ -205,7 +205,7 @@ function showTiles() {
   const suspended = of("suspended") + of("suspending") + of("resuming");
   say("loaded", count(loaded), `${count(of("idle"))} idle${suspended ? `, ${count(suspended)} suspended` : ""}`);
   say("loading", count(of("loading")), of("unloading") ? `${count(of("unloading"))} unloading` : `${plural(head?.loads ?? 0, "load")} so far`);
-  say("waiting", count(head?.waiting ?? 0), head?.waiting ? `longest ${duration(head.longest_wait)}` : "nobody");
+  say("waiting", count(head?.waiting ?? 0), head?.waiting ? `longest ${duration(head.longest_wait)}` : "no request");
   byId("tile-waiting").parentElement.classList.toggle("waiting", Boolean(head?.waiting));
   const uses = head ? head.hits + head.loads : 0;
   say("reuse", uses ? `${((head.hits / uses) * 100).toFixed(head.hits / uses > 0.995 ? 1 : 0)} %` : "–", `${count(head?.hits ?? 0)} of ${count(uses)} uses`);
@@ -441,7 +441,7 @@ function togglePause() {
   view.paused = !view.paused;
   const button = byId("pause");
   button.setAttribute("aria-pressed", String(view.paused));
-  button.setAttribute("aria-label", view.paused ? "Go on" : "Pause");
+  button.setAttribute("aria-label", view.paused ? "Continue" : "Pause");
   showHealth();
   if (!view.paused) poll();
 }
