@@ -309,16 +309,16 @@ class ClosedError(MpmmError, RuntimeError):
 
 
 class GreenThreadsError(MpmmError, RuntimeError):
-    """gevent or eventlet has replaced threads by greenlets, and a wait for a model would stop all of the process's.
+    """gevent or eventlet has replaced threads by greenlets, so a wait for a model would stop all greenlets at once.
 
     What to do: use threads, processes or an event loop.
     """
 
 
 class NoEventLoopError(MpmmError, RuntimeError):
-    """`model_async` was entered where no event loop of asyncio runs, as in one of trio.
+    """`model_async` was entered while no event loop of asyncio was running, for example under trio.
 
-    What to do: use `model` in a thread of that loop.
+    What to do: use `model` in a thread that the other loop starts.
     """
 
 

@@ -218,7 +218,7 @@ def test_a_bundle_has_everything_in_one_file_and_no_secrets(
 
 def test_the_page_for_operators_names_every_variable_whose_value_a_bundle_contains() -> None:
     page = " ".join((CHECKOUT / "mpmm" / "OPERATING.md").read_text().split())
-    [said] = re.findall(r"A support bundle (.*?) Of the dashboard's token it says only that it is set\.", page)
+    [said] = re.findall(r"A support bundle (.*?) About the dashboard's token it says only that it is set\.", page)
     assert "the environment variables of `mpmm help settings`" in said
     named = set(re.findall(r"`([A-Z_]+)`", said))
     assert named | set(ENVIRONMENT) == set(doctor.VARIABLES)
