@@ -290,7 +290,7 @@ MAIN_MODULES: dict[str, Callable[[Path], list[str]]] = {
 def test_servers_have_what_a_main_module_defines_that_they_cannot_import(
     tmp_path: Path, kind: str, switch: str
 ) -> None:
-    pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
+    pytest.importorskip("cloudpickle", reason="needs cloudpickle")
     done = subprocess.run(
         [sys.executable, *MAIN_MODULES[kind](tmp_path)],
         input=PROGRAM,
@@ -345,7 +345,7 @@ def run_settings(setting: str, use: str, switch: str = "1", *options: str) -> tu
 
 @pytest.fixture
 def cloudpickle() -> None:
-    pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
+    pytest.importorskip("cloudpickle", reason="needs cloudpickle")
 
 
 @pytest.mark.usefixtures("cloudpickle")

@@ -551,7 +551,7 @@ def test_a_tag_of_another_constructor_is_an_error_that_names_both(first: Any, se
 )
 def test_constructors_that_may_mean_the_same_share_a_tag(first: Any, second: Any, spawn: bool) -> None:
     if spawn and "lambda" in name_of(first):
-        pytest.importorskip("cloudpickle", reason="needs cloudpickle, which comes with Beam")
+        pytest.importorskip("cloudpickle", reason="needs cloudpickle")
     assert pets(first, spawn).says() == "meow"
     assert pets(second, spawn).says() == "meow"
     unload("pets")

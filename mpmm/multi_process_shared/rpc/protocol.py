@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import sys
 import traceback
 from typing import Any
 
@@ -174,7 +175,7 @@ def dump_for_server(thing: object, what: str) -> bytes:
         try:
             return bytes(dump(thing))
         except Exception as error:
-            refusals.append(f"{dump.__module__.partition('.')[0].lstrip('_')}: {_text_of(error)}")
+            refusals.append(f"{dump.__module__.rpartition('.')[2].lstrip('_')}: {_text_of(error)}")
     raise InvalidArgumentError(
         f"{what} cannot be sent to a model server ({'; '.join(refusals)}); "
         "define it at the top level of a module, or install cloudpickle"
@@ -183,14 +184,21 @@ def dump_for_server(thing: object, what: str) -> bytes:
 
 def _dumpers() -> list[Any]:
     dumpers: list[Any] = [pickle.dumps]
-    if importlib.util.find_spec("cloudpickle") is not None:
-        import cloudpickle  # type: ignore[import-untyped, import-not-found, unused-ignore]  # optional, and untyped
-
+    if (cloudpickle := _cloudpickle()) is not None:
         dumpers.append(cloudpickle.dumps)
         # Pickle's references to what the main module defines would lead nowhere.
         if not is_main_importable():
             dumpers.reverse()
     return dumpers
+
+
+def _cloudpickle() -> Any:
+    """Return the package, or else the copy in Beam where this process has imported Beam; None without either."""
+    if importlib.util.find_spec("cloudpickle") is not None:
+        import cloudpickle  # type: ignore[import-untyped, import-not-found, unused-ignore]  # optional, and untyped
+
+        return cloudpickle
+    return sys.modules.get("apache_beam.internal.cloudpickle")
 
 
 def _type_name(thing: object) -> str:
