@@ -10,18 +10,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from harness import NewManager, NewProcess
+from harness import LOADS, NewManager, NewProcess, in_thread
 from loaders import Loads
 from patience import DEADLINE_S
 
-from mpmm.errors import NotAcquiredError
+from mpmm.errors import AcquireTimeoutError, NotAcquiredError
 from mpmm.model_manager import ModelManager, async_acquire
 from mpmm.shared_state.lock_file import LockFile, is_locked
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.snapshot import read_snapshot
 
 # How long a thread stays where it is to be forked, if the fork waits for it to go on.
@@ -114,6 +116,32 @@ def test_a_fork_while_another_thread_leaves_gives_the_child_no_lock(
     with forked_at(moment, manager.shutdown) as child:
         assert locks_open_in(child, runtime_root) == []
         new_process()
+
+
+def test_a_request_of_a_child_waits_no_longer_than_it_may_for_another_thread_that_joins(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch, new_manager: NewManager
+) -> None:
+    patient, hasty = (new_manager(wait_timeout_seconds=seconds) for seconds in (DEADLINE_S, 0.01))
+    joins, real = threading.Event(), Namespace.join
+
+    def join(*arguments: Any, **named: Any) -> Namespace:
+        joins.set()
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(Namespace, "join", join)
+    with closing(LockFile(runtime_root / namespace / "lifecycle.lock")) as lifecycle:
+        assert lifecycle.try_exclusive()
+        child = os.fork()
+        if child == 0:
+            try:
+                joining, _ = in_thread(lambda: patient.acquire_model("m", LOADS))
+                assert joins.wait(DEADLINE_S)
+                with pytest.raises(AcquireTimeoutError, match="last reason: lock"):
+                    hasty.acquire_model("m", LOADS)
+                os._exit(0 if joining.is_alive() else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_fork_while_another_thread_asks_whether_a_file_is_locked_does_not_lock_it(

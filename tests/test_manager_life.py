@@ -38,10 +38,15 @@ from patience import DEADLINE_S
 from mpmm.errors import (
     ClosedError,
     InvalidArgumentError,
+    LockTimeoutError,
     NamespaceResetError,
     NotAcquiredError,
 )
 from mpmm.model_manager import ModelManager
+from mpmm.model_manager.attachment import Attachment, JoinsWith
+from mpmm.model_manager.session import Session
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 
 # ---- copies of the manager: pickled, forked, several ---------------------------------------------------------
@@ -347,3 +352,30 @@ def test_a_forgotten_manager_leaves_by_itself_also_when_an_unload_collects_it(
     manager.shutdown()
     gc.collect()
     wait_until(lambda: private not in find_namespaces(), "it has left")
+
+
+def test_a_join_that_is_too_late_is_given_up_in_time_though_others_have_the_locks(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch, new_manager: NewManager
+) -> None:
+    others: list[LockFile] = []
+    start = Session.start
+
+    def start_too_late(session: Session) -> None:
+        others.extend((session.namespace.segment.lock_file(), LockFile(runtime_root / namespace / "lifecycle.lock")))
+        assert all(lock.try_exclusive() for lock in others)
+        start(session)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "start", start_too_late)
+        told = JoinsWith.checked(None, "booked", None, None, None, verbose_logging=False)
+        attachment = Attachment(runtime_root, namespace, Settings(), told)
+        joining, outcome = in_thread(lambda: attachment.connected(0.2))
+        joining.join(DEADLINE_S)
+        in_time = not joining.is_alive()
+        for lock in others:
+            lock.close()
+        joining.join()
+    assert in_time and isinstance(outcome[0], LockTimeoutError)
+    # It could not know whether it was the last, so the next one clears away what it has left.
+    new_manager()
+    assert [member.pid for member in read_snapshot(namespace).members] == [os.getpid()]

@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from patience import DEADLINE_S
 
-from mpmm.interpreter.thread_locks import new_lock, new_rlock
+from mpmm.interpreter.thread_locks import InTime, new_lock, new_rlock
 
 INTERRUPTIONS = 300
 
@@ -48,13 +49,16 @@ def is_free(lock: Any) -> bool:
     return taken[0]
 
 
+@pytest.mark.parametrize("in_time", [False, True], ids=["", "in time"])
 @pytest.mark.parametrize("make", [new_lock, new_rlock], ids=["lock", "rlock"])
-def test_an_exception_of_a_signal_handler_leaves_no_lock_taken(make: Callable[[], Any], raising_handler: None) -> None:
+def test_an_exception_of_a_signal_handler_leaves_no_lock_taken(
+    make: Callable[[], Any], in_time: bool, raising_handler: None
+) -> None:
     lock, chance = make(), random.Random(1)
 
     def take_often() -> None:
         while True:
-            with lock:
+            with InTime(lock, DEADLINE_S, TimeoutError) if in_time else lock:
                 pass
 
     for interrupted in range(INTERRUPTIONS):
@@ -70,3 +74,26 @@ def test_a_lock_excludes_other_threads_and_an_rlock_lets_its_own_in() -> None:
         assert lock.locked() and not lock.acquire(blocking=False)
         assert not is_free(lock) and not is_free(rlock)
     assert is_free(lock) and is_free(rlock)
+
+
+@pytest.mark.parametrize("make", [new_lock, new_rlock], ids=["lock", "rlock"])
+def test_a_lock_that_another_thread_has_for_too_long_is_not_waited_for(make: Callable[[], Any]) -> None:
+    lock, taken, give_back = make(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with InTime(lock, DEADLINE_S, TimeoutError):
+            taken.set()
+            give_back.wait(DEADLINE_S)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert taken.wait(DEADLINE_S)
+    with pytest.raises(LookupError, match="too late"), InTime(lock, 0.01, lambda: LookupError("too late")):
+        raise AssertionError("two threads have the lock")
+    assert holder.is_alive()
+    give_back.set()
+    holder.join()
+    # What is raised inside is not taken for that.
+    with pytest.raises(KeyError), InTime(lock, DEADLINE_S, TimeoutError):
+        raise KeyError
+    assert is_free(lock)

@@ -11,12 +11,14 @@ a function of Python could be interrupted before it has begun.
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["new_lock", "new_rlock"]
+__all__ = ["InTime", "new_lock", "new_rlock"]
 
 if TYPE_CHECKING or sys.version_info < (3, 14):
     new_lock = threading.Lock
@@ -53,3 +55,24 @@ else:
 
         # Looked up on the class, before the lock is taken: what it returns is the function in C.
         __exit__ = property(operator.attrgetter("_give_back"))
+
+
+class InTime:
+    """`with InTime(lock, seconds, error):` a lock that is made here; raises `error()` if others have it for so long."""
+
+    __slots__ = ("_error", "_give_back", "_takes")
+
+    def __init__(self, lock: Any, timeout_s: float, error: Callable[[], Exception]) -> None:
+        self._error = error
+        self._give_back = lock.__exit__
+        self._takes: Any = iter(functools.partial(lock.acquire, timeout=timeout_s), None)
+
+    def __enter__(self) -> bool:
+        for taken in self._takes:
+            if taken:
+                return True
+            break
+        raise self._error()
+
+    # Looked up on the class, before the lock is taken: what it returns is the function in C.
+    __exit__ = property(operator.attrgetter("_give_back"))

@@ -25,7 +25,7 @@ from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.interpreter.green_threads import expect_real_threads
 from mpmm.interpreter.process_end import is_last_to_run, stand_still_in_daemon, watch_for_end
 from mpmm.interpreter.process_limits import limit_behind
-from mpmm.interpreter.thread_locks import new_rlock
+from mpmm.interpreter.thread_locks import InTime, new_rlock
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.memory.estimates_file import ESTIMATES_PATH_VARIABLE, NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
@@ -149,8 +149,8 @@ class Attachment:
     def connected(self, timeout_s: float | None = None) -> Session:
         """Return this process's session, joining the namespace first if need be: at the first use, or after a fork.
 
-        timeout_s: joining raises LockTimeoutError after this time if others have the locks; None, for callers that name
-            no limit, stands for `LIFECYCLE_TIMEOUT_S`.
+        timeout_s: joining raises LockTimeoutError after this time if others have the locks, or another thread is still
+            joining; None, for callers that name no limit, stands for `LIFECYCLE_TIMEOUT_S`.
 
         Raises ClosedError, and what `Namespace.join` raises.
         """
@@ -173,31 +173,44 @@ class Attachment:
         """See `connected`; for a manager that has no session, or none that it can use."""
         if self.closed:
             raise ClosedError("the model manager was shut down")
-        with _guard:
-            self._follow_user()
-            key = (self.root, self.name)
-            _end_interrupted_join(key)
-            _end_interrupted_shutdowns(key)
-            session = _sessions.get(key)
-            if session is not None and session.namespace.is_usable and session.is_left_behind:
-                session.close()
-            if session is None or not session.namespace.is_usable:
-                made = _joining[key] = []
-                try:
-                    session = self._join(made, LIFECYCLE_TIMEOUT_S if timeout_s is None else max(NOW_S, timeout_s))
-                except (OSError, RuntimeError) as error:
-                    if not (limit := limit_behind(error)):
-                        raise
-                    self._clear_away(key)
-                    raise ProcessLimitError(
-                        f"pid {os.getpid()} cannot join namespace {self.name!r}: {error}: {limit}; raise it, or close "
-                        "what this process has left open",
-                        limit=limit,
-                    ) from error
-                _sessions[key] = session
-                del _joining[key]
-            self.session = session
-            session.manager_ids.add(id(self))
+        timeout_s = LIFECYCLE_TIMEOUT_S if timeout_s is None else min(max(NOW_S, timeout_s), LIFECYCLE_TIMEOUT_S)
+        deadline = time.monotonic() + timeout_s
+        with InTime(_guard, timeout_s, functools.partial(self._too_late, timeout_s)):
+            return self._joined_locked(deadline)
+
+    def _too_late(self, timeout_s: float) -> LockTimeoutError:
+        return LockTimeoutError(
+            f"another thread of pid {os.getpid()} has been joining or leaving a namespace for {timeout_s:g} s",
+            path=str(self.root / self.name),
+            timeout_seconds=timeout_s,
+            holder_pid=None,
+        )
+
+    def _joined_locked(self, deadline: float) -> Session:
+        self._follow_user()
+        key = (self.root, self.name)
+        _end_interrupted_join(key, deadline)
+        _end_interrupted_shutdowns(key, deadline)
+        session = _sessions.get(key)
+        if session is not None and session.namespace.is_usable and session.is_left_behind:
+            session.close(_left_s(deadline))
+        if session is None or not session.namespace.is_usable:
+            made = _joining[key] = []
+            try:
+                session = self._join(made, deadline)
+            except (OSError, RuntimeError) as error:
+                if not (limit := limit_behind(error)):
+                    raise
+                self._clear_away(key)
+                raise ProcessLimitError(
+                    f"pid {os.getpid()} cannot join namespace {self.name!r}: {error}: {limit}; raise it, or close "
+                    "what this process has left open",
+                    limit=limit,
+                ) from error
+            _sessions[key] = session
+            del _joining[key]
+        self.session = session
+        session.manager_ids.add(id(self))
         return session
 
     def connected_in_time(self, tag: str) -> Session:
@@ -256,8 +269,10 @@ class Attachment:
 
     # ---- joining -------------------------------------------------------------------------------------------
 
-    def _join(self, made: list[Namespace | Session], timeout_s: float) -> Session:
+    def _join(self, made: list[Namespace | Session], deadline: float) -> Session:
         """Return a new session. made: receives what has to be closed if this is interrupted.
+
+        deadline: when to give up if others have the locks. What was made is left by then, too.
 
         Raises ClosedError in finalizers that run as the interpreter ends, because nothing would leave the namespace
         again; ProcessLimitError; what `Namespace.join` raises.
@@ -269,7 +284,7 @@ class Attachment:
         if (self.root, self.name) not in _leaves_at_exit:
             run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
             _leaves_at_exit.add((self.root, self.name))
-        told, deadline = self.joins_with, time.monotonic() + min(timeout_s, LIFECYCLE_TIMEOUT_S)
+        told = self.joins_with
         source = "custom" if told.monitor is not None or not isinstance(told.memory_source, str) else told.memory_source
         namespace = Namespace.join(
             self.name,
@@ -279,21 +294,21 @@ class Attachment:
             source=source,
             kind=Member.GUEST if is_server_process() else Member.WORKER,
             made=made,
-            timeout_s=deadline - time.monotonic(),
+            timeout_s=_left_s(deadline),
         )
         try:
             path = told.estimates_path or os.environ.get(ESTIMATES_PATH_VARIABLE)
             kept = NamespaceEstimates(namespace, path) if path else None
             session = Session(namespace, _make_monitor(namespace, told), told.verbose_logging, kept)
         except BaseException:
-            namespace.leave()
+            namespace.leave(timeout_s=_left_s(deadline))
             raise
         made.append(session)
         with namespace.lock.give_up_at(deadline):
             try:
                 session.start()
             except BaseException:
-                session.close()
+                session.close(_left_s(deadline))
                 raise
         return session
 
@@ -428,23 +443,34 @@ def _shut_down_in_thread(target: Callable[[], None]) -> None:
         _shutting_down.append(thread)
 
 
-def _end_interrupted_join(key: _Key) -> None:
-    """Leave or close what an interrupted join of this process has made. Needs `_guard`."""
+def _left_s(deadline: float) -> float:
+    return max(NOW_S, deadline - time.monotonic())
+
+
+def _end_interrupted_join(key: _Key, deadline: float = math.inf) -> None:
+    """Leave or close what an interrupted join of this process has made. Needs `_guard`.
+
+    deadline: until when to wait for a process that has the lifecycle lock.
+    """
+    timeout_s = min(_left_s(deadline), LIFECYCLE_TIMEOUT_S)
     session = _sessions.get(key)
     for one in reversed(_joining.get(key, ())):
         if isinstance(one, Namespace):
             if session is None or one is not session.namespace:
-                one.leave()
+                one.leave(timeout_s=timeout_s)
         elif one is not session:
-            one.close()
+            one.close(timeout_s)
     _joining.pop(key, None)
 
 
-def _end_interrupted_shutdowns(key: _Key) -> None:
-    """Complete shutdowns that an exception has interrupted. Those that are still running are not disturbed."""
+def _end_interrupted_shutdowns(key: _Key, deadline: float = math.inf) -> None:
+    """Complete shutdowns that an exception has interrupted. Those that are still running are not disturbed.
+
+    deadline: see `_end_interrupted_join`.
+    """
     for session in [one for one, left in list(_leaving.items()) if left == key]:
         if session.namespace.is_usable:
-            session.close()
+            session.close(min(_left_s(deadline), LIFECYCLE_TIMEOUT_S))
         _forget_if_left(session)
 
 

@@ -50,7 +50,7 @@ from mpmm.model_manager.unload import UNLOAD_LOOK_S, Unloads, collect_garbage, u
 from mpmm.model_manager.waits import WARN_AFTER_S
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Member, Ticket
-from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace
 from mpmm.sources import MemorySource
 
 __all__ = ["Session"]
@@ -174,12 +174,14 @@ class Session:
             self.estimates_file.load()
         self.background.start()
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = LIFECYCLE_TIMEOUT_S) -> None:
         """Leave the namespace: unload what only this process can use, and everything if it is the last.
 
         A second call does nothing, even while the first is still running, unless an exception has ended that one. If an
         object's own unload, or a signal handler during it, raises, everything else is still done, and the exception is
         raised at the end.
+
+        timeout_s: see `Namespace.leave`.
         """
         call = Operation(sys._getframe())
         with self._mutex:
@@ -207,7 +209,7 @@ class Session:
             collect_garbage()
         # From here on no sample, not even one in progress, is published to memory that is about to be unmapped.
         self.monitor.bind(None)
-        self.namespace.leave(self._unload_everything)
+        self.namespace.leave(self._unload_everything, timeout_s)
         self.monitor.close_source()
         _sessions.discard(self)
         self.is_closed = True

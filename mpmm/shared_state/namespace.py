@@ -364,10 +364,13 @@ class Namespace:
             with self.transaction() as t:
                 before = self.transitions.reset(t, before)
 
-    def leave(self, unload_everything: Callable[[], None] | None = None) -> None:
+    def leave(
+        self, unload_everything: Callable[[], None] | None = None, timeout_s: float = LIFECYCLE_TIMEOUT_S
+    ) -> None:
         """Give up membership; the last worker to leave removes segment and directory.
 
         unload_everything: the last worker calls it, with the lifecycle lock held, while it still is a member.
+        timeout_s: how long to wait for that lock; after that the process leaves without it, and removes nothing.
         Calling `leave` again does nothing.
         """
         if not self.is_usable or self.slot < 0:
@@ -379,16 +382,18 @@ class Namespace:
         self._files.put_back()
         with contextlib.ExitStack() as stack:
             try:
-                self._leave_locked(stack, unload_everything)
+                self._leave_locked(stack, unload_everything, timeout_s)
             except BaseException:
                 # This process may hold `alive.lock` exclusively, and newcomers wait for a shared lock.
                 if self._usable and self._files.alive is not None:
                     self._files.alive.try_shared()
                 raise
 
-    def _leave_locked(self, stack: contextlib.ExitStack, unload_everything: Callable[[], None] | None) -> None:
+    def _leave_locked(
+        self, stack: contextlib.ExitStack, unload_everything: Callable[[], None] | None, timeout_s: float
+    ) -> None:
         try:
-            stack.enter_context(Lifecycle(self.runtime))
+            stack.enter_context(Lifecycle(self.runtime, timeout_s))
             last = self._is_last()
         except (FileNotFoundError, LockTimeoutError) as error:
             # The directory was removed by hand, or a stopped process holds the lifecycle lock.
