@@ -379,3 +379,59 @@ def test_a_join_that_is_too_late_is_given_up_in_time_though_others_have_the_lock
     # It could not know whether it was the last, so the next one clears away what it has left.
     new_manager()
     assert [member.pid for member in read_snapshot(namespace).members] == [os.getpid()]
+
+
+JOINS_IN_A_CHILD = """
+import os, sys, time
+from unittest import mock
+
+from mpmm import AcquireTimeoutError, LockTimeoutError, ModelManager
+from mpmm.model_manager.session import Session
+from mpmm.shared_state.lifecycle import LIFECYCLE_TIMEOUT_S
+from mpmm.shared_state.lock_file import LockFile
+
+manager = ModelManager(namespace="life", memory_source="booked", wait_timeout_seconds=0.2)
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+# As a process has it that is stopped while it joins.
+lock = LockFile(os.path.join(sys.argv[1], "life", "lifecycle.lock"))
+
+def is_interrupted(*_):
+    raise KeyboardInterrupt
+
+def fails(*_):
+    lock.exclusive(10)
+    raise LockTimeoutError("the lock was not free", timeout_seconds=0.2)
+
+if sys.argv[2] == "after an interrupted join":
+    with mock.patch.object(Session, "start", is_interrupted), mock.patch.object(Session, "close"):
+        try:
+            manager.acquire_model("a", dict)
+        except KeyboardInterrupt:
+            pass
+starts = fails if sys.argv[2] == "fails to start" else Session.start
+if starts is not fails:
+    lock.exclusive(10)
+began = time.monotonic()
+with mock.patch.object(Session, "start", starts):
+    try:
+        manager.acquire_model("a", dict)
+    except AcquireTimeoutError:
+        assert time.monotonic() - began < LIFECYCLE_TIMEOUT_S / 2
+    else:
+        raise AssertionError("it has joined")
+lock.close()
+manager.release_model("a", manager.acquire_model("a", dict))
+manager.shutdown()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("case", ["joins", "after an interrupted join", "fails to start"])
+def test_a_request_that_has_to_join_first_keeps_to_its_own_time(runtime_root: Path, case: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": import_path()}
+    command = [sys.executable, "-c", JOINS_IN_A_CHILD, str(runtime_root), case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (runtime_root / "life").exists()
