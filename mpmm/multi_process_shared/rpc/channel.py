@@ -1,7 +1,7 @@
 """A channel: messages, small or large, over one authenticated connection.
 
-The two sides take turns, as a question and its answer do, so at any moment one of them sends and the other
-receives. A message is a pickle, its head, and the large buffers that pickle has left out of it (`rpc.protocol`):
+The two sides take turns, like a request and its answer, so at any moment one of them sends and the other
+receives. A message is a pickle, its head, and the large buffers that were left out of it (`rpc.pickling`):
 
     frame   length of the head (4 bytes), number of buffers (4), their sizes (8 each), the head
     bulk    the bytes of the buffers, if there are any
@@ -9,21 +9,21 @@ receives. A message is a pickle, its head, and the large buffers that pickle has
 A head of LARGE_BYTES or more travels as the first buffer, and its length in the frame is 0. A small message is
 one system call on each side.
 
-The bulk begins with an agreement on its way, in single bytes:
+The bulk begins with single bytes that agree on how it is sent:
 
     receiver  HAVE or LACK      whether it has the shared buffer of this connection (`rpc.shared_buffer`)
     sender    FILLED            both have it: this was the first slot, see below
-              OFFER             with the descriptor of a new one; the receiver says HAVE or LACK once more
+              OFFER             with the descriptor of a new one; the receiver sends HAVE or LACK once more
               PLAIN             no shared buffer: the bytes follow as they are
 
-For a shared buffer, the bulk is cut into pieces that fit into a slot, and the slots are used in turn. The sender writes
+With a shared buffer, the bulk is cut into pieces that fit into a slot; the slots are used in turn. The sender writes
 to a slot and then sends FILLED; the receiver copies the slot's bytes and then sends EMPTIED, unless the sender will
 not need that slot again in this message, and READ once it has copied all of them. The sender owns a slot from the
 beginning of the message to FILLED and from EMPTIED on, the receiver in between and until READ. Both copy at the same
 time, each on a processor of its own.
 
-A side that dies or fails half-way closes the socket, which the other one sees at its next byte; what was in the
-slots is forgotten with the shared buffer. A channel that failed, or was interrupted, must not be used again.
+A side that dies or fails half-way closes the socket, which the other side notices at its next byte; the contents of the
+slots are dropped with the shared buffer. A channel that failed, or was interrupted, must not be used again.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ __all__ = ["LARGE_BYTES", "Channel", "Message"]
 # A single buffer of 64 KiB takes 0.10 ms there and back as a bulk and 0.06 in the pickle, one of 256 KiB 0.13 and 0.16,
 # but 32 of 100 KiB take 4.0 ms and 8.7.
 LARGE_BYTES = 1 << 16
-# What is kept for the next large payload is kept for so long after the last message.
+# How long memory for the next large payload is kept after the last message.
 IDLE_MS = 10_000
 
 _FRAME = struct.Struct("<II")
 _SIZE_BYTES = 8
-# Memory for frames: at first what small messages take, later what the largest one without a bulk has taken.
+# Memory for frames: at first enough for small messages, later for the largest one without a bulk so far.
 _FIRST_KEPT_BYTES = 4096
 _MOST_KEPT_BYTES = LARGE_BYTES + _FRAME.size
 HAVE, LACK, OFFER, PLAIN, FILLED, EMPTIED, READ = b"h", b"l", b"o", b"p", b"f", b"e", b"r"
@@ -87,9 +87,9 @@ class Channel:
                 close_in_children(self)
         self._shared_buffer: SharedBuffer | None = None
         self._refused = False
-        # READ is to come: the other side may still copy what was sent to it by the shared buffer.
+        # READ is still to come: the other side may be copying what was sent to it through the shared buffer.
         self._being_read = False
-        # Kept from message to message: small ones cost no allocation.
+        # Kept from message to message, so that small ones cost no allocation.
         self._kept = memoryview(bytearray(_FIRST_KEPT_BYTES))
 
     def fileno(self) -> int:
@@ -97,19 +97,19 @@ class Channel:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Close the socket and let go of the shared buffer."""
+        """Close the socket and drop the shared buffer."""
         self._shared_buffer = None
-        # A child that is forked in the middle would keep it open, under a number that no code knows there any more.
+        # A child forked in the middle would keep the socket open, under a number that no code in it knows.
         with closing_guard():
             self._socket.close()
 
     def __del__(self) -> None:
-        # A thread's channel ends with the thread, without anybody to close it; a socket would complain.
+        # A thread's channel ends with the thread, and no code closes it; a socket would warn about that.
         with suppress(AttributeError):
             self.close()
 
     def send(self, message: Message) -> None:
-        """Send one message. Raises OSError or EOFError when the other side goes away."""
+        """Send one message. Raises OSError or EOFError if the other side has hung up."""
         head, buffers = message
         if not buffers and len(head) < LARGE_BYTES:
             self._socket.sendall(_FRAME.pack(len(head), 0) + head, NO_SIGNAL)
@@ -121,7 +121,7 @@ class Channel:
         self._send_bulk(buffers)
 
     def receive(self) -> Message:
-        """Return the next message, whose head is good until the one after it. Raises EOFError, OSError."""
+        """Return the next message, whose head is valid until the one after it. Raises EOFError, OSError."""
         frame = self._kept
         self._take_read()
         received = self._fill(frame, 0, _FRAME.size)
@@ -142,15 +142,15 @@ class Channel:
         return Message(frame[head_start:end] if head_bytes else buffers.pop(0), buffers)
 
     def give_back_when_idle(self) -> None:
-        """Return when there is something to receive; free what is kept for large payloads if that takes long.
+        """Wait up to IDLE_MS for something to receive; if nothing arrives, free the memory kept for large payloads.
 
-        For the side that waits for questions; the shared buffer is freed on both. Costs nothing without one. It stays
-        where the other side has been stopped in the middle of its copy, the rest of which would be zeros.
+        For the side that waits for requests; the shared buffer is freed on both sides. Without one, this returns at
+        once. It is kept if the other side was stopped in the middle of its copy, the rest of which would be zeros.
         """
         if self._shared_buffer is not None and not self.is_readable(IDLE_MS) and not self._being_read:
             self._shared_buffer.give_back()
             drop_spare_slabs()
-            # The other side's next bulk hears LACK, and it makes a new one.
+            # The other side gets LACK at its next bulk, and makes a new one.
             self._shared_buffer = None
 
     def _send_bulk(self, buffers: Sequence[memoryview]) -> None:
@@ -179,7 +179,7 @@ class Channel:
     def _receive_bulk(self, buffers: Sequence[memoryview]) -> None:
         while True:
             self._socket.sendall(LACK if self._shared_buffer is None else HAVE, NO_SIGNAL)
-            # Looked at first, because a byte that comes with a descriptor has to be taken in a way of its own.
+            # Peeked at first, because a byte that comes with a descriptor has to be received in another way.
             way = self._socket.recv(1, socket.MSG_PEEK)
             if way != OFFER:
                 break
@@ -205,14 +205,14 @@ class Channel:
             filled -= 1
             if number + SLOTS <= last:
                 self._socket.sendall(EMPTIED, NO_SIGNAL)
-        # All is here, also from a side that has gone since; the next message finds that out.
+        # Everything has arrived, even if the other side is gone by now; the next message finds that out.
         with suppress(OSError):
             self._socket.sendall(READ, NO_SIGNAL)
 
     def _offer_shared_buffer(self) -> bool:
-        """Make a shared buffer and hand it over; return whether both sides have it. A refusal is for good."""
-        # No fork in between: a child would hold the memory as long as it lives. The byte does not block, since the
-        # other side has read all that went before it.
+        """Make a shared buffer and hand it over; return whether both sides have it. A refusal is final."""
+        # No fork in between: a child would hold the memory as long as it lives. Sending the byte does not block,
+        # because the other side has read everything before it.
         with fork_guard:
             try:
                 buffer, fd = create_shared_buffer()
@@ -228,9 +228,9 @@ class Channel:
         return not self._refused
 
     def _take_shared_buffer(self) -> None:
-        """Take a shared buffer that is offered, if we may have one; the byte is there already."""
+        """Take a shared buffer that is offered, if this process may have one; the byte has arrived already."""
         with fork_guard:
-            # None when this process has no descriptor left.
+            # Empty if this process has no descriptor left.
             _, fds, _, _ = socket.recv_fds(self._socket, 1, 1, _RECEIVE_FLAGS)
             for fd in fds:
                 try:
@@ -255,7 +255,7 @@ class Channel:
         return byte
 
     def _marks(self) -> int:
-        """Wait for FILLED or EMPTIED, and return how many of them have come."""
+        """Wait for FILLED or EMPTIED, and return how many of them have arrived."""
         marks = self._socket.recv(SLOTS)
         if not marks:
             raise EOFError
@@ -272,7 +272,7 @@ class Channel:
         return bool(poll.poll(timeout_ms))
 
     def _take_read(self) -> None:
-        """Wait until the other side has copied what was sent by the shared buffer."""
+        """Wait until the other side has copied what was sent through the shared buffer."""
         if self._being_read:
             self._byte()
             self._being_read = False

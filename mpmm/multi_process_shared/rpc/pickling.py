@@ -1,16 +1,16 @@
-"""How messages are pickled: large buffers beside the pickle, arrays and tensors in the shortest way.
+"""How messages are pickled: large buffers beside the pickle, arrays and tensors in the shortest form.
 
-Pickle has slots for both (protocol 5 and a pickler's private table of reducers), so nothing changes for other
-pickles of this process, and anything can unpickle what comes out.
+Pickle supports both (protocol 5 and a pickler's private table of reducers), so other pickles of this process do not
+change, and plain pickle can load the result.
 
     NumPy arrays        up to LARGE_BYTES, of plain numbers and in C order, as the call of `numpy.ndarray` that makes
-                        them: a call with 320 bytes and back takes 47 instead of 61 us. All others as NumPy likes.
+                        them: a call with 320 bytes and back takes 47 instead of 61 us. All others as NumPy does it.
     tensors of torch    on the CPU, dense, contiguous and without gradient, as a buffer and not as a saved file; like
                         arrays, and unlike tensors that torch pickles, two of them do not share memory afterwards
-    other buffers       what classes wrap into `pickle.PickleBuffer` (pandas, pyarrow); such a class is given any
-                        kind of buffer when it is unpickled
+    other buffers       those that classes wrap in `pickle.PickleBuffer` (pandas, pyarrow); when such a class is
+                        unpickled, it may be given any kind of buffer
 
-No library is imported for it: what has not been imported by now has no objects that could be pickled.
+No library is imported for this: a library that has not been imported yet has no objects that could be pickled.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def dump(thing: object) -> Message:
 
     def keep_in_pickle(buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
-        # bytes and bytearray arrive as such, and not as something that cannot be pickled again.
+        # bytes and bytearray must arrive as such, and not as a view, which cannot be pickled again.
         if view.nbytes < LARGE_BYTES or type(view.obj) in (bytes, bytearray):
             return True
         buffers.append(view)
         return False
 
     if "numpy" not in sys.modules:
-        # torch comes with NumPy or does not share its tensors' memory with us.
+        # Without NumPy, torch does not give access to its tensors' memory.
         return Message(pickle.dumps(thing, PROTOCOL, buffer_callback=keep_in_pickle), buffers)
     file = io.BytesIO()
     _Pickler(file, PROTOCOL, buffer_callback=keep_in_pickle).dump(thing)
@@ -52,7 +52,7 @@ def dump(thing: object) -> Message:
 
 
 def load(message: Message) -> Any:
-    """Return what a message carries. Raises anything: unpickling runs the classes of what was pickled."""
+    """Return the object that a message carries. May raise anything: unpickling runs code of the object's classes."""
     return pickle.loads(message.head, buffers=message.buffers)
 
 
@@ -84,7 +84,7 @@ def _reduce_array(array: Any) -> Any:
         or not array.flags.c_contiguous
     ):
         return array.__reduce_ex__(PROTOCOL)
-    # Writable or read-only, as the array is.
+    # Writable or read-only, like the array.
     data = bytearray(array.data) if array.flags.writeable else array.tobytes()
     return type(array), (array.shape, dtype.str, data)
 
@@ -103,7 +103,7 @@ def _reduce_tensor(tensor: Any) -> Any:
         or vars(tensor)
     ):
         return tensor.__reduce_ex__(PROTOCOL)
-    # As bytes, because NumPy does not know all of torch's types of numbers.
+    # As bytes, because NumPy does not know all of torch's number types.
     data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return _tensor, (pickle.PickleBuffer(data), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 

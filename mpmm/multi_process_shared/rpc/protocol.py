@@ -1,10 +1,10 @@
-"""What is sent through a connection: one message per request, one per answer, each one pickle and its large buffers.
+"""The messages on a connection: one per request and one per answer, each a pickle and its large buffers.
 
-A request is `(token, name, args, kwargs)`. The token says whose use of the object this is; CONTROL stands for
-the server itself, whose requests are ACQUIRE, RELEASE, HARD_DELETE, SLEEP and WAKE_UP. An answer is
+A request is `(token, name, args, kwargs)`. The token says which acquire the caller uses the object by; CONTROL means
+the server itself, which answers ACQUIRE, RELEASE, HARD_DELETE, SLEEP, WAKE_UP, GET, CALL and DROP. An answer is
 `(RETURNED, value)` or `(RAISED, (pickled exception or None, one line, traceback))`.
 
-`rpc.pickling` says what is large and travels beside the pickle. On the other side it becomes memory of its own,
+`rpc.pickling` decides which buffers are large and sent beside the pickle. The receiver gets them in memory of its own,
 writable if the sender's was.
 """
 
@@ -50,7 +50,7 @@ def encode_request(token: int, name: str, args: tuple[Any, ...], kwargs: dict[st
 
 
 def decode_request(message: Message) -> tuple[int, str, tuple[Any, ...], dict[str, Any]]:
-    """Return token, name and arguments. Raises anything: unpickling runs the classes of the arguments."""
+    """Return token, name and arguments. May raise anything: unpickling runs code of the arguments' classes."""
     token, name, args, kwargs = pickling.load(message)
     return token, name, args, kwargs
 
@@ -70,8 +70,8 @@ def encode_result(value: object, tag: str, method: str) -> Message:
 
 
 def encode_error(error: BaseException) -> Message:
-    """Return the answer that raises `error` at the caller."""
-    # A pickle in the pickle: one that cannot be opened there must not hide the line and the traceback.
+    """Return the answer that raises `error` in the caller."""
+    # A pickle in the pickle: if the caller cannot load it, the line and the traceback still arrive.
     pickled = None
     # SystemExit and KeyboardInterrupt would end the caller for something that happened elsewhere.
     if isinstance(error, Exception):
@@ -84,7 +84,7 @@ def encode_error(error: BaseException) -> Message:
 
 
 class _Portable:
-    """Stands for an exception in a pickle, from which comes the exception itself."""
+    """Pickled in place of an exception, and unpickled as the exception itself."""
 
     def __init__(self, kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> None:
         self.parts = kind, args, state
@@ -96,8 +96,8 @@ class _Portable:
 def _portable(error: Exception) -> object:
     """Return what to pickle for an exception: itself, if its class says how.
 
-    Pickle makes an exception again by calling its class with `args`. Those are what a class handed on to its base, not
-    what it was called with: where it has an `__init__` of its own, that call fails, or makes something else.
+    Pickle makes an exception again by calling its class with `args`. The class passed these to its base, but may have
+    been called with others: if it has an `__init__` of its own, pickle's call fails, or makes something else.
     """
     kind = type(error)
     base = _builtin_base(kind)
@@ -105,14 +105,14 @@ def _portable(error: Exception) -> object:
         return error
     if kind.__init__ is base.__init__ and kind.__new__ is base.__new__:
         return error
-    # OSError has more in it than `args` say.
+    # OSError has more state than `args`.
     reduced: Any = base.__reduce__(error)
     args = reduced[1] if _can_pickle(reduced[1]) else (_text_of(error),)
     return _Portable(kind, args, _picklable(vars(error)))
 
 
 def _made_again(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    """Return an exception with these `args` and attributes, without calling what its class does to make one."""
+    """Return an exception with these `args` and attributes, without calling its class's own `__new__` or `__init__`."""
     base = _builtin_base(kind)
     error: Exception = base.__new__(kind, *args)
     base.__init__(error, *args)
@@ -139,7 +139,7 @@ def _can_pickle(value: object) -> bool:
 def decode_answer(message: Message, tag: str, method: str) -> Any:
     """Return what the method returned or raise what it raised, with the remote traceback as cause.
 
-    Raises RemoteCallError for a result or an exception that does not survive the journey.
+    Raises RemoteCallError for a result or an exception that cannot be pickled or unpickled.
     """
     try:
         kind, value = pickling.load(message)
@@ -166,9 +166,9 @@ def decode_answer(message: Message, tag: str, method: str) -> Any:
 
 
 def dump_for_server(thing: object, what: str) -> bytes:
-    """Return `thing`, called `what` in errors, pickled for a new process; with cloudpickle where pickle refuses.
+    """Return `thing`, called `what` in errors, pickled for a new process; with cloudpickle if pickle refuses.
 
-    Raises InvalidArgumentError when neither can.
+    Raises InvalidArgumentError if neither can.
     """
     refusals = []
     for dump in _dumpers():
@@ -186,7 +186,7 @@ def _dumpers() -> list[Any]:
     dumpers: list[Any] = [pickle.dumps]
     if (cloudpickle := _cloudpickle()) is not None:
         dumpers.append(cloudpickle.dumps)
-        # Pickle's references to what the main module defines would lead nowhere.
+        # The new process could not resolve pickle's references to the main module.
         if not is_main_importable():
             dumpers.reverse()
     return dumpers

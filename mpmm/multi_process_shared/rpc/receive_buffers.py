@@ -1,13 +1,13 @@
-"""Memory in which large buffers arrive: private and writable, an object's own until the last one that uses it is gone.
+"""Memory into which large buffers are received: private, writable, and kept until the last object that uses it is gone.
 
 Fresh memory costs more than the copy into it, because the kernel zeroes it page by page: 19 MB in 32 arrays take
 18 ms in pages of 4 KiB, 0.9 ms in huge pages, and 0.7 ms, the mere copy, in memory that was used before. So buffers
-arrive in slabs of huge pages, and slabs are used again. Those of one message that lie beside each other share a
-slab, which lives as long as any of them; SLAB_BYTES bounds what a single survivor keeps alive for the others.
+are received into slabs of huge pages, which are reused. Neighbouring buffers of one message share a slab, which lives
+as long as any of them; SLAB_BYTES bounds the memory that a single survivor keeps alive for the others.
 
-A slab is lent out through a ctypes array. At the end of that, seen by a weak reference, no object can reach its memory
-any more. Then the kernel may take the memory as soon as it is short (MADV_FREE). No more than SPARE_BYTES are kept in
-slabs, free or lent; what is lent beyond that is freed when its end comes.
+A slab is lent out through a ctypes array. Once the array is gone, which a weak reference notices, no object can reach
+the slab's memory any more, and the kernel may take it when memory is short (MADV_FREE). At most SPARE_BYTES are kept in
+slabs, free or lent; slabs lent beyond that are freed when their arrays are gone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mpmm.interpreter.fork_hooks import in_forked_child
 
 __all__ = ["SLAB_BYTES", "SPARE_BYTES", "drop_spare_slabs", "receive_memory"]
 
-# Two huge pages: one of them is whole even where the kernel does not align the mapping.
+# Two huge pages: one of them is whole even if the kernel does not align the mapping.
 SLAB_BYTES = 1 << 22
-# Less is served as well by what the heap has at hand.
+# Smaller groups of buffers are served as well from the heap.
 SMALLEST_SLAB_BYTES = 1 << 20
 SPARE_BYTES = 1 << 26
-# Good for every type of number and for vector instructions.
+# Enough for every type of number and for vector instructions.
 ALIGNMENT = 64
 
 
@@ -40,7 +40,7 @@ class _Loan(weakref.ref[Any]):
     madvise: Callable[[int], None]
 
 
-# In C alone, as the end of a loan: what a signal handler raised in Python code there would be lost.
+# The callback at the end of a loan, in C alone: an exception of a signal handler in Python code there would be lost.
 _let_kernel_take = operator.methodcaller("madvise", mmap.MADV_FREE) if hasattr(mmap, "MADV_FREE") else None
 
 
@@ -53,7 +53,7 @@ class _Slab:
             # Private, so that a forked child has a copy of its own, as of all other memory.
             self._mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            # Not to be taken for a broken connection.
+            # An OSError would be taken for a broken connection.
             raise MemoryError(f"no memory for a payload of {size / (1 << 20):.0f} MB") from error
         self._array_type = ctypes.c_ubyte * size
         self._loan: _Loan | None = None
@@ -62,7 +62,7 @@ class _Slab:
             with suppress(OSError):
                 self._mapping.madvise(mmap.MADV_HUGEPAGE)
         try:
-            # Some kernels refuse; better now, while there is nothing to free, than where no caller can be told.
+            # Some kernels refuse. Try it now, while there is nothing to free: at the end of a loan no caller is told.
             if self._at_end is not None:
                 self._at_end(self._mapping)
         except OSError:
@@ -80,7 +80,7 @@ class _Slab:
         return self._loan is None or self._loan() is None
 
 
-# Threads and signal handlers share it without a lock: the one that has removed a slab may use it.
+# Threads and signal handlers share the list without a lock: only the one that has removed a slab may use it.
 _slabs: list[_Slab] = []
 
 
@@ -99,14 +99,14 @@ def receive_memory(sizes: Sequence[int]) -> list[memoryview]:
 
 
 def drop_spare_slabs() -> None:
-    """Give the kernel back what is kept for further payloads."""
+    """Give back to the kernel the memory that is kept for further payloads."""
     for slab in _slabs.copy():
         if slab.is_spare():
             _take(slab)
 
 
 def _memory_for(sizes: Sequence[int], total: int) -> list[memoryview]:
-    """Return memory for a group of buffers, together if that pays."""
+    """Return memory for a group of buffers, in one slab if that pays."""
     if total < SMALLEST_SLAB_BYTES:
         return [memoryview(bytearray(size)) for size in sizes]
     slab = _lend(_rounded(total, SLAB_BYTES))
@@ -118,7 +118,7 @@ def _memory_for(sizes: Sequence[int], total: int) -> list[memoryview]:
 
 
 def _lend(size: int) -> memoryview:
-    """Return the memory of a slab, used or new, and keep the slab for later if there is room."""
+    """Return the memory of a slab, used or new, and keep the slab for later within SPARE_BYTES."""
     used = (slab for slab in _slabs.copy() if slab.size == size and slab.is_spare() and _take(slab))
     slab = next(used, None) or _Slab(size)
     memory = slab.lend()
@@ -133,7 +133,7 @@ def _lend(size: int) -> memoryview:
 
 
 def _take(slab: _Slab) -> bool:
-    """Remove a slab from those that are kept; False if another thread was faster."""
+    """Remove a slab from the list; return False if another thread was faster."""
     try:
         _slabs.remove(slab)
     except ValueError:

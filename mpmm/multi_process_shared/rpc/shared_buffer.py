@@ -3,19 +3,19 @@
 A connection has at most one: SLOTS slots of SLOT_BYTES, which both directions use in turn, as a conveyor belt and not
 as a store. The sender fills a slot while the receiver empties an earlier one into memory of its own (`rpc.channel` says
 which side may touch which slot when). So a shared buffer is as small for a payload of a gigabyte as for one of a
-megabyte, and what a receiver gets is ordinary memory that is its alone.
+megabyte, and a receiver gets ordinary memory of its own.
 
-The other way, a shared buffer as large as the payload, of which the receiver is handed a view, is no faster. For 64 MB
-one way, in ms: 2.9 into slots, which stay in the processors' caches, and 3.5 out of them into used memory
+The alternative, a shared buffer as large as the payload, of which the receiver gets a view, is no faster. For 64 MB
+one way, in ms: 2.9 into slots, which stay in the processors' caches, and 3.5 out of them into reused memory
 (`rpc.receive_buffers`), both at the same time; 6.6 into a large shared buffer, and 5.3 for a private view of it, 73 if
-it is written to. Only a view that changes with a forked child's costs nothing. And a view keeps its part of the buffer
-busy as long as it lives.
+it is written to. Only a view that changes when a forked child writes to it costs nothing. And a view keeps its part of
+the buffer busy as long as it lives.
 
 A shared buffer is an unnamed file (`memfd_create`), made by the side that first has something large to send. Its
-descriptor is sent through the socket, and both sides close theirs as soon as they have mapped the file: only the
-mappings hold the memory then, and however the two processes die, the kernel frees it with the last of them. The pages
-are allocated before either side writes, and the file is sealed against shrinking, so that a lack of memory is an
-OSError here and never a SIGBUS later. A side that gets no shared buffer sends through the socket.
+descriptor is sent through the socket, and both sides close theirs as soon as they have mapped the file: then only the
+mappings hold the memory, and however the two processes die, the kernel frees it with the last mapping. The pages are
+allocated before either side writes, and the file is sealed against shrinking, so that a lack of memory is an OSError
+here and never a SIGBUS later. A side that gets no shared buffer sends through the socket.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 SLOT_BYTES = 1 << 20
 SLOTS = 4
 SHARED_BUFFER_BYTES = SLOTS * SLOT_BYTES
-# How much one process holds in shared buffers at most, in MB; connections beyond that do without. 0: there are none.
+# The most that one process may hold in shared buffers, in MB; further connections do without. 0: no shared buffers.
 LIMIT_VARIABLE = "MPMM_ARENA_MB"
 DEFAULT_LIMIT_MB = 256.0
 MIB = 1 << 20
@@ -72,9 +72,9 @@ class SharedBuffer:
 
 
 def create_shared_buffer() -> tuple[SharedBuffer, int]:
-    """Return a new shared buffer and the descriptor of its file, for the other side. Raises OSError where none may be.
+    """Return a new shared buffer and the descriptor of its file, for the other side. Raises OSError if none can be had.
 
-    The caller closes the descriptor, and lets no fork happen before.
+    The caller closes the descriptor, and prevents forks until then.
     """
     _check_limit()
     if sys.platform != "linux":
@@ -93,7 +93,7 @@ def create_shared_buffer() -> tuple[SharedBuffer, int]:
 
 
 def cut_into_slots(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """Cut buffers of bytes, as if they were one, into the pieces that lie in the first slot, the second, and so on."""
+    """Cut buffers of bytes, as if they were one, into the pieces for the first slot, the second, and so on."""
     pieces: list[memoryview] = []
     room = SLOT_BYTES
     for buffer in buffers:
@@ -111,7 +111,7 @@ def cut_into_slots(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _check_limit() -> None:
-    """Raise OSError if this process holds all the shared buffers that it may. Two threads may go one beyond."""
+    """Raise OSError if this process holds all the shared buffers that it may. Two threads may exceed that by one."""
     try:
         limit_mb = float(os.environ.get(LIMIT_VARIABLE, DEFAULT_LIMIT_MB))
     except ValueError:
@@ -121,7 +121,7 @@ def _check_limit() -> None:
 
 
 def _check_file(fd: int) -> None:
-    """Raise OSError unless the file is as large as a shared buffer and will stay so."""
+    """Raise OSError unless the file has the size of a shared buffer and is sealed to keep it."""
     if sys.platform != "linux" or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _seals() != _seals():
         raise OSError("the file is not sealed")
     if os.fstat(fd).st_size != SHARED_BUFFER_BYTES:

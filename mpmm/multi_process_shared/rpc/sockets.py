@@ -1,18 +1,18 @@
 """Unix sockets between processes of one user.
 
 Three things keep others out: the folder is 0700, the kernel names the peer's user, and both sides prove
-that they know the registry's key. A process of the same user that looks at the wrong registry fails at the third.
+that they know the registry's key. A process of the same user that connects to the wrong registry fails at the third.
 
 The proof is a mutual challenge after ISO/IEC 9798-4 (three passes). N are NONCE_BYTES bytes, the protocol's version and
-then random ones, so that processes of two versions that meet both know it and say so; MAC is keyed BLAKE2b
-(RFC 7693), which a new process has at hand, where the first HMAC of OpenSSL costs it half a millisecond:
+then random ones, so that two processes of different versions both notice and say so; MAC is keyed BLAKE2b (RFC 7693),
+which a new process can use at once, while the first HMAC of OpenSSL costs it half a millisecond:
 
     client   Nc
     server   Ns, MAC(key, "server" Nc Ns)
     client   MAC(key, "client" Nc Ns)      and then, without waiting, its first request
 
-Fresh nonces keep recorded answers from being played again, the roles' names keep a side's own answers from being
-sent back to it. The server reads nothing else before the last one is right. (`multiprocessing.connection` has a
+Fresh nonces prevent recorded answers from being replayed, the roles' names prevent a side's own answers from being
+sent back to it. The server reads nothing else before the client's MAC is right. (`multiprocessing.connection` has a
 challenge, too, once in each direction: the client would wait for the server to be scheduled three times, not once.)
 """
 
@@ -46,21 +46,21 @@ __all__ = [
 LONGEST_ADDRESS_BYTES = 100
 BACKLOG = 128
 NONCE_BYTES = 32
-#: Of what processes say behind the handshake. It rises with every change that an older peer would misread.
+#: The version of the messages after the handshake. It rises with every change that an older peer would misread.
 PROTOCOL_VERSION = 2
 _VERSION = struct.Struct(">H")
 PROOF_BYTES = 32
-# A client proves what it knows in a millisecond, unless it is stopped, or the machine has no processor for it.
+# A client proves that it knows the key in a millisecond, unless it is stopped, or the machine has no processor for it.
 HANDSHAKE_TIMEOUT_S = 30.0
-# With it a peer that has gone is an error, and no SIGPIPE, which ends programs that have given it its default action.
+# With it, sending to a peer that is gone is an error and no SIGPIPE, which ends programs that have its default action.
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
 _HAS_PROC = sys.platform == "linux"
 
 
 class ForkSafeSocket(socket.socket):
-    """A socket that no fork meets half closed. Without the guard a child would keep what its object has forgotten.
+    """A socket that is never half closed at a fork: a child would keep a descriptor that the object has forgotten.
 
-    It has no time limit, whatever `socket.setdefaulttimeout` says in this program, which is about its own sockets.
+    It has no time limit, because a program's `socket.setdefaulttimeout` is meant for the program's own sockets.
     """
 
     def __init__(self, family: int = -1, kind: int = -1, *, fileno: int | None = None) -> None:
@@ -77,10 +77,10 @@ class ForkSafeSocket(socket.socket):
 
 
 class ForkSafeConnection(Connection):
-    """A connection that no fork meets half closed. Without the guard a child would close a number that is another's."""
+    """A connection that is never half closed at a fork: a child would close a number that belongs to another file."""
 
     def _send(self, buf: Any, write: object = None) -> None:
-        """Send all of it, see NO_SIGNAL; `multiprocessing` would write as to a file."""
+        """Send all of `buf` with NO_SIGNAL; `multiprocessing` would write to the socket as to a file."""
         with duplicate(self.fileno()) as ours:
             ours.sendall(buf, NO_SIGNAL)
 
@@ -117,7 +117,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def accept(listener: socket.socket) -> Connection | None:
-    """Return the next connection, or None when the peer has gone again. Not authenticated yet."""
+    """Return the next connection, not authenticated yet, or None if the peer is gone already."""
     # Non-blocking, so that the guard, and with it every fork of this process, is held for microseconds.
     with fork_guard:
         keep_standard_descriptors()
@@ -130,10 +130,10 @@ def accept(listener: socket.socket) -> Connection | None:
 
 
 def authenticate_client(connection: Connection, key: bytes) -> None:
-    """Make sure, on the server's side, that the peer is of this user and knows `key`.
+    """Make sure, on the server's side, that the peer belongs to this user and knows `key`.
 
-    Raises AuthenticationError; EOFError or OSError when the peer goes away meanwhile, or has not proved anything after
-    HANDSHAKE_TIMEOUT_S: a process that just connects must not hold a thread for as long as it likes.
+    Raises AuthenticationError; EOFError or OSError if the peer hangs up, or has proved nothing after
+    HANDSHAKE_TIMEOUT_S: a process that merely connects must not hold a thread for as long as it likes.
     """
     deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     for _ in handshake(connection, key):
@@ -142,7 +142,7 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
 
 
 def handshake(connection: Connection, key: bytes) -> Iterator[None]:
-    """Do what `authenticate_client` does, in steps: whoever drives it goes on each time that there is more to read.
+    """Do what `authenticate_client` does, in steps: the caller resumes it each time that there is more to read.
 
     Raises AuthenticationError, EOFError, OSError.
     """
@@ -153,7 +153,7 @@ def handshake(connection: Connection, key: bytes) -> Iterator[None]:
         client_nonce = yield from _receive_in_steps(peer, NONCE_BYTES)
         server_nonce = _nonce()
         peer.sendall(server_nonce + _proof(key, b"server", client_nonce, server_nonce), NO_SIGNAL)
-        # Behind our own nonce, so that the client knows it as well.
+        # Checked after this side's nonce is sent, so that the client notices as well.
         _expect_version("client", client_nonce)
         proof = yield from _receive_in_steps(peer, PROOF_BYTES)
         if not hmac.compare_digest(proof, _proof(key, b"client", client_nonce, server_nonce)):
@@ -163,8 +163,8 @@ def handshake(connection: Connection, key: bytes) -> Iterator[None]:
 def dial(folder: str | Path, name: str, key: bytes, timeout_seconds: float | None = None) -> Connection:
     """Return an authenticated connection to the socket `folder/name`, closed in forked children.
 
-    timeout_seconds: how long to wait for each word of a server that may be stopped; None: for ever.
-    Raises AuthenticationError when the server has another key, OSError or EOFError when it is not there.
+    timeout_seconds: how long to wait for each message of a server that may be stopped; None: forever.
+    Raises AuthenticationError if the server has another key, OSError or EOFError if there is no server.
     """
     ours = dial_socket(folder, name, key, timeout_seconds)
     with fork_guard:
@@ -177,7 +177,7 @@ def dial_socket(folder: str | Path, name: str, key: bytes, timeout_seconds: floa
         ours = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
         if timeout_seconds is not None:
-            # Before, because a server that is stopped leaves no room in its queue some day.
+            # Before connecting, because the queue of a stopped server is full sooner or later.
             set_timeouts(ours, timeout_seconds)
         with _short_address(folder, name) as address:
             ours.connect(address)
@@ -189,9 +189,9 @@ def dial_socket(folder: str | Path, name: str, key: bytes, timeout_seconds: floa
 
 
 def pid_at(folder: str | Path, name: str, timeout_seconds: float) -> int | None:
-    """Return which process listens at the socket `folder/name`, stopped or not; None if the kernel does not tell.
+    """Return the pid of the process that listens at the socket `folder/name`, stopped or not; None if not known.
 
-    Raises OSError when there is none.
+    Raises OSError if there is no such process.
     """
     with fork_guard:
         ours = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -214,7 +214,7 @@ def _prove_to_server(server: socket.socket, key: bytes) -> None:
 
 
 def _nonce() -> bytes:
-    """Return bytes that no handshake had before, with the version of the protocol in front."""
+    """Return bytes that no handshake has used before, starting with the version of the protocol."""
     return _VERSION.pack(PROTOCOL_VERSION) + os.urandom(NONCE_BYTES - _VERSION.size)
 
 
@@ -233,7 +233,7 @@ def _proof(key: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) ->
 
 
 def duplicate(fd: int) -> socket.socket:
-    """Return a socket object of its own for an open socket, to be closed by the caller, and in forked children."""
+    """Return another socket object for an open socket, to be closed by the caller; closed in forked children."""
     with fork_guard:
         return close_in_children(ForkSafeSocket(fileno=os.dup(fd)))
 
@@ -262,7 +262,7 @@ def _receive_in_steps(peer: socket.socket, count: int) -> Generator[None, None, 
 
 
 def set_timeouts(connection: Connection | socket.socket, timeout_seconds: float) -> None:
-    """Have reading and writing fail with OSError where the other side is stopped or stuck."""
+    """Have reads and writes fail with OSError after this time if the other side is stopped or stuck."""
     timeval = struct.pack("@ll", int(timeout_seconds), int(timeout_seconds % 1 * 1_000_000))
     with duplicate(connection.fileno()) as ours:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
@@ -270,19 +270,19 @@ def set_timeouts(connection: Connection | socket.socket, timeout_seconds: float)
 
 
 def _peer_uid(fd: int) -> int | None:
-    """Return the user at the other end of a Unix socket, or None where the platform does not tell."""
+    """Return the user at the other end of a Unix socket, or None if the platform does not tell."""
     credentials = _peer_credentials(fd)
     return None if credentials is None else credentials[1]
 
 
 def peer_pid(fd: int) -> int | None:
-    """Return the process at the other end of a Unix socket, or None where the kernel does not tell."""
+    """Return the pid at the other end of a Unix socket, or None if the kernel does not tell."""
     credentials = _peer_credentials(fd)
     return credentials[0] or None if credentials is not None else None
 
 
 def _peer_credentials(fd: int) -> tuple[int, int, int] | None:
-    """Return pid, uid and gid of the other end of a Unix socket; pid 0: it is in a pid namespace beside ours."""
+    """Return pid, uid and gid of the other end of a Unix socket; pid 0: it is in a pid namespace not visible here."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return None
