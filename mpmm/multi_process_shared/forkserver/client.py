@@ -1,6 +1,6 @@
-"""The requester's side of the fork server: ordering a server, and a process object that stands for it.
+"""The requester's side of the fork server: orders a server, and represents it as a process object.
 
-`multiprocessing.active_children()` lists the object as it does children that this process started itself.
+`multiprocessing.active_children()` lists the object like a child that this process started itself.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ __all__ = ["ForkedServer", "add_preload_hook", "order_server", "remove_preload_h
 logger = printable_logger(__name__)
 
 SWITCH_VARIABLE = "MPMM_ZYGOTE"
-# A slow machine under load; the zygote itself needs a few tenths of a second.
+# Enough for a slow machine under load; the zygote itself needs a few tenths of a second.
 START_TIMEOUT_S = 20.0
-# The zygote says something every second; a template may be busy with one import.
+# The zygote reports every second that an order waits; a template may be busy with one import.
 ANSWER_TIMEOUT_S = 10.0
 EXIT_CODE_TIMEOUT_S = 5.0
-# As in multiprocessing's fork server, after whose death no process knows the exit code either.
+# As in multiprocessing: after the death of its fork server, no process knows the exit code either.
 UNKNOWN_EXIT_CODE = 255
 
-# Names of the environment that take effect when an interpreter starts, and never later.
+# Environment variables that take effect when an interpreter starts, and never later.
 START_VARIABLES = re.compile(r"(LD_|MALLOC_|GLIBC_|PYTHON)\w*")
 AVOID_S = 30.0
 
@@ -55,9 +55,9 @@ _avoid_until = 0.0
 
 
 def add_preload_hook(name: str) -> None:
-    """Have what every server of this process does first, `"module:function"`, done before servers are forked.
+    """Run `"module:function"`, which every server of this process calls first, before servers are forked, too.
 
-    It must not matter whether the function runs there, once, or in the server, once more.
+    It must not matter to the function whether it has already run before the fork.
     """
     if name not in _preload_hooks:
         _preload_hooks.append(name)
@@ -72,9 +72,9 @@ def remove_preload_hook(name: str) -> None:
 def order_server(
     registry: ServerRegistry, plan: ServerPlan, preparation: dict[str, Any], report: Connection, name: str
 ) -> ForkedServer | None:
-    """Have the registry's zygote fork a server, which reports to `report`; None where only a spawn can help.
+    """Have the registry's zygote fork a server, which reports to `report`; return None if only a spawn can help.
 
-    Not started as far as `multiprocessing` is concerned: call `start()` on what is returned.
+    To `multiprocessing` the returned process is not started yet: call its `start()`.
     """
     global _avoid_until
     if not _is_possible():
@@ -96,7 +96,7 @@ def order_server(
             raise
     except (OSError, EOFError, AuthenticationError, LockTimeoutError, subprocess.SubprocessError) as error:
         if not isinstance(error, (ConnectionError, EOFError)):
-            # A stopped one, say: do not let every start wait for it.
+            # The zygote is stopped, say: do not let every start wait for it.
             _avoid_until = time.monotonic() + AVOID_S
         logger.warning("mpmm: pid %d spawns the server of %r instead of forking it: %r", os.getpid(), plan.tag, error)
         return None
@@ -116,18 +116,18 @@ class ForkedServer(mp_process.BaseProcess):
 
 
 class _ForkedPopen:
-    """What `BaseProcess` needs to know of a process: here, of one that is the zygote's child."""
+    """What `BaseProcess` needs to know about a process, here about one that is the zygote's child."""
 
     method = "mpmm-zygote"
 
     def __init__(self, pid: int, connection: Connection) -> None:
-        """Stand for the process. Raises ProcessLookupError when the zygote has died, and so has the server."""
+        """Represent the process. Raises ProcessLookupError if the zygote has died, and so has the server."""
         self.pid = pid
         self.returncode: int | None = None
         self._connection = connection
         self._lock = new_lock()
         self.sentinel = os.pidfd_open(pid)
-        # Asked at each acquire of any tag, for which `wait` takes a tenth of the time that the acquire takes.
+        # Polled at each acquire of any tag, of whose time `wait` would take a tenth.
         self._ended = select.poll()
         self._ended.register(self.sentinel, select.POLLIN)
         self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
@@ -149,7 +149,7 @@ class _ForkedPopen:
         from mpmm.multi_process_shared.forkserver import orders
 
         with contextlib.suppress(OSError, EOFError), self._connection:
-            # Its end lets the zygote reap the server.
+            # Closing the connection lets the zygote reap the server.
             if self._connection.poll(EXIT_CODE_TIMEOUT_S):
                 return orders.receive(self._connection)[1]
         return UNKNOWN_EXIT_CODE
@@ -168,13 +168,13 @@ class _ForkedPopen:
                 signal.pidfd_send_signal(self.sentinel, number)
 
     def close(self) -> None:
-        """Let go of the descriptors; the server is not asked about any more."""
+        """Close the descriptors; the server's state is not needed any more."""
         self._connection.close()
         self.finalizer()
 
 
 def _is_possible() -> bool:
-    """Tell whether this platform has what it takes, and the user has not switched it off."""
+    """Tell whether this platform can fork servers, the user has not switched that off, and it has not failed lately."""
     return (
         os.environ.get(SWITCH_VARIABLE, "1") != "0"
         and sys.platform == "linux"
@@ -185,7 +185,7 @@ def _is_possible() -> bool:
 
 @functools.cache
 def _has_pidfd() -> bool:
-    """Tell whether Python and the kernel know descriptors of processes."""
+    """Tell whether Python and the kernel support descriptors of processes."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (AttributeError, OSError):
@@ -194,7 +194,7 @@ def _has_pidfd() -> bool:
 
 
 def _send_streams(connection: Connection, report: Connection) -> None:
-    """Send where the server reports, and what its standard streams are to be."""
+    """Send the descriptors of the server's report and of its standard output and error."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         fds = [report.fileno(), 1 if _is_stream(1) else null, 2 if _is_stream(2) else null]
@@ -205,9 +205,9 @@ def _send_streams(connection: Connection, report: Connection) -> None:
 
 
 def _is_stream(number: int) -> bool:
-    """Tell whether a descriptor is a standard stream, which a program that this process started would have, too.
+    """Tell whether a descriptor is a standard stream, which a program that this process starts would inherit.
 
-    Where a daemon has closed its own, the number is that of the next file that its program has opened.
+    If a daemon has closed its own streams, the number is that of the next file that its program has opened.
     """
     try:
         return os.get_inheritable(number)
@@ -216,7 +216,7 @@ def _is_stream(number: int) -> bool:
 
 
 def _reach_zygote(registry: ServerRegistry) -> Connection:
-    """Return a connection to the registry's zygote, started if there is none.
+    """Return a connection to the registry's zygote; start the zygote if there is none.
 
     Raises OSError, EOFError, AuthenticationError, LockTimeoutError, SubprocessError.
     """
@@ -232,7 +232,7 @@ def _reach_zygote(registry: ServerRegistry) -> Connection:
         try:
             return _dial(registry, life)
         except ValueError as error:
-            raise OSError(f"the life file of the zygote says {error}") from error
+            raise OSError(f"the life file of the zygote cannot be read: {error}") from error
 
 
 def _dial(registry: ServerRegistry, life: Path) -> Connection:
@@ -250,7 +250,7 @@ def zygote_pid(registry: ServerRegistry) -> int | None:
 
 
 def _life_path(registry: ServerRegistry) -> Path:
-    """Return the path of the zygote's life lock: an interpreter that starts in another way has another zygote."""
+    """Return the path of the zygote's life lock; interpreters that start in different ways have different zygotes."""
     flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     variables = sorted(
         item for item in os.environ.items() if START_VARIABLES.fullmatch(item[0]) and item[0] != "PYTHONPATH"
@@ -280,14 +280,14 @@ def _start_zygote(registry: ServerRegistry, life: Path) -> None:
     executable = os.fsdecode(spawn.get_executable())
     flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     began = time.monotonic()
-    # The process that ends here has forked the zygote, so that the zygote is a child of no caller.
+    # The process started here forks the zygote and ends, so that the zygote is no caller's child.
     done = subprocess.run(
         [executable, *flags, "-c", code, json.dumps([path, [str(registry.root), str(life)]])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        # It outlives the server that may have started it.
+        # The zygote outlives this process, which may be a server.
         env={name: value for name, value in os.environ.items() if name != LIVES_BY_VARIABLE},
         timeout=START_TIMEOUT_S,
         check=False,

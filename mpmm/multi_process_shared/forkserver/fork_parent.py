@@ -1,4 +1,4 @@
-"""What zygote and template have in common: they fork servers, hear what these import, and pass on their exit codes."""
+"""What zygote and template have in common: they fork servers, note what these import, and pass on their exit codes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Child:
 
 
 class ForkParent:
-    """Forks servers and knows what became of them; zygote and template are such parents."""
+    """Forks servers and keeps track of them; the base class of zygote and template."""
 
     def __init__(self) -> None:
         self.children: set[_Child] = set()
@@ -48,7 +48,7 @@ class ForkParent:
         try:
             child = self._forked(order, kind)
         except OSError:
-            # Too many processes or descriptors, say: let the requester find that out by itself.
+            # Too many processes or descriptors, say: the requester finds that out by itself.
             order.close()
             return
         self.children.add(child)
@@ -56,7 +56,7 @@ class ForkParent:
             send(order.requester, BORN, child.pid)
 
     def _forked(self, order: Order, kind: Kind) -> _Child:
-        """Fork the server. Raises OSError, and leaves nothing then but the order."""
+        """Fork the server. Raises OSError, and then leaves nothing behind but the order."""
         renewal = self.renewal()
         with contextlib.ExitStack() as on_failure:
             with contextlib.ExitStack() as for_child:
@@ -76,7 +76,7 @@ class ForkParent:
             try:
                 end = Descriptor(os.pidfd_open(pid))
             except OSError:
-                # Nobody would hear of its end.
+                # This process could not notice the server's end.
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 raise
@@ -86,7 +86,7 @@ class ForkParent:
         return _Child(pid, kind, end, order.requester, imports)
 
     def watched(self) -> list[Any]:
-        """Return what to wait for."""
+        """Return the objects to wait for."""
         return [
             thing
             for child in self.children
@@ -95,7 +95,7 @@ class ForkParent:
         ]
 
     def look_after_children(self, ready: list[Any]) -> None:
-        """Hear what children have imported, pass on their exit codes, and reap those that no requester waits for."""
+        """Note what children have imported, pass on their exit codes, and reap those that no requester waits for."""
         for child in list(self.children):
             if child.imports in ready and child.imports is not None:
                 with contextlib.suppress(EOFError, OSError, ValueError):
@@ -103,7 +103,7 @@ class ForkParent:
                 child.imports.close()
                 child.imports = None
             if child.end in ready:
-                # Not reaped yet: its pid must not be given to another process while a requester may use it.
+                # Not reaped yet: the kernel must not reuse its pid while a requester may use it.
                 ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
                 assert ended is not None
                 child.exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
@@ -111,7 +111,7 @@ class ForkParent:
                     with contextlib.suppress(OSError):
                         send(child.requester, ENDED, child.exit_code)
             elif child.requester in ready and child.requester is not None:
-                # Nothing is ever said there: this is the end of it.
+                # A requester sends nothing more, so this is the end of its connection.
                 child.requester.close()
                 child.requester = None
             if child.exit_code is not None and child.requester is None:
@@ -122,11 +122,11 @@ class ForkParent:
                 self.children.discard(child)
 
     def renewal(self) -> Callable[[dict[str, str]], None]:
-        """Return what a server does first, given its environment."""
+        """Return the function that a server calls first, with its environment."""
         return _set_environment
 
     def note_imports(self, kind: Kind, modules: list[str]) -> None:
-        """Note what a server of the kind had to import."""
+        """Note the modules that a server of the kind had to import."""
         raise NotImplementedError
 
 
@@ -140,7 +140,7 @@ def _set_environment(environment: dict[str, str]) -> None:
 def _become_server(
     order: ForkOrder, descriptors: list[int], imported: Connection, renew: Callable[[dict[str, str]], None]
 ) -> NoReturn:
-    """Turn a fresh fork into what `multiprocessing.spawn` would have made, and be the server."""
+    """Turn a fresh fork into the process that `multiprocessing.spawn` would have made, and be the server."""
     try:
         report, out, err = descriptors
         null = os.open(os.devnull, os.O_RDONLY)
@@ -167,7 +167,7 @@ def _become_server(
 
 
 def _report_imports(before: set[str], imported: Connection) -> None:
-    """Name the modules that came in since `before`, as far as an import by name would bring them."""
+    """Report the modules imported since `before`, as far as an import by name would import them."""
     new = []
     for name, module in list(sys.modules.items()):
         # Others are aliases, or were put there by hand.
@@ -178,7 +178,7 @@ def _report_imports(before: set[str], imported: Connection) -> None:
 
 
 def _reset_signals() -> None:
-    """Make sure that what ends a server does; other signals are what imported modules have made of them."""
+    """Make sure that the signals that end a server do so; imported modules keep their handlers of other signals."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,18 +1,18 @@
-"""What an import leaves in a process besides code, and what becomes of it in the servers that are forked afterwards.
+"""What an import leaves behind in a process besides code, and how servers that are forked afterwards deal with it.
 
-A server that imports a module itself has its own of everything. One that is forked from a template which has imported
-the module would share it with all others. So the template looks at itself before and after each import:
+A server that imports a module itself has its own copy of everything. A server that is forked from a template that has
+imported the module would share it with all others. So the template checks itself before and after each import:
 
-    left behind                                            is
+    left behind                                            in forked servers
     ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    Python's and NumPy's global generators, torch's,       made anew in each server, unless the import seeded them: then
-      instances of `random.Random`, NumPy's other          each server has what that seed gives, as if it had imported
+    Python's and NumPy's global generators, torch's,       seeded anew, unless the import seeded them: then each server
+      instances of `random.Random`, NumPy's other          has the state that this seed gives, as if it had imported
       generators
-    variables of the environment                           set in each server
-    handlers of signals                                    left as they are, but for those that end a server
-    descriptors, threads, child processes, memory that     a reason not to import the module before a fork: there is one
-      is shared for writing, another working directory       of them, or none, for all
-    what was read of a variable that differs from server   a reason to have a template for each value
+    environment variables                                  set in each server
+    signal handlers                                        kept, except for the signals that end a server
+    descriptors, threads, child processes, memory that     a reason not to import the module before a fork: all servers
+      is shared for writing, another working directory       would have the same one, or none
+    values read from a variable that differs from server   a reason to have a template for each value
       to server (`CUDA_VISIBLE_DEVICES`, `MPMM_LEASE_MB`)
 """
 
@@ -31,25 +31,25 @@ from typing import Any
 
 __all__ = ["PER_PROCESS_VARIABLES", "Watch"]
 
-# These differ from one worker or server to the next, and hardly any library looks at them while it is imported.
+# These differ from one worker or server to the next, and hardly any library reads them at import.
 PER_PROCESS_VARIABLES = re.compile(
     r"WORKER_ID|PIPELINE_OPTIONS(_FILE)?|\w+_API_SERVICE_DESCRIPTOR|PYTEST_\w+|(CUDA|HIP)_VISIBLE_DEVICES|PWD|OLDPWD|SHLVL|_|COLUMNS|LINES"
     r"|MPMM_(LEASE_MB|DEVICES|MEMORY_FRACTION)"
 )
 # Devices without a state that readers or writers would share.
 STATELESS = frozenset({"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
-# One keeps a copy of the whole environment for the scripts that a web server starts. Beam's worker looks up which
-# worker it is and how to reach its runner, which no model server does; a template for each worker would cost every
-# server the memory and the time of its imports.
+# Modules whose reads do not matter. The first copies the whole environment for the scripts that a web server starts.
+# Beam's worker looks up which worker it is and how to reach its runner, which no model server does; a template for each
+# worker would cost every server the memory and the time of its imports.
 HARMLESS_READERS = re.compile(r"wsgiref\.handlers|apache_beam\..+")
-# Imported before the modules that need them, so that what happens to their generators later can be told apart.
+# Imported before the modules that need them, so that later changes of their generators can be told apart.
 FIRST = ("numpy.random", "torch")
-# NumPy draws 128 bits for a generator that is given no seed. No such number comes from a person.
+# NumPy draws 128 bits for a generator without a seed. No person chooses such a long seed.
 LONGEST_SEED_BITS = 64
 
 
 class _Environ(os._Environ[str]):
-    """`os.environ` that notes which of PER_PROCESS_VARIABLES are looked at."""
+    """An `os.environ` that notes which of PER_PROCESS_VARIABLES are read."""
 
     def __getitem__(self, key: str) -> str:
         if isinstance(key, str) and PER_PROCESS_VARIABLES.fullmatch(key):
@@ -60,22 +60,22 @@ class _Environ(os._Environ[str]):
 
 
 def _reader() -> str:
-    """Return the name of the module that looks at a variable."""
+    """Return the name of the module that reads a variable."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in ("os", "_collections_abc", "collections.abc"):
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
 
-# Variables, each with the module that has looked at it.
+# Variables, each with the module that has read it.
 _reads: set[tuple[str, str]] = set()
 
 
 class Watch:
-    """Watches this process, a template, from now on; `renew` is for the servers that it forks."""
+    """Watches this process, a template, for what imports leave behind; the servers that it forks call `renew`."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        """Take over: environment is what the imports are to find."""
+        """Start watching; environment: what imports are to find in `os.environ`."""
         os.environ.clear()
         os.environ.update(environment)
         os.environ.__class__ = _Environ
@@ -95,20 +95,20 @@ class Watch:
     # ---- in the template -----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Look before an import."""
+        """Record the state before an import."""
         _reads.clear()
         self._numpy_drew = False
         self._before = (_descriptors(), _shared_mappings(), _children())
 
     def reads(self, but_by: str = "") -> set[str]:
-        """Return which variables that differ from server to server were looked at since `begin`.
+        """Return the variables that differ from server to server and were read since `begin`.
 
-        but_by: a module whose looks do not count.
+        but_by: a module whose reads do not count.
         """
         return {variable for variable, reader in _reads if reader != but_by}
 
     def problem(self) -> str | None:
-        """Return what has come about since `begin` and keeps servers from being forked, None if nothing."""
+        """Return what has changed since `begin` and keeps servers from being forked; None if nothing has."""
         descriptors, mappings, children = self._before
         for fd, target in _descriptors().items():
             if descriptors.get(fd) != target and target not in STATELESS:
@@ -133,7 +133,7 @@ class Watch:
                 return original(seed)
 
             library.seed = note_seed
-            # To look at all objects for new generators takes a tenth of a second, and hardly any import makes one.
+            # Searching all objects for new generators takes a tenth of a second, and hardly any import makes one.
             draw = library.bit_generator.randbits
 
             def note_draw(bits: int) -> int:
@@ -148,7 +148,7 @@ class Watch:
 
     def changes(self) -> tuple[dict[str, str], list[str], Any]:
         """Return, for `renew`: variables that imports have set and removed, and the state of a seeded generator."""
-        now = os.environ._data  # type: ignore[attr-defined]  # so that it is no look at them
+        now = os.environ._data  # type: ignore[attr-defined]  # a read that is not noted
         found = {os.fsdecode(name): os.fsdecode(value) for name, value in now.items()}
         put = {name: value for name, value in found.items() if self._environment.get(name) != value}
         removed = [name for name in self._environment if name not in found]
@@ -160,7 +160,7 @@ class Watch:
             return None
         legacy = numpy_random.mtrand._rand._bit_generator
         if self._numpy_seeded is None and _seed_sequence(legacy) is None:
-            return "a NumPy generator that was seeded before anybody looked"
+            return "a NumPy generator that was seeded before it was watched"
         if self._watches_draws and not self._numpy_drew:
             return None
         known = {id(generator) for generator in (legacy, *self._drawn)}
@@ -195,7 +195,7 @@ class Watch:
     # ---- in a server ---------------------------------------------------------------------------------------
 
     def renew(self, environment: Iterable[tuple[str, str]], changes: tuple[dict[str, str], list[str], Any]) -> None:
-        """Make this process, a fork of the template, one that has imported everything itself, with this environment."""
+        """Make this fork of the template like a process that has imported everything itself, with this environment."""
         put, removed, state = changes
         os.environ.__class__ = os._Environ
         os.environ.clear()
@@ -207,7 +207,7 @@ class Watch:
         for generator in list(self._unseeded):
             generator.seed()
         if state is not None:
-            # Python has given it a new seed in the act of forking.
+            # Python has given it a new seed at the fork.
             random.setstate(state)
         if "numpy.random" in sys.modules and not self._numpy_seeded:
             sys.modules["numpy.random"].seed()
@@ -221,16 +221,16 @@ class Watch:
 
 
 def _seed_sequence(generator: Any) -> Any:
-    """Return what a bit generator was made from; None if it was seeded in the old way."""
+    """Return the seed sequence of a bit generator; None if it was seeded in the old way."""
     # The second name is that of older versions.
     return getattr(generator, "seed_seq", None) or getattr(generator, "_seed_seq", None)
 
 
 def _seed_anew(generator: Any) -> bool:
-    """Make a bit generator one for which NumPy has drawn another seed; return whether that is possible.
+    """Give a bit generator another seed that NumPy draws; return whether that is possible.
 
-    The seed sequence is read-only, but what pickling puts back goes into it, and generators that are spawned later go
-    by that.
+    The seed sequence is read-only, but unpickling can set its state, and generators that are spawned later are derived
+    from it.
     """
     try:
         other = type(generator)()
@@ -251,14 +251,14 @@ def _is_drawn(entropy: Any) -> bool:
 def _descriptors() -> dict[int, str]:
     found = {}
     for fd in os.listdir("/proc/self/fd"):
-        # The one through which they are listed is closed by now.
+        # The descriptor through which they were listed is closed by now.
         with contextlib.suppress(OSError):
             found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
     return found
 
 
 def _shared_mappings() -> set[str]:
-    """Return where this process shares memory for writing."""
+    """Return the address ranges of memory that this process shares for writing."""
     with open("/proc/self/maps", "rb") as file:
         parts = (line.split(None, 2) for line in file)
         return {where.decode() for where, permissions, _ in parts if permissions[1:4:2] == b"ws"}

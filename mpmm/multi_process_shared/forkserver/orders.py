@@ -1,7 +1,7 @@
-"""Orders for servers, and how they go from a requester to the zygote and on to a template.
+"""Orders for servers, and how they are passed from a requester to the zygote and on to a template.
 
 An order is a pickled `ForkOrder`, followed by three descriptors. The process that has it keeps the requester's
-connection, on which it says the pid of the server and its exit code.
+connection, on which it reports the pid of the server and its exit code.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = [
     *("receive_descriptors", "send", "take_over"),
 ]
 
-# What is said on the connection of an order, each with a number: the server's pid, its exit code, nothing yet.
+# Reports on the connection of an order, each with a number: the server's pid, its exit code, nothing yet.
 BORN, ENDED, WAIT = "born", "ended", "wait"
-# What a template is told and says.
+# Messages to a template, and messages from it.
 IMPORT, FORK, RETIRE = "import", "fork", "retire"
 READY, IDLE, UNFORKABLE, READ, IMPORTED, BACK = "ready", "idle", "unforkable", "read", "imported", "back"
 
@@ -37,10 +37,10 @@ CONVERSATION_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class ForkOrder:
-    """What a requester wants: a server, in surroundings like its own.
+    """What a requester orders: a server in an environment like its own.
 
     preparation: of `multiprocessing.spawn`, for `__main__` and the like. preload_hooks: "module:function" each.
-    With it come three descriptors: where the server reports, its standard output and standard error.
+    Three descriptors follow it: for the server's report, its standard output and its standard error.
     """
 
     plan: ServerPlan
@@ -51,14 +51,14 @@ class ForkOrder:
 
 @dataclass(frozen=True)
 class Kind:
-    """What orders have in common that one template can serve."""
+    """What the orders that one template can serve have in common."""
 
     sys_path: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
     preload_hooks: tuple[str, ...]
     directory: str
     arguments: tuple[str, ...]
-    # Of PER_PROCESS_VARIABLES those, with their values, that an import has looked at.
+    # Those of PER_PROCESS_VARIABLES that an import has read, with their values.
     pinned: tuple[tuple[str, str | None], ...] = ()
 
 
@@ -81,7 +81,7 @@ class Descriptor:
 
 @dataclass
 class Order:
-    """An order on its way: as it came, with its connection and descriptors."""
+    """An order being passed on: its message as received, its connection and its descriptors."""
 
     message: bytes
     requester: Connection
@@ -93,12 +93,12 @@ class Order:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the server's imports find."""
+        """The environment that the server's imports find."""
         return self.order.plan.environment_in(self.order.environment)
 
     @property
     def kind(self) -> Kind:
-        """The kind of order, as long as no import has looked at what differs from server to server."""
+        """The kind of order, as long as no import has read a variable that differs from server to server."""
         relevant = sorted(item for item in self.environment.items() if not PER_PROCESS_VARIABLES.fullmatch(item[0]))
         preparation = self.order.preparation
         directory = preparation["dir"] or "/"
@@ -125,7 +125,7 @@ def receive(connection: Connection) -> tuple[str, int]:
 
 
 def hand_over(link: Connection, what: str, order: Order) -> None:
-    """Give away an order, from zygote to template or back. Raises OSError; then it is still ours."""
+    """Pass on an order, from zygote to template or back. Raises OSError; then this process still has it."""
     link.send((what, order.message))
     with sockets.duplicate(link.fileno()) as ours:
         fds = [order.requester.fileno(), *(descriptor.fd for descriptor in order.descriptors)]
@@ -134,7 +134,7 @@ def hand_over(link: Connection, what: str, order: Order) -> None:
 
 
 def take_over(link: Connection, message: bytes) -> Order:
-    """Receive the rest of an order that is given away. Raises EOFError, OSError."""
+    """Receive the rest of an order that is passed on. Raises EOFError, OSError."""
     with fork_guard:
         first, *descriptors = receive_descriptors(link, 4)
         requester = close_in_children(sockets.ForkSafeConnection(os.dup(first.fd)))

@@ -34,7 +34,7 @@ from mpmm.multi_process_shared.forkserver.orders import (
 
 __all__ = ["Template"]
 
-# pyarrow's allocator starts it. It takes all of its own locks before a fork, and starts the thread anew after it.
+# pyarrow's allocator starts this thread. It takes all of its own locks before a fork, and restarts the thread after it.
 HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
 PROBE_FORK_TIMEOUT_S = 2.0
 THREADS_END_S = 0.1
@@ -69,7 +69,7 @@ class Template(ForkParent):
             if working and not self.modules:
                 working = False
                 gc.collect()
-                # The collector's marks would copy every page that servers share with us.
+                # Otherwise the collector's marks would copy every page that servers share with this process.
                 gc.freeze()
                 self.tell(IDLE)
             if self.retired and not self.children:
@@ -106,7 +106,7 @@ class Template(ForkParent):
         return lambda environment: self.watch.renew(environment.items(), changes)
 
     def make_ready(self, name: str) -> None:
-        """Import a module, or do a preload hook; say so if no server can be forked after that."""
+        """Import a module, or run a preload hook; tell the zygote if no server can be forked after that."""
         module, _, function = name.partition(":")
         if self.unforkable or (module in sys.modules and not function):
             return
@@ -116,11 +116,11 @@ class Template(ForkParent):
             if function:
                 getattr(imported, function)()
         except BaseException:
-            # Then the server will do it by itself, and fail where it can be seen.
+            # The server will do this itself, and fail where the error is seen.
             pass
-        # A signal that ends this process, or a server that has not got so far, is meant to.
+        # Undo handlers of imports: SIGTERM must end this process, and a server that has not installed its own handler.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # What a hook's own module finds there makes no difference: all of this kind call it, and no others do.
+        # What a hook's own module reads makes no difference: all servers of this kind call the hook, and no others do.
         reads = self.watch.reads(but_by=module if function else "") - {pinned for pinned, _ in self.kind.pinned}
         if not _may_fork() or self.watch.problem() is not None:
             self.give_up(UNFORKABLE, name)
@@ -130,7 +130,7 @@ class Template(ForkParent):
             self.watch.known(name)
 
     def give_up(self, what: str, value: Any) -> None:
-        """Fork no more servers, and say why."""
+        """Fork no more servers, and tell the zygote why."""
         self.unforkable = True
         self.modules.clear()
         self.tell(what, value)
@@ -139,7 +139,7 @@ class Template(ForkParent):
         self.tell(IMPORTED, modules)
 
     def tell(self, what: str, value: Any = None) -> None:
-        """Say something to the zygote."""
+        """Send a message to the zygote."""
         try:
             self.zygote.send((what, value))
         except OSError:
@@ -157,7 +157,7 @@ def _may_fork() -> bool:
         return False
     if _native_threads() == 1:
         return True
-    # Some libraries end their threads before each fork and start them again when needed; see whether these are such.
+    # Some libraries end their threads before each fork and start them again when needed: fork to see if these do.
     probe = os.fork()
     if probe == 0:
         os._exit(0)
@@ -169,10 +169,10 @@ def _may_fork() -> bool:
 
 
 def _native_threads() -> int:
-    """Count the threads of this process, those of libraries too, but for the harmless ones."""
+    """Count the threads of this process, including those of libraries, except for the harmless ones."""
     names = []
     for thread in os.listdir("/proc/self/task"):
-        # It may end before we can look.
+        # The thread may have ended meanwhile.
         with contextlib.suppress(OSError):
             names.append(Path(f"/proc/self/task/{thread}/comm").read_text(encoding="utf-8", errors="replace").strip())
     return sum(name not in HARMLESS_THREADS for name in names)

@@ -4,28 +4,28 @@
                                              |
                                              +--fork--> template --fork--> server   later ones of the same kind
 
-There is one zygote for a registry and an interpreter. The first process that needs it starts it; it lives by the
-registry's alive lock as a server does, and keeps no other process alive. A server that comes up tells its parent which
-modules it had to import. The zygote has a *template*, a fork of its own, import them, and has the next server of that
-kind forked from there. So the zygote itself stays small, and answers at once whatever a template is doing. Orders are
-of one kind when modules imported for one serve the other: equal `sys.path`, equal environment but for
+There is one zygote for each registry and interpreter. The first process that needs it starts it; like a server, it
+lives while clients hold the registry's alive lock, and keeps no other process alive. A new server tells its parent
+which modules it had to import. The zygote has a *template*, a fork of itself, import them, and has the next server of
+that kind forked from the template. So the zygote itself stays small, and answers at once whatever a template is doing.
+Orders are of one kind if modules imported for one serve the other: equal `sys.path`, equal environment except for
 PER_PROCESS_VARIABLES, equal preload hooks (see `client.add_preload_hook`), equal working directory and arguments.
-`CUDA_VISIBLE_DEVICES` is one of those variables: every device has servers of the same kind, and CUDA reads it when a
-device is first used, which a template must not do. If an import looks at such a variable, the servers of each value get
-a template of their own.
+`CUDA_VISIBLE_DEVICES` is one of those variables: servers of all devices are of one kind, and CUDA reads it when a
+device is first used, which a template must not do. If an import reads such a variable, the servers of each value get a
+template of their own.
 
 No process forks while another of its threads runs, or in the middle of an import: zygote and template have one thread,
 and do one thing at a time. A module whose import leaves a thread behind, opens an accelerator, or leaves anything else
-that servers cannot have in common (see `leftovers`) makes the template that imported it *unforkable*: another one is
-made which does without. What can be made anew in each server is: random generators, above all. Threads that their
-library ends before every fork, as OpenBLAS does with its own, are allowed. Importing torch, TensorFlow or JAX is fine
-by the same rule: what must not happen before a fork is the first use of the device.
+that servers cannot share (see `leftovers`) makes the template that imported it *unforkable*: another template is made
+without that module. State that can be renewed in each server is renewed, above all random generators. Threads that
+their library ends before every fork, as OpenBLAS does, are allowed. By the same rule, importing torch, TensorFlow or
+JAX is fine: only the first use of the device must not happen before a fork.
 
 A dead server stays a zombie until the process that ordered it has asked for its exit code, or is gone: the connection
-of the order stays open for that. When zygote or template die, servers live on; their exit codes are lost.
+of the order stays open for that. If zygote or template die, servers live on, but their exit codes are lost.
 
 A server has the environment, the working directory, `__main__`, standard output and error of the process that ordered
-it. What else a process inherits (limits, priority, umask, control group) it has from the one that started the zygote.
+it. It inherits everything else (limits, priority, umask, control group) from the process that started the zygote.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ PROBE_INTERVAL_S = 1.0
 PRELOAD_HOOK_TIMEOUT_S = 60.0
 MOST_TEMPLATES = 8
 TEMPLATE_USED_S = 60.0
-# A socket takes that much even while the other side does not read: the zygote never waits for a template that imports.
+# A socket takes this much even while the other side does not read: the zygote never waits for a template that imports.
 MOST_UNREAD_BYTES = 65_536
-# What a message takes of that beyond its length, at most.
+# The most that a message takes of it beyond its length.
 MESSAGE_BYTES = 1024
 MOST_FAILURES = 5
 
@@ -98,28 +98,28 @@ class _TemplateHandle:
         self.pid = pid
         self.link = link
         self.waiting: list[Order] = []
-        # It has done its preload hooks; it has once done all that it was told to.
+        # Ready: it has run its preload hooks. Built: it has, at least once, imported everything that it was told to.
         self.ready = False
         self.built = False
         self.retired = False
         self.busy = True
-        # Of what it was told while it was busy.
+        # Of the messages that it was sent while it was busy.
         self.unread_bytes = 0
         self.used = time.monotonic()
 
     def accepts(self, order: Order) -> bool:
-        """Tell whether an order is better off here than with the zygote, which can fork it at once."""
+        """Tell whether to give an order to this template and not to the zygote, which can fork the server at once."""
         if self.retired or (self.ready and not self.has_room_for(len(order.message))):
             return False
-        # They take no longer here than in the server itself, and the other orders of a burst wait for the same ones.
+        # Hooks take no longer here than in the server itself, and the other orders of a burst wait for the same hooks.
         return self.built or bool(self.kind.preload_hooks)
 
     def has_room_for(self, size: int) -> bool:
-        """Tell whether its socket takes a message of so many bytes at once."""
+        """Tell whether its socket takes a message of `size` bytes at once."""
         return not self.busy or self.unread_bytes + size + MESSAGE_BYTES <= MOST_UNREAD_BYTES
 
     def note_told(self, size: int) -> None:
-        """Note that it was told so many bytes."""
+        """Note that it was sent a message of `size` bytes."""
         if self.busy:
             self.unread_bytes += size + MESSAGE_BYTES
 
@@ -134,18 +134,18 @@ class _Zygote(ForkParent):
         self.listener = listener
         self.socket_path = Path(json.loads(os.pread(life.fd, 4096, 0))["socket"])
         self.alive = AliveLock(str(self.registry.alive_path))
-        # Requesters that have not said all yet: how they are heard, and until when.
+        # Requesters that have not sent their whole order yet: the steps that read it, and their deadline.
         self.requesters: dict[Connection, tuple[Generator[None, None, None], float]] = {}
         self.templates: list[_TemplateHandle] = []
         self.modules: dict[Kind, list[str]] = {}
         self.unforkable: dict[Kind, set[str]] = {}
         self.failures: dict[Kind, int] = {}
-        # By the kind without anything pinned: what its imports look at; and by kind, what they found the last time.
+        # By the kind without anything pinned: the variables that its imports read. By kind: the environment they found.
         self.read: dict[Kind, set[str]] = {}
         self.environments: dict[Kind, dict[str, str]] = {}
 
     def run(self) -> NoReturn:
-        """Take orders until no process is left that could give one."""
+        """Take orders until no process is left that could send one."""
         next_probe = time.monotonic() + PROBE_INTERVAL_S
         while True:
             links = [template.link for template in self.templates]
@@ -166,14 +166,14 @@ class _Zygote(ForkParent):
                 self.keep_alive()
 
     def meet_requester(self) -> None:
-        """Begin to hear a requester. One that is stopped in the middle of what it says holds up no other."""
+        """Start reading a requester's order. A requester that is stopped in the middle of it holds up no other."""
         requester = sockets.accept(self.listener)
         if requester is not None:
             self.requesters[requester] = self.take_order(requester), time.monotonic() + sockets.HANDSHAKE_TIMEOUT_S
             self.hear(requester)
 
     def hear(self, requester: Connection) -> None:
-        """Hear what a requester has said meanwhile."""
+        """Read what a requester has sent meanwhile."""
         steps, _ = self.requesters[requester]
         try:
             next(steps)
@@ -181,7 +181,7 @@ class _Zygote(ForkParent):
             del self.requesters[requester]
 
     def hang_up_on_silent(self) -> None:
-        """Hear those no longer that have not said all in time."""
+        """Hang up on requesters that have not sent their whole order in time."""
         now = time.monotonic()
         for requester in [requester for requester, (_, until) in self.requesters.items() if until <= now]:
             steps, _ = self.requesters.pop(requester)
@@ -189,7 +189,7 @@ class _Zygote(ForkParent):
             requester.close()
 
     def take_order(self, requester: Connection) -> Generator[None, None, None]:
-        """Hear a requester, and have its server forked; go on each time that it has said something."""
+        """Read a requester's order and have its server forked; `hear` resumes this each time there is more to read."""
         descriptors: list[Descriptor] = []
         try:
             sockets.set_timeouts(requester, CONVERSATION_TIMEOUT_S)
@@ -228,11 +228,11 @@ class _Zygote(ForkParent):
         self.fork_server(order, kind)
 
     def kind_of(self, order: Order) -> Kind:
-        """Return the kind of an order, to which applies what is known of orders with other values of the variables."""
+        """Return the kind of an order, applying what is known from orders with other values of the variables."""
         return self.pin(order.kind, order.environment)
 
     def pin(self, kind: Kind, environment: dict[str, str]) -> Kind:
-        """Return a kind with the values of those variables that the imports of its servers look at."""
+        """Return a kind with the values of the variables that its servers' imports read."""
         names = self.read.get(replace(kind, pinned=()))
         if not names:
             return kind
@@ -243,11 +243,11 @@ class _Zygote(ForkParent):
         return pinned
 
     def template_of(self, kind: Kind) -> _TemplateHandle | None:
-        """Return the template that serves a kind now."""
+        """Return the template that serves a kind now, None if there is none."""
         return next((one for one in self.templates if one.kind == kind and not one.retired), None)
 
     def make_template(self, kind: Kind) -> _TemplateHandle | None:
-        """Fork a template, which begins to import; None for a kind with which that has gone wrong too often."""
+        """Fork a template, which starts importing; None if its kind failed too often, or too many others are in use."""
         unforkable = self.unforkable.setdefault(kind, set())
         if self.failures.get(kind, 0) >= MOST_FAILURES or unforkable & set(kind.preload_hooks):
             return None
@@ -275,7 +275,7 @@ class _Zygote(ForkParent):
         return template
 
     def clean(self, kind: Kind, modules: Iterable[str]) -> list[str]:
-        """Return the modules without those that have cost a template its life."""
+        """Return the modules without those that have made a template unforkable."""
         unforkable = self.unforkable.get(kind, set())
         return [name for name in modules if not any(f"{name}.".startswith(f"{bad}.") for bad in unforkable)]
 
@@ -286,7 +286,7 @@ class _Zygote(ForkParent):
         template = self.template_of(kind)
         names = self.read.get(replace(kind, pinned=()), set())
         if not new or names - {name for name, _ in kind.pinned}:
-            # In the second case its server was forked before it was known what imports look at.
+            # In the second case the server was forked before it was known which variables its imports read.
             return
         if template is None:
             self.make_template(kind)
@@ -303,13 +303,13 @@ class _Zygote(ForkParent):
                 self.give_up(template)
 
     def listen_to(self, template: _TemplateHandle) -> None:
-        """Hear what a template has to say."""
+        """Read a template's message and act on it."""
         try:
             what, value = template.link.recv()
             if what == BACK:
                 self.fork_server(take_over(template.link, value), template.kind)
         except (EOFError, OSError):
-            # It has ended, or it is stopped in the middle of what it says.
+            # It has ended, or it is stopped in the middle of a message.
             self.kill(template)
             template.link.close()
             self.templates.remove(template)
@@ -333,7 +333,7 @@ class _Zygote(ForkParent):
             if self.clean(template.kind, self.modules.get(template.kind, [])):
                 self.make_template(template.kind)
         elif what == READ:
-            # Its imports hold what this one value made of them; the next order of each value has a template made.
+            # Its imports depend on this one value; the next order with each other value has a template made.
             self.read.setdefault(replace(template.kind, pinned=()), set()).update(value)
             self.retire(template)
             environment = self.environments.get(template.kind, {})
@@ -342,7 +342,7 @@ class _Zygote(ForkParent):
             self.make_template(kind)
 
     def give_up(self, template: _TemplateHandle) -> None:
-        """End a template that does not take what it is told: after half a message it would understand none."""
+        """End a template that does not read its messages: after half a message it would understand no other."""
         self.kill(template)
         self.retire(template)
 
@@ -360,7 +360,7 @@ class _Zygote(ForkParent):
         self.release_waiting(template)
 
     def release_waiting(self, template: _TemplateHandle) -> None:
-        """Place the orders that waited for a template, which is ready or will never be."""
+        """Place the orders that waited for a template, which is ready now or never will be."""
         waiting, template.waiting = template.waiting, []
         for order in waiting:
             if template.ready and not template.retired:
@@ -369,7 +369,7 @@ class _Zygote(ForkParent):
                 self.fork_server(order, template.kind)
 
     def keep_alive(self) -> None:
-        """Tell requesters that wait for a template that their orders have not been forgotten."""
+        """Tell requesters whose orders wait for a template that they are not forgotten."""
         for template in self.templates:
             for order in template.waiting:
                 with contextlib.suppress(OSError):
@@ -386,10 +386,10 @@ class _Zygote(ForkParent):
             if self.alive.held:
                 self.registry.remove_if_unused()
             for template in self.templates:
-                # One whose imports never end would not see that we are gone.
+                # A template whose imports never end would not notice that the zygote is gone.
                 self.kill(template)
-            # Workers that crashed without a model server leave no other process that cleans up after them. Imported
-            # here, because numpy comes with it, and this process is to stay small.
+            # After a crash of workers without a model server, no other process would clean up. Imported here, because
+            # it imports numpy, and this process should stay small.
             from mpmm.shared_state.removal import remove_all_deserted
 
             remove_all_deserted(self.registry.root)
@@ -398,9 +398,9 @@ class _Zygote(ForkParent):
 
 
 def main(root: str, life_path: str) -> None:
-    """Be the zygote of the registry below `root`; for a process that has just been started for that.
+    """Be the zygote of the registry below `root`, in a process that was just started for it.
 
-    Returns, in the process that was started, when a fork of it takes orders, or another zygote does.
+    The started process exits once a fork of it takes orders, or because another zygote holds the life lock.
     """
     try:
         life = open_lock(Path(life_path))
@@ -415,12 +415,12 @@ def main(root: str, life_path: str) -> None:
     name = f"{life.path.stem}-{incarnation}.socket"
     listener = sockets.listen(folder, name)
     reader, writer = os.pipe()
-    # The hooks of our fork would close lock and listener, so the child gets copies; the kernel keeps lock with them.
+    # mpmm's fork hooks would close lock and listener in the child, so it gets duplicates, which keep the lock.
     lock_fd, listener_fd = os.dup(life.fd), os.dup(listener.fileno())
     if os.fork() != 0:
-        # The lock is the child's from now on, so this process must not give it up.
+        # The lock is the child's from now on, so this process must not unlock it.
         life.forget_after_fork()
-        # Until the child has written its pid and socket into the life file.
+        # Wait until the child has written its pid and socket into the life file.
         os.close(writer)
         sys.exit(0 if os.read(reader, 1) else 1)
     life.fd = lock_fd
@@ -437,7 +437,7 @@ def main(root: str, life_path: str) -> None:
     os.close(writer)
     os.chdir("/")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Where the starter ignores it, so would this process, and its children would be gone before it asks for them.
+    # If the starter ignored it, this process would, too, and its children would be reaped before it asks for them.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Pages that a collection does not touch stay shared.
     gc.collect()
