@@ -1,9 +1,9 @@
-"""One object in one process, used by many, as in Beam's module of this name: `MultiProcessShared`.
+"""One object in one process, used by many processes, as in Beam's module of this name: `MultiProcessShared`.
 
-The public names are imported at their first use: a new server process needs a few modules of this package, and should
-start without the others.
+The public names are imported at their first use: a new server process needs only a few modules of this package, and
+should start without the others.
 
-Which process starts which, and which talks to which; arrows are calls, every file named lies in the registry's folder:
+Which process starts and calls which; arrows are calls, and every file named here is in the registry's folder:
 
     MultiProcessShared --(tag lock)--> start_server --(zygote) fork--> server_process --> Host --life lock, socket-->
            |                                                                       ^
@@ -11,32 +11,32 @@ Which process starts which, and which talks to which; arrows are calls, every fi
 
     shared          MultiProcessShared, its proxies, and the objects that are attached in place
     registry        folder, key, which processes are clients (alive lock), which servers live (life locks)
-    host            the object with its users, and the threads that answer for it; `hosted`: those of this process
+    host            the object with its users, and the threads that answer them; `hosted`: the hosts of this process
     server_process  a server's process from its first line to its last; `output` is where it writes to
-    start_server    starting one, forked where that is possible and spawned where not; `stop_server` ends one
+    start_server    starts a server, forked if possible and else spawned; `stop_server` ends one
     spawned_server  a server in an interpreter of its own
     client          connections to a server, kept per thread
-    references      results that stay in the server, and what stands for them elsewhere
-    sleeping        asking a server to put its object to sleep, and to wake it
-    identity        what a tag stands for, so that one thing is not taken for another
+    references      results that stay in the server, and their stand-ins in clients
+    sleeping        asks a server to put its object to sleep, or to wake it up
+    identity        checks that a tag stands for the object that is meant
     main_import     what must not be done while a server imports the main module
-    context         what a manager hands to the servers that it has started
+    context         what a manager passes to the servers that it starts
 
     rpc             messages between two processes that have authenticated each other
       sockets         addresses of any length, keys, the peer's user
       channel         messages on such a socket, large buffers through shared memory
-      shared_buffer   the shared memory for large buffers on their way
-      receive_buffers private memory in which they arrive
-      pickling        what is large, and how the rest becomes short
+      shared_buffer   the shared memory through which large buffers are sent
+      receive_buffers private memory into which they are received
+      pickling        large buffers beside the pickle, a short pickle for the rest
       protocol        what is sent: requests, results, exceptions
 
     forkserver      the warm processes from which servers are forked
-      client          how to order a server, and what becomes of it
-      orders          what an order is, and how it goes from process to process
+      client          orders a server, and represents it as a child process
+      orders          what an order is, and how it is passed from process to process
       zygote          the process that takes orders; it forks templates and servers
       template        a fork of the zygote that imports what servers of one kind need
       fork_parent     what these two have in common: forking servers, reporting their exit codes
-      leftovers       what an import leaves in a process besides code, and what becomes of it in forked servers
+      leftovers       what an import leaves behind besides code, and how forked servers deal with it
 """
 
 from __future__ import annotations

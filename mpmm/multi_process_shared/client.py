@@ -1,8 +1,8 @@
-"""A client's side of a server: one connection, with a channel on it, for each thread, kept between calls.
+"""The client's side of a server: each thread keeps one connection, with a channel on it, between calls.
 
-A channel is taken out of its thread's cache during a call and put back after the answer was unpickled. So a call from
-a signal handler or a destructor in the middle of another one gets a connection of its own, and one that was
-interrupted half-way, and would deliver the old answer to the next question, is dropped.
+A call takes the channel out of its thread's cache and puts it back after unpickling the answer. So a call that a signal
+handler or destructor makes in the middle of another one gets a connection of its own, and the channel of an interrupted
+call, which would deliver the old answer to the next request, is dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DYING_S = 0.5
 
 
 class ServerLink:
-    """The way to one incarnation of one server. Thread-safe; usable in forked children."""
+    """A link to one incarnation of one server. Thread-safe; usable in forked children."""
 
     def __init__(self, registry: ServerRegistry, record: ServerRecord) -> None:
         self.registry = registry
@@ -37,19 +37,19 @@ class ServerLink:
         self.tag = record.tag
         self._methods: frozenset[str] | None = None
         self._channels = threading.local()
-        # Results that stayed in the server and that no object stands for any more; the next request says so.
+        # Results in the server whose stand-ins here are gone; the next request has the server drop them.
         self.unwanted: deque[int] = deque()
         _links.add(self)
 
     def connect(self) -> sockets.ForkSafeSocket:
-        """Open one more connection, in one attempt. Raises AuthenticationError, OSError or EOFError."""
+        """Open another connection, without retrying. Raises AuthenticationError, OSError or EOFError."""
         self.registry.join()
         return sockets.dial_socket(self.registry.folder, self.record.socket_name, self.registry.key())
 
     def acquire(self) -> tuple[int, frozenset[str]]:
         """Become a user of the object; return the token and the names of its methods.
 
-        Raises ModelServerError, and what the constructor raises where the object has to be made anew.
+        Raises ModelServerError, and what the constructor raises if the object has to be made again.
         """
         token, methods = self.ask(protocol.CONTROL, protocol.ACQUIRE, (self._methods is not None,), {})
         if methods is not None:
@@ -62,10 +62,10 @@ class ServerLink:
         self.ask(protocol.CONTROL, protocol.RELEASE, (token,), {})
 
     def ask(self, token: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the object, or of the server with the token CONTROL, and wait for the answer.
+        """Call a method of the object (of the server if the token is CONTROL) and wait for the answer.
 
-        Raises what the method raises; RemoteCallError when its outcome cannot be sent; ModelServerError when the
-        server is gone or goes before it has answered (the method may have run then); what pickle raises for args.
+        Raises what the method raises; RemoteCallError if its outcome cannot be sent; ModelServerError if the server is
+        gone or ends before it has answered (the method may have run by then); what pickle raises for the arguments.
         """
         if self.unwanted:
             self._drop_unwanted()
@@ -84,11 +84,11 @@ class ServerLink:
         try:
             return protocol.decode_answer(answer, self.tag, name)
         finally:
-            # Not before: a small answer lies in memory of the channel.
+            # Only now: a small answer lies in the channel's memory until it is decoded.
             self._channels.channel = channel
 
     def _drop_unwanted(self) -> None:
-        """Tell the server which results are wanted no longer. One that does not answer keeps them no longer anyway."""
+        """Tell the server which results to drop; a server that is gone has dropped them already."""
         numbers = []
         with suppress(IndexError):
             while True:
@@ -99,11 +99,11 @@ class ServerLink:
     def forget_after_fork(self) -> None:
         """Start without connections in a forked child; the inherited ones have been closed."""
         self._channels = threading.local()
-        # They are the parent's.
+        # The parent tells the server about its own.
         self.unwanted = deque()
 
     def _connected(self) -> Channel:
-        """Return a channel to the server; a refusal by one that lives is tried again. Raises ModelServerError."""
+        """Return a channel to the server, retrying while it lives but cannot be reached. Raises ModelServerError."""
         pause = FIRST_RETRY_S
         for attempt in range(1, CONNECT_ATTEMPTS + 1):
             try:
@@ -121,10 +121,10 @@ class ServerLink:
         raise AssertionError("unreachable")
 
     def _await_end(self) -> None:
-        """Wait a moment for a server whose connection broke to be seen as dead.
+        """Wait a moment until a server whose connection broke is seen to be dead.
 
         The kernel closes a dying process's descriptors one by one; a caller that is told of the death should not find
-        the life lock still held and the server, apparently, well.
+        the life lock still held and the server apparently alive.
         """
         deadline = time.monotonic() + DYING_S
         while time.monotonic() < deadline:
@@ -151,10 +151,10 @@ def known_link(registry: ServerRegistry, tag: str) -> ServerLink | None:
 
 
 def remember_link(link: ServerLink) -> None:
-    """Make `link` the one that this process tries first for its tag.
+    """Make this process try `link` first for its tag.
 
-    A new server is the occasion to drop the links, and with them the connections, of those that have ended
-    meanwhile: a tag that names one copy of a model never comes again.
+    A new server is the occasion to drop links to servers that have ended meanwhile, with their connections: a tag
+    that names one copy of a model is never used again.
     """
     if _known.get((link.registry, link.tag)) is not link:
         for known in list(_known.values()):
@@ -167,7 +167,7 @@ def _lives(link: ServerLink) -> bool:
     try:
         return link.registry.look(link.tag)[0]
     except OSError:
-        # It was that of the user that this process was before a `setuid`, say. Another tag's is no reason to fail.
+        # The registry is, say, that of the user before a `setuid`. A link of another tag is no reason to fail.
         return False
 
 
@@ -180,7 +180,7 @@ def link_to(registry: ServerRegistry, record: ServerRecord) -> ServerLink:
 
 
 def forget_link(link: ServerLink) -> None:
-    """Do not try `link` first any more."""
+    """Stop trying `link` first for its tag."""
     if _known.get((link.registry, link.tag)) is link:
         _known.pop((link.registry, link.tag), None)
 

@@ -1,7 +1,7 @@
-"""What surrounds a shared object while it is made: for which managers, and where it may attach.
+"""The context in which a shared object is made: for which managers, and where it may attach.
 
-Both travel as context variables, because the code between the caller that knows (a manager, a
-`MultiProcessShared`) and the one that needs it (a spawn, an object's `__init__`) is not ours.
+Both are context variables, because the code between the caller that sets them (a manager, a `MultiProcessShared`)
+and the code that reads them (a spawn, an object's `__init__`) is not ours.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _NAMESPACE_LENGTH = 64
 
 @dataclass(frozen=True)
 class ServerContext:
-    """What a new model server should know of the manager that has it started. Must be picklable.
+    """What a new model server needs to know about the manager that starts it. Must be picklable.
 
-    alive_lock: path of a lock file that each client holds shared; the server lives while anybody holds it.
-    environment: put into `os.environ`, or taken out (None), before anything of the constructor is imported or run.
-    on_start: called in the server with the tag, before the constructor; the result is kept while it lives.
-    namespace: the name of what the one is a member of, "" for nothing. A server that has one is a handle's: see
+    alive_lock: path of a lock file that each client holds shared; the server lives while any process holds it.
+    environment: set in `os.environ`, or removed from it (None), before any code of the constructor is imported or run.
+    on_start: called in the server with the tag, before the constructor; the result is kept while the server lives.
+    namespace: the namespace that the manager is a member of, "" for none. A server with a namespace is a handle's: see
         `MultiProcessShared.acquire`.
-    on_last: called in the server before it ends, for whatever reason, if no process holds `alive_lock` then. Several
-        servers may call it, at the same time too, and newcomers may come meanwhile.
+    on_last: called in the server before it ends, for any reason, if no process holds `alive_lock` then. Several
+        servers may call it, even at the same time, and new processes may take the lock meanwhile.
     """
 
     alive_lock: str
@@ -54,7 +54,7 @@ def serving_for(*contexts: ServerContext) -> Iterator[None]:
 
 
 def served_namespaces() -> tuple[str, ...]:
-    """Return for which namespaces a server would be that is started now: those of the loader that runs here."""
+    """Return the namespaces that a server started now would serve: those of the loader that runs here."""
     return tuple(context.namespace for context in server_context.get() if context.namespace)
 
 
@@ -69,7 +69,7 @@ def attaching_to(tag: str, root: Path) -> Iterator[None]:
 
 
 def namespace_of(tag: str) -> str:
-    """Return the namespace's name: `mps.<tag>`, with a digest where the tag does not fit into a name as it is."""
+    """Return the namespace's name: `mps.<tag>`, with a digest if the tag does not fit into a name unchanged."""
     name = "mps." + re.sub(r"[^A-Za-z0-9_.-]", "_", tag)
     if name == "mps." + tag and len(name) <= _NAMESPACE_LENGTH:
         return name

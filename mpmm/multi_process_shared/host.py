@@ -1,12 +1,12 @@
-"""The process that has the object: its users, and the threads that answer for it.
+"""The process that has the object: the object's users, and the threads that answer them.
 
-A host stands for one tag. It keeps the object while it has users (tokens, one for each acquire) and the
-constructor for when it has users again. `Host.lock` guards object and tokens; calls run outside of it.
-A hard delete ends the host: a spawned server's process ends with it, another process just lets go of the tag.
+A host serves one tag. It keeps the object while it has users (tokens, one for each acquire), and the constructor to
+make the object again for later users. `Host._lock` guards object and tokens; calls run outside of it.
+A hard delete ends the host: a spawned server's process ends with it, any other process just stops serving the tag.
 
-The threads are a pool of leader and follower: the leader waits for the next connection, lets the follower lead, and
-answers the client itself. So no client's first request has to wait until a thread has been started, which is a quarter
-of a millisecond of the two for the first acquire of a process. The next follower is started once a client is quiet.
+The threads are a leader-follower pool: the leader waits for the next connection, lets the follower lead, and answers
+the client itself. So no client's first request waits for a thread to start, which would take a quarter of a millisecond
+of the two for the first acquire of a process. The next follower is started once a client is quiet.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mpmm.text.printable import printable_logger
 __all__ = ["Host", "can_sleep", "declared_mb", "host_object", "public_methods"]
 
 logger = printable_logger(__name__)
-# To start a thread while a client asks one thing after another would cost each of these some 50 µs.
+# A follower is started once a client is quiet for this long; in between requests it would cost each some 50 µs.
 QUIET_MS = 5
 END_HOSTS_PRIORITY = LEAVE_PRIORITY + 10
 
@@ -57,7 +57,7 @@ class Host:
         life: LockFile,
         at_hard_delete: Callable[[], None] | None,
     ) -> None:
-        """Take over `life`, the tag's life lock that this process holds, and `shared`, just made by `constructor`."""
+        """Take over `life`, the tag's life lock held by this process, and `shared`, just made by `constructor`."""
         self.registry = registry
         self.record = record
         self.tag = record.tag
@@ -84,11 +84,11 @@ class Host:
         self._waker, self._wakes = sockets.pair()
 
     def start(self) -> None:
-        """Begin to answer, in daemon threads."""
+        """Start answering clients, in daemon threads."""
         self._start_thread(leads=True)
 
     def acquire(self) -> int:
-        """Add a user and return its token; the object is made anew if it had none. Raises what the constructor raises.
+        """Add a user and return its token; make the object again if it was dropped. Raises what the constructor raises.
 
         Raises ModelServerError after a hard delete.
         """
@@ -105,8 +105,8 @@ class Host:
             return token
 
     def release(self, token: int) -> None:
-        """Remove a user; the object is dropped with the last one. Raises SharedObjectReleasedError."""
-        # Bound here so that the object is destroyed after the lock is free: its end may call us again.
+        """Remove a user, and the object with the last one. Raises SharedObjectReleasedError."""
+        # Bound here so that the object is destroyed after the lock is free: its destructor may call this host again.
         last = None
         with self._lock:
             self.object_for(token)
@@ -118,7 +118,7 @@ class Host:
         del last
 
     def object_for(self, token: int) -> Any:
-        """Return the object for one of its users. Raises SharedObjectReleasedError; ModelServerError after an end."""
+        """Return the object for a user. Raises SharedObjectReleasedError; ModelServerError once the host has ended."""
         try:
             return self._users[token]
         except KeyError:
@@ -129,7 +129,7 @@ class Host:
             ) from None
 
     def sleep(self) -> None:
-        """Have the object give its device memory up, unless it has. Raises what its `sleep()` raises."""
+        """Have the object give up its device memory, unless it is asleep. Raises what its `sleep()` raises."""
         with self._sleep_lock:
             shared = self._shared
             if not self._asleep and shared is not None:
@@ -137,14 +137,14 @@ class Host:
                 self._asleep = True
 
     def wake_up(self) -> None:
-        """Have the object take its device memory again, unless it has it. Raises what its `wake_up()` raises."""
+        """Have the object take its device memory again if it is asleep. Raises what its `wake_up()` raises."""
         with self._sleep_lock:
             if self._asleep:
                 self._shared.wake_up()
                 self._asleep = False
 
     def hard_delete(self) -> None:
-        """End the host whatever its users do; in a spawned server this does not return."""
+        """End the host even while it has users; in a spawned server this does not return."""
         with self._lock:
             if self._ended or self.inherited:
                 return
@@ -156,13 +156,13 @@ class Host:
             if self._at_hard_delete is not None:
                 self._at_hard_delete()
         finally:
-            # Even after an exception from a signal handler: the tag would be locked for as long as this process lives.
+            # Even if a signal handler raises: otherwise the tag would be locked for as long as this process lives.
             self._close()
-        # Last, because the object's own end may take long or fail.
+        # Last, because the object's destructor may take long or fail.
         self._shared = None
 
     def end(self) -> None:
-        """Let go of the tag because this process ends; waits for no thread, not even for a constructor at work."""
+        """Stop serving the tag because this process ends; waits for no thread, not even for a running constructor."""
         if self._ended or self.inherited:
             return
         self._ended = True
@@ -181,7 +181,7 @@ class Host:
             os.unlink(self.registry.path / self.record.socket_name)
 
     def _close(self) -> None:
-        # While the lock is held: no other server's file can be at this path.
+        # While this process holds the lock, no other server's file can be at this path.
         if self._life.fd >= 0 and self._life.is_current():
             self._life.path.unlink(missing_ok=True)
         self._life.close()
@@ -201,13 +201,13 @@ class Host:
         start_thread(threading.Thread(target=self._serve, args=(leads,), name=f"mpmm-host-{self.tag}", daemon=True))
 
     def _serve(self, leads: bool) -> None:
-        """Follow until this thread may lead, accept a client, let another one lead, answer; a thread's whole life."""
+        """Run a thread: follow until it may lead, accept a client, let another thread lead, answer; then start over."""
         while True:
             if not leads:
                 self._leads_next.acquire()
             connection = self._accept()
             if connection is None:
-                # The follower is to end, too.
+                # Let the follower end, too.
                 self._leads_next.release()
                 return
             leads = not self._let_follower_lead()
@@ -219,16 +219,16 @@ class Host:
                 return
 
     def _accept(self) -> Connection | None:
-        """Return the next connection, None at the end."""
+        """Return the next connection, None once the host has ended."""
         if self._listener.fileno() < 0:
-            # Closed by the thread that led before.
+            # The thread that led before has closed it.
             return None
         while self._waker not in wait([self._listener, self._waker]):
             try:
                 connection = sockets.accept(self._listener)
             except OSError as error:
                 self._complain("mpmm: pid %d cannot accept a connection for %r: %s", error)
-                # Out of descriptors, most likely: do not spin until one is closed.
+                # Most likely out of descriptors: do not spin until one is closed.
                 wait([self._waker], timeout=0.1)
                 continue
             if connection is not None:
@@ -238,7 +238,7 @@ class Host:
         return None
 
     def _let_follower_lead(self) -> bool:
-        """Have another thread accept the next client; return False if there is none to be had."""
+        """Have another thread accept the next client; return False if none can be started."""
         with self._follower_lock:
             has_follower, self._has_follower = self._has_follower, False
         if has_follower:
@@ -252,12 +252,12 @@ class Host:
         return True
 
     def _complain(self, text: str, error: Exception) -> None:
-        # A program's own log handler that raises must not end the thread that leads.
+        # If the program's log handler raises, the leading thread must not end.
         with suppress(Exception):
             logger.warning(text, os.getpid(), self.tag, error)
 
     def _follow_from_now(self) -> bool:
-        """Make a thread the follower if there is none; return whether it is."""
+        """Claim the follower's place for a thread if it is free; return whether it was."""
         with self._follower_lock:
             if self._has_follower:
                 return False
@@ -294,7 +294,7 @@ class Host:
                 if answer is None:
                     break
                 channel.send(answer)
-                # The next request may be long in coming.
+                # Not kept until the next request, which may take long to arrive.
                 del answer
         except (EOFError, OSError):
             pass
@@ -325,12 +325,12 @@ class Host:
         return self._result(result, name, client)
 
     def _end_if_forked(self, error: BaseException | None) -> None:
-        """End the process if it is a child that a call has forked, and in which it has come to an end, too."""
+        """End this process if it is a child that the call has forked and in which the call has ended, too."""
         if self.inherited:
             end_forked_child(error)
 
     def _result(self, value: object, name: str, client: int | None) -> Message:
-        """Return the answer with a result, of which stays here what cannot be pickled. client: the pid, if known."""
+        """Return the answer with a result; parts that cannot be pickled stay here. client: its pid, if known."""
         try:
             return pickling.dump((protocol.RETURNED, value))
         except Exception:
@@ -338,7 +338,7 @@ class Host:
             return protocol.encode_result(portable, self.tag, name)
 
     def _control(self, client: int | None, name: str, *args: Any) -> Message | None:
-        """Do what is asked of the server itself; None: the client learns it from the end of the connection."""
+        """Answer a request to the server itself; None: the end of the connection is the answer."""
         if name == protocol.ACQUIRE:
             (knows_methods,) = args
             token = self.acquire()
@@ -364,9 +364,9 @@ class Host:
         raise RemoteCallError(f"unknown request {name!r}", tag=self.tag, method=name)
 
     def forget_after_fork(self) -> None:
-        """Become, in a forked child, a mere memory of the parent's host; descriptors have been closed.
+        """Stop serving in a forked child, which has a mere copy of the parent's host; descriptors have been closed.
 
-        The copy of the object stays referenced: its end belongs to the parent, and may touch what the two share.
+        The object's copy stays referenced, because destroying it may touch what it shares with the parent's object.
         """
         self.inherited = True
         self._lock = new_lock()
@@ -376,7 +376,7 @@ class Host:
 
 
 def public_methods(shared: Any) -> frozenset[str]:
-    """Return the names of the methods that may be called from outside, with `__call__` for a callable object.
+    """Return the names of the methods that clients may call, with `__call__` for a callable object.
 
     Attributes that raise when they are read are left out, and properties are not even read.
     """
@@ -399,16 +399,16 @@ def public_methods(shared: Any) -> frozenset[str]:
 
 
 def can_sleep(shared: object) -> bool:
-    """Tell whether an object can give its device memory up and take it again: it has `sleep()` and `wake_up()`.
+    """Tell whether an object can give up its device memory and take it again: it has `sleep()` and `wake_up()`.
 
-    Coroutine functions are none of these: called without an event loop they would do nothing, and the memory that stays
-    in use would count as free.
+    Coroutine functions do not count: called without an event loop they would do nothing, and memory that is still in
+    use would count as free.
     """
     methods = [getattr(type(shared), name, None) for name in ("sleep", "wake_up")]
     if any(map(inspect.iscoroutinefunction, methods)):
         logger.warning(
             "mpmm: %s is not suspended cooperatively: its sleep() or wake_up() is a coroutine function, and mpmm calls "
-            "plain methods; wrap it in a class that has these",
+            "plain methods; wrap it in a class that has such methods",
             type(shared).__name__,
         )
         return False
@@ -416,21 +416,21 @@ def can_sleep(shared: object) -> bool:
 
 
 def declared_mb(shared: object) -> float | None:
-    """Return the MB that an object says it takes, in its attribute `expect_mb`; None if it says nothing of use.
+    """Return the MB that an object's attribute `expect_mb` says it takes; None if that is no usable figure.
 
     The attribute may be a property, so this runs code of the object's class.
     """
     try:
-        # What is no size raises InvalidArgumentError; an attribute that cannot be read raises anything.
+        # A value that is no size raises InvalidArgumentError; reading the attribute may raise anything.
         mb = getattr(shared, "expect_mb", None)
         return None if mb is None else checked_number("expect_mb", mb, 0.0, math.inf, "MB", above=True, finite=True)
     except Exception as error:
-        logger.info("mpmm: %s.expect_mb says nothing of use: %s", type(shared).__name__, error)
+        logger.info("mpmm: %s.expect_mb gives no usable figure: %s", type(shared).__name__, error)
         return None
 
 
 def new_record(registry: ServerRegistry, tag: str, *, spawned: bool, ready: bool) -> ServerRecord:
-    """Return the record of a server that this process is about to be."""
+    """Return the record of a server that this process is about to become."""
     incarnation = os.urandom(16).hex()
     return ServerRecord(
         tag=tag,
@@ -453,7 +453,7 @@ def host_object(
 ) -> Host:
     """Serve `shared` from this process, which holds the tag's life lock `life`; `record` becomes its text.
 
-    at_hard_delete: called when a client has asked for the end, files already removed; need not return.
+    at_hard_delete: called when a client hard-deletes the object, after its files are removed; need not return.
     """
     registry.remove_sockets(record.tag)
     record = replace(record, sleeps=can_sleep(shared), expect_mb=declared_mb(shared))
@@ -464,14 +464,14 @@ def host_object(
         host.start()
         write_record(life, record)
     except BaseException:
-        # Else this process would go on with an object that others do not know of.
+        # Otherwise this process would go on with an object that no other process knows of.
         host.end()
         raise
     return host
 
 
 def end_all_hosts(but: LockFile | None = None) -> None:
-    """End every host of this process but the one which holds the life lock `but`; for the end of the process."""
+    """End every host of this process except the one that holds the life lock `but`; for the end of the process."""
     for host in hosted.every_host():
         if not host.lives_by(but):
             with suppress(OSError):

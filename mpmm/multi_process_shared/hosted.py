@@ -1,6 +1,6 @@
 """The hosts of this process: which shared objects it serves itself, by registry and tag.
 
-Apart from `host`, so that an object which arrives from a server (`references`) can be looked up without it.
+Apart from `host`, so that `references` can look up an object that arrives from a server without importing `host`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _mutex = new_lock()
 
 
 def find_host(registry: ServerRegistry, tag: str) -> Host | None:
-    """Return this process's host of the tag, if it is the one."""
+    """Return this process's host of the tag, None if it has none."""
     return _hosts.get((registry, tag))
 
 
 def add(host: Host) -> None:
-    """Note that a host serves its tag from now on."""
+    """Note that a host now serves its tag."""
     with _mutex:
         _hosts[host.registry, host.tag] = host
 
 
 def remove(host: Host) -> None:
-    """Forget a host that serves its tag no more."""
+    """Forget a host that no longer serves its tag."""
     with _mutex:
         _hosts.pop((host.registry, host.tag), None)
 
@@ -44,7 +44,7 @@ def every_host() -> list[Host]:
 
 
 def _start_over_in_child() -> None:
-    """Forget the parent's hosts. The copies stay referenced, because their end would touch what the two share."""
+    """Forget the parent's hosts but keep the copies referenced: destroying them would touch what both share."""
     global _mutex
     _mutex = new_lock()
     for host in _hosts.values():

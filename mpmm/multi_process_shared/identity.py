@@ -1,10 +1,9 @@
-"""What a tag stands for, so that one thing is not taken for another that has the same tag.
+"""Checks that a tag stands for the object that a caller means, not for another one with the same tag.
 
-Tags are compared by nothing but their text. Two programs, or two namespaces, that both call something `model` would
-share the one that came first. What can be known to be different is an error: two named constructors that are both
-functions or both classes, or a class and an object of another one. Constructors that have no name of their own are
-taken on trust: a lambda, what a function has defined, an instance, a `partial`. Beam attaches to a tag with
-`lambda: None`.
+Tags are compared by their text alone: two programs, or two namespaces, that both use the tag `model` would share the
+object that was made first. A known difference is an error: two different named constructors that are both functions or
+both classes, or a class and an object of another class. Constructors without a name of their own are trusted: a lambda,
+a function defined in another one, an instance, a `partial`. Beam attaches to a tag with `lambda: None`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from mpmm.multi_process_shared.registry import ServerRecord
 
 __all__ = ["check_identity", "name_of_constructor", "names_of_types"]
 
-# The same module has different names in a program and in its servers, or when it is imported.
+# A program's main module has another name in its servers, or when it is imported.
 MAIN_MODULES = ("__main__", "__mp_main__")
 
 
@@ -33,22 +32,22 @@ def name_of_constructor(constructor: Any) -> str:
 
 
 def names_of_types(shared: object) -> tuple[str, ...]:
-    """Return the names of an object's classes, as `name_of_constructor` would."""
+    """Return the names of an object's classes, in the form of `name_of_constructor`."""
     return tuple(f"class {kind.__module__}:{kind.__qualname__}" for kind in type(shared).__mro__)
 
 
 def check_identity(record: ServerRecord, constructor: Any) -> None:
-    """Raise InvalidArgumentError when what a server has cannot be what this caller means."""
+    """Raise InvalidArgumentError if a server's object cannot be the one that the caller means."""
     wanted = name_of_constructor(constructor)
     if wanted and record.constructor and not _may_be(wanted, record):
         raise InvalidArgumentError(
-            f"the tag {record.tag!r} stands for what {record.constructor} has made in pid {record.pid}, not for what "
-            f"{wanted} makes; choose another tag"
+            f"the tag {record.tag!r} stands for an object that {record.constructor} has made in pid {record.pid}, not "
+            f"for one that {wanted} makes; choose another tag"
         )
     ours = served_namespaces()
     if ours and record.namespaces and not set(ours) & set(record.namespaces):
         raise InvalidArgumentError(
-            f"the tag {record.tag!r} is that of a model server of namespace {', '.join(record.namespaces)} (pid "
+            f"the tag {record.tag!r} belongs to a model server of namespace {', '.join(record.namespaces)} (pid "
             f"{record.pid}); a loader of namespace {', '.join(ours)} has to choose another tag"
         )
 
@@ -56,7 +55,7 @@ def check_identity(record: ServerRecord, constructor: Any) -> None:
 def _may_be(wanted: str, record: ServerRecord) -> bool:
     if _is_same(wanted, record.constructor) or any(_is_same(wanted, name) for name in record.types):
         return True
-    # A function may well return what a class makes; and of an object that has no user now the class is not known.
+    # A function may return an object of that class, and without `record.types` the object's class is not known.
     return wanted.split()[0] != record.constructor.split()[0] and not (wanted.startswith("class ") and record.types)
 
 

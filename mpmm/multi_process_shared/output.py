@@ -1,10 +1,11 @@
-"""Where a model server's standard output and error go: to its starter while that lives, then to a log file.
+"""A model server's standard output and error: its starter's as long as the starter lives, then a log file.
 
-A server outlives the process that started it. If it kept that one's pipes open, a program that reads the starter's
-output to its end (`subprocess.run(capture_output=True)`, a shell's pipeline) would wait for the server, too. So when
-the starter has ended, the server's descriptors 1 and 2 become those of the file `servers.log` in the registry's folder,
-`<runtime directory>/shared/`, which all servers of the registry append to. A server that finds it longer than LOG_BYTES
-renames it to `servers.log.1`, in place of an older one. What the server itself has started keeps what it inherited.
+A server outlives the process that started it. If it kept its starter's pipes open, a program that reads the starter's
+output to the end (`subprocess.run(capture_output=True)`, a shell's pipeline) would wait for the server, too. So when
+the starter has ended, the server redirects its descriptors 1 and 2 to the file `servers.log` in the registry's folder,
+`<runtime directory>/shared/`, to which all servers of the registry append. A server that finds the file longer than
+LOG_BYTES renames it to `servers.log.1`, replacing an older one. Processes that the server itself has started keep the
+descriptors that they inherited.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from mpmm.shared_state.runtime_dir import SERVERS_LOG
 
 __all__ = ["LOG_BYTES", "Output", "Starter"]
 
-# A server looks at the file's length once a second, so it may be longer by what is said in that time.
+# Servers check the file's length once a second, so it may be longer by what they write in that time.
 LOG_BYTES = 1 << 20
 
 
 class Starter:
-    """The process that had this server started, as long as it lives."""
+    """The process that started this server, watched as long as it lives."""
 
     def __init__(self, pid: int, start_time: float | None) -> None:
-        """Begin to watch the process; start_time: of `start_time_of`, because the pid may be another one's by now."""
+        """Start watching the process; start_time: from `start_time_of`, because the pid may have been reused by now."""
         self.pid = pid
         self._start_time = start_time
-        #: A descriptor that becomes readable at the process's end, None where there are none.
+        #: A descriptor that becomes readable when the process ends, None if it cannot be had.
         self.fd: int | None = None
         with contextlib.suppress(AttributeError, OSError):
             self.fd = os.pidfd_open(pid)
@@ -42,11 +43,11 @@ class Starter:
         try:
             return start_time_of(self.pid) != self._start_time
         except OSError:
-            # No descriptor is to be had for the look, say: that cannot be told now.
+            # Unknown for now: this process is out of descriptors, say.
             return False
 
     def close(self) -> None:
-        """Watch it no more."""
+        """Stop watching."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -60,16 +61,16 @@ class Output:
         self._is_log = False
 
     def turn_to_log(self, why: str) -> None:
-        """Let everything that is written from now on go to the log file, with `why` as its first line."""
+        """Write all further output to the log file, starting with the line `why`."""
         self._is_log = True
         self._open(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
         for stream in (sys.stdout, sys.stderr):
-            # No program reads the file by waiting for the end of this process.
+            # Line by line: readers of the file do not wait for the end of this process.
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # typeshed's TextIO has none
 
     def bound(self) -> None:
-        """Begin a new file if the present one is too long, or another server has begun one."""
+        """Switch to a new file if the current one is too long, or another server has started a new one."""
         if not self._is_log:
             return
         with contextlib.suppress(OSError):
@@ -77,7 +78,7 @@ class Output:
             if os.path.exists(self._path) and not _is_same(self._path, ours):
                 self._open("")
             elif ours.st_size > LOG_BYTES:
-                # Two may have seen the same. The second one finds the lock held, or the file renamed.
+                # Two servers may find it too long. The second one finds the lock held, or the file renamed.
                 fcntl.flock(1, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 try:
                     if _is_same(self._path, ours):
@@ -91,11 +92,11 @@ class Output:
         try:
             fd = os.open(self._path, flags, 0o600)
         except OSError:
-            # The registry is gone, or the disk is full: what is said then is lost, but holds up no request.
+            # The registry is gone, or the disk is full: the output is lost, but holds up no request.
             try:
                 fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             except OSError:
-                # Out of descriptors. Closed ones would be taken for something else, so it stays as it is.
+                # Out of descriptors. If 1 and 2 were closed, other files would get these numbers, so they stay.
                 return
         for number in (1, 2):
             os.dup2(fd, number)

@@ -1,16 +1,16 @@
-"""Results that cannot be pickled: what stays in the server, and what stands for it in the client.
+"""Results that cannot be pickled: they stay in the server, and a `RemoteObject` in the client stands for each.
 
-    model.get_inputs()[0].name         a list with one object that cannot be pickled: a list with one `RemoteObject`,
-                                       whose attributes are asked for in the server
-    for token in model.stream(text)    a generator: a `RemoteObject` that asks for one item after another
+    model.get_inputs()[0].name         a list of one object that cannot be pickled arrives as a list of one
+                                       `RemoteObject`, whose attributes are looked up in the server
+    for token in model.stream(text)    a generator arrives as a `RemoteObject` that requests one item after another
 
-A result that pickles whole is sent as it is. Of lists, tuples and dicts that do not, each part is sent or stays; of
-anything else, all of it stays. What is asked of a `RemoteObject` is such a result in turn. As an argument of a call to
-the same server it becomes the object itself.
+A result that can be pickled is sent unchanged. Of other lists, tuples and dicts, each part is sent or stays; any other
+object stays as a whole. Attributes and results of a `RemoteObject` are treated in the same way. As an argument of a
+call to the same server, a `RemoteObject` becomes the object itself.
 
-A server keeps what it has lent until the `RemoteObject` is collected, which the client's next request tells it, or
-until the client's process is gone. Copies of a `RemoteObject`, in forked children or unpickled elsewhere, are valid as
-long.
+A server keeps a lent object until its `RemoteObject` is garbage-collected, which the client's next request reports, or
+until the client's process is gone. Copies of a `RemoteObject`, in forked children or unpickled elsewhere, are valid for
+as long.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = ["References", "RemoteObject"]
 
-# Lists in lists in lists: what is deeper stays in the server as a whole.
+# How deep nested lists, tuples and dicts are taken apart; a deeper one stays in the server as a whole.
 DEEPEST = 20
 # The kernel closes a dying process's connections one by one, and only then counts it as dead.
 DYING_S = 0.5
 DYING_LOOK_S = 0.01
-# What Python's statements and functions ask of an object's type; a client's class has those that the object's has.
+# Methods that Python's statements and functions look up in a type; a client's class has those that the object's has.
 PROTOCOLS = (
     *("__iter__", "__next__", "__len__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__"),
     *("__call__", "__enter__", "__exit__", "__bool__", "__int__", "__float__", "__index__"),
@@ -52,7 +52,7 @@ PROTOCOLS = (
 
 
 class _Lent(NamedTuple):
-    """What stays here for a client's process: pid, and its start time, None where that cannot be told."""
+    """An object kept for a client's process: its pid and start time, None if unknown."""
 
     thing: Any
     pid: int | None
@@ -60,7 +60,7 @@ class _Lent(NamedTuple):
 
 
 class References:
-    """What a server has lent, by number. Thread-safe."""
+    """The objects that a server has lent, by number. Thread-safe."""
 
     def __init__(self, root: Path, record: ServerRecord) -> None:
         self._place = root, record
@@ -72,7 +72,7 @@ class References:
         return len(self._lent)
 
     def portable(self, value: Any, pid: int | None, depth: int = 0) -> Any:
-        """Return what to pickle for a result for the process `pid`: the value, or what stands for what stays here."""
+        """Return what to pickle as a result for the process `pid`: the value, with tickets for parts that stay here."""
         if _can_pickle(value):
             return value
         kind = type(value)
@@ -92,7 +92,7 @@ class References:
         return _Ticket((*self._place, number, kind, protocols))
 
     def find(self, number: int) -> Any:
-        """Return what was lent under a number. Raises SharedObjectReleasedError."""
+        """Return the object lent under a number. Raises SharedObjectReleasedError."""
         lent = self._lent.get(number)
         if lent is None:
             tag = self._place[1].tag
@@ -100,7 +100,7 @@ class References:
         return lent.thing
 
     def get(self, number: int, name: str) -> tuple[bool, Any]:
-        """Return whether a public attribute is a method, and what it is if it is none. Raises AttributeError."""
+        """Return whether a public attribute is a method, and its value if it is not. Raises AttributeError."""
         thing = self.find(number)
         if name.startswith("_"):
             raise AttributeError(f"attribute {name!r} of a {type(thing).__name__} is not public")
@@ -118,14 +118,14 @@ class References:
         return getattr(thing, name)(*args, **kwargs)
 
     def drop(self, numbers: Collection[int]) -> None:
-        """Keep these no longer."""
+        """Stop keeping these objects."""
         with self._mutex:
             gone = [self._lent.pop(number, None) for number in numbers]
-        # Its end may take long, or call us again.
+        # Outside the lock: a destructor may take long, or call this object again.
         del gone
 
     def forget_dead(self) -> None:
-        """Keep nothing for processes that are gone."""
+        """Drop the objects kept for processes that are gone."""
         with self._mutex:
             clients = {(lent.pid, lent.started) for lent in self._lent.values() if lent.pid and lent.started}
         dead = {(pid, started) for pid, started in clients if _is_gone(pid, started)}
@@ -135,7 +135,7 @@ class References:
             self.drop(numbers)
 
     def client_hung_up(self, pid: int | None) -> None:
-        """Keep nothing for a process if its connection has ended because it dies; wait a moment for that to be seen."""
+        """Drop a client's objects if its connection ended because it is dying; wait a moment until it is seen dead."""
         deadline = time.monotonic() + DYING_S
         while pid is not None and any(lent.pid == pid for lent in self._copied()) and time.monotonic() < deadline:
             self.forget_dead()
@@ -162,7 +162,7 @@ def _can_pickle(value: object) -> bool:
 
 
 class _Ticket:
-    """Is pickled for what stays here, and arrives as a `RemoteObject` that the client answers for."""
+    """Pickled in place of an object that stays here; arrives as a `RemoteObject` that the client gives back."""
 
     def __init__(self, parts: tuple[Any, ...]) -> None:
         self._parts = parts
@@ -172,7 +172,7 @@ class _Ticket:
 
 
 class RemoteObject:
-    """Stands for a result that stayed in the server: its public attributes and methods, and what Python asks of it."""
+    """Stand-in for a result that stayed in the server, with its public attributes and methods and its PROTOCOLS."""
 
     __slots__ = ("__weakref__", "_mpmm_kind", "_mpmm_link", "_mpmm_number", "_mpmm_protocols")
 
@@ -183,7 +183,7 @@ class RemoteObject:
         self._mpmm_protocols = protocols
 
     def __getattr__(self, name: str) -> Any:
-        # A copy that is being unpickled has nothing yet, and protocols probe for names that are not public.
+        # A copy that is being unpickled has no state yet, and protocols probe for names that are not public.
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         is_method, value = self._mpmm_link.ask(protocol.CONTROL, protocol.GET, (self._mpmm_number, name), {})
@@ -218,12 +218,12 @@ def _itself(self: RemoteObject) -> RemoteObject:
 
 @functools.cache
 def _class_with(protocols: tuple[str, ...]) -> type[RemoteObject]:
-    """Return the class for objects that know these protocols, because Python looks for them in the type."""
+    """Return a class with the methods of these protocols, because Python looks for them in the type."""
     methods: dict[str, Any] = {name: _asked_of_server(name) for name in protocols}
     if "__next__" in methods:
         methods["__iter__"] = _itself
     if "__exit__" in methods:
-        # A traceback stays where it is.
+        # The traceback stays in the client.
         methods["__exit__"] = lambda self, kind, error, trace: _call(self, "__exit__", kind, error, None)
     return type("RemoteObject", (RemoteObject,), {"__slots__": (), "__module__": __name__, **methods})
 
@@ -239,7 +239,7 @@ def _arrive(
     if host is not None and host.record.incarnation == record.incarnation:
         thing = host.references.find(number)
         if answers_for_it:
-            # A client in the same process: from here on it has the object, and no other reference to it is left.
+            # The client is in the server's own process: it now has the object itself and needs no stand-in.
             host.references.drop([number])
         return thing
     link = link_to(registry, record)
@@ -250,7 +250,7 @@ def _arrive(
 
 
 def _give_back(link: ServerLink, number: int, pid: int) -> None:
-    """Have the link's next request say that a result is wanted no longer: a finalizer should not wait for a server."""
+    """Have the link's next request drop the result, because a finalizer should not wait for a server."""
     if os.getpid() == pid:
         with suppress(AttributeError):
             link.unwanted.append(number)

@@ -1,22 +1,22 @@
 """The registry: one folder in which clients and servers of shared objects find each other.
 
-    key             32 random bytes, which a process that connects must know
+    key             32 random bytes that a connecting process must know
     alive.lock      held shared by every client process as long as it lives
-    lifecycle.lock  held shared by a model server that starts another one, exclusively while the registry is removed
+    lifecycle.lock  held shared by a model server while it starts another one, exclusively while the registry is removed
     <tag>.lock      held by a process that looks for the tag's server and starts one if there is none
-    <tag>.life      held by the tag's server as long as it lives; its text says which process that is
+    <tag>.life      held by the tag's server as long as it lives; its text is the server's `ServerRecord`
     <tag>-*.sock    the server's socket, a new name for each server
-    <tag>.attach    the tag's object is attached in every process, there is no server
-    handles/<tag>   the tag is or was a handle: a loader of a manager has made its server; names the namespaces
-    servers.log     what servers say whose starters have ended; see `output`
+    <tag>.attach    the tag's object is attached in every process; there is no server
+    handles/<tag>   the tag is or was a handle: a manager's loader made its server; the text names the namespaces
+    servers.log     the output of servers whose starters have ended; see `output`
     zygote/         lock, life lock and socket of the process from which servers are forked; see `forkserver.zygote`
 
-`<tag>` is a digest of the tag, so that tags may hold any characters and names stay short. Order of locks:
+`<tag>` is a digest of the tag, so that tags may contain any characters and names stay short. Order of locks:
 alive, lifecycle, tag, life.
 
 When no client holds the alive lock and no server its life lock, the last of them to leave removes the folder. It
-renames the folder first, so that a process which makes the registry again never loses files to the one that is still
-deleting; all others notice by `LockFile.is_current`.
+renames the folder first, so that a process that makes the registry again never loses files to the one that is still
+deleting; other processes notice the removal by `LockFile.is_current`.
 """
 
 from __future__ import annotations
@@ -55,25 +55,25 @@ from mpmm.text.arguments import checked_path_text
 __all__ = ["ServerRecord", "ServerRegistry", "registry_at", "registry_for", "start_time_of"]
 
 KEY_BYTES = 32
-# An exclusive holder of the alive lock probes for microseconds, or is a server on its way out.
+# An exclusive holder of the alive lock probes for microseconds, or is a server that is ending.
 ALIVE_LOCK_TIMEOUT_S = 60.0
 SHORT_LOCK_TIMEOUT_S = 10.0
-# Between a server's last line and the kernel's closing of its locks.
+# How long the kernel may take to close a server's locks after the server's last line.
 DYING_TIMEOUT_S = 2.0
 LEAVE_PRIORITY = 10
-# The kernel's mark of a task that is being torn down, in the flags of /proc/<pid>/stat.
+# The kernel's flag for a task that is being torn down, in /proc/<pid>/stat.
 PF_EXITING = 0x4
 HANDLES = "handles"
-# Some kilobytes of names; a process that looks for an older one finds nothing, as if it had never been.
+# Some kilobytes of names; the oldest are removed first, and then look as if they had never been handles.
 MOST_HANDLES = 4096
 
-# What a model server has started is part of it: a worker of a data loader, say, which imports the program, too, and
-# would otherwise keep alive the server that keeps it alive.
+# A process that a model server has started is part of it: a data loader's worker, say, which imports the program, too,
+# and as a client would keep alive the server that keeps it alive.
 LIVES_BY_VARIABLE = "MPMM_SERVER_LIVES_BY"
 
 
 def _inherited_locks() -> tuple[str, ...] | None:
-    """Return the alive locks of the model server that has started this process, None if none has."""
+    """Return the alive locks of the model server that started this process; None if none did."""
     with contextlib.suppress(KeyError, ValueError, TypeError):
         return tuple(map(str, json.loads(os.environ[LIVES_BY_VARIABLE])))
     return None
@@ -86,7 +86,7 @@ _server_lives_by: tuple[str, ...] | None = _inherited_locks()
 class ServerRecord:
     """What a life file says about the process that holds its lock.
 
-    start_time goes with pid, see start_time_of. ready: it answers. leaving: it will not answer any more.
+    start_time belongs to pid, see start_time_of. ready: the server answers. leaving: it answers no more.
     """
 
     tag: str
@@ -97,17 +97,17 @@ class ServerRecord:
     spawned: bool
     ready: bool
     leaving: bool = False
-    # Whose it is: the namespaces for whose loaders it was started, and what it was made by and is, see `identity`.
+    # The namespaces whose loaders started the server, and its object's constructor and types, see `identity`.
     namespaces: tuple[str, ...] = ()
     constructor: str = ""
     types: tuple[str, ...] = ()
     # Its object has `sleep()` and `wake_up()`.
     sleeps: bool = False
-    # What its object says that it takes, see `host.declared_mb`; None if it says nothing of use.
+    # The memory that its object says it takes, see `host.declared_mb`; None if it gives no usable figure.
     expect_mb: float | None = None
 
     def is_running(self) -> bool:
-        """Tell whether the very process (not another one with its pid) runs and is not about to end."""
+        """Tell whether this very process (not another one with its pid) is running and not about to end."""
         try:
             if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
                 return False
@@ -118,9 +118,9 @@ class ServerRecord:
         return start_time_of(self.pid) == self.start_time and not _is_dying(self.pid)
 
     def has_ended(self) -> bool:
-        """Tell whether the process has given back all that it had.
+        """Tell whether the process has given back all its resources.
 
-        A first thread that is a zombie does not say so: while others end, they keep memory and descriptors.
+        A zombie main thread does not mean that: until the other threads have ended, they keep memory and descriptors.
         """
         if not hasattr(os, "pidfd_open"):
             return not self.is_running()
@@ -133,7 +133,7 @@ class ServerRecord:
         try:
             ended = bool(select.select([fd], [], [], 0)[0])
         except ValueError:
-            # A descriptor beyond what select can watch.
+            # The descriptor's number is too large for select.
             return not self.is_running()
         finally:
             os.close(fd)
@@ -144,19 +144,19 @@ _FIELDS = frozenset(field.name for field in fields(ServerRecord))
 
 
 def become_server_process(lives_by: tuple[str, ...]) -> None:
-    """Note that this process is a model server, which lives by the alive locks `lives_by` and holds none itself."""
+    """Note that this process is a model server, which lives while the alive locks `lives_by` are held by others."""
     global _server_lives_by
     _server_lives_by = lives_by
     os.environ[LIVES_BY_VARIABLE] = json.dumps(lives_by)
 
 
 def is_server_process() -> bool:
-    """Tell whether this process is a model server, from before it imports the main module, or was started by one."""
+    """Tell whether this process is a model server (even before it imports the main module) or was started by one."""
     return _server_lives_by is not None
 
 
 def server_lives_by() -> tuple[str, ...] | None:
-    """Return the alive locks by which this process lives if it is a model server, else None."""
+    """Return the alive locks that keep this process alive if it is a model server, else None."""
     return _server_lives_by
 
 
@@ -177,7 +177,7 @@ def start_time_of(pid: int) -> float | None:
 
 
 def _is_dying(pid: int) -> bool:
-    """Tell whether a process has been killed and is not gone yet, which takes it a while for each gigabyte it has."""
+    """Tell whether a process was killed but has not ended yet: freeing takes a while for each gigabyte it has."""
     try:
         flags = int(
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[6]
@@ -194,7 +194,7 @@ class ServerRegistry:
 
     def __init__(self, root: str | Path) -> None:
         self.directory = RuntimeDirectory(REGISTRY_FOLDER, root)
-        # As text, see there.
+        # As text, see `RuntimeDirectory`.
         self.folder = self.directory.text
         self._mutex = new_lock()
         self._alive: LockFile | None = None
@@ -233,7 +233,7 @@ class ServerRegistry:
         return f"{digest_of(tag)}-{incarnation[:8]}.sock"
 
     def remember_handle(self, tag: str, namespaces: tuple[str, ...]) -> None:
-        """Note that a server was a handle of these namespaces, for processes that look for it when it is gone."""
+        """Note that the tag is a handle of these namespaces, for processes that look for its server after its end."""
         folder = self.path / HANDLES
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -245,14 +245,14 @@ class ServerRegistry:
                     os.unlink(entry.path)
 
     def namespaces_of_handle(self, tag: str) -> tuple[str, ...]:
-        """Return of which namespaces a server of the tag was a handle, nothing if of none, or long ago."""
+        """Return the namespaces of which the tag is or was a handle; empty if it never was, or too long ago."""
         try:
             return tuple((self.path / HANDLES / digest_of(tag)).read_text(encoding="ascii").split())
         except OSError:
             return ()
 
     def forget_handle(self, tag: str) -> None:
-        """Let the tag be free for something else: its user has deleted what it stood for."""
+        """Free the tag for another object: a user has deleted the one that it stood for."""
         with contextlib.suppress(OSError):
             (self.path / HANDLES / digest_of(tag)).unlink()
 
@@ -260,7 +260,7 @@ class ServerRegistry:
         """Make the registry if need be and become one of its clients until this process ends; cheap when repeated.
 
         A model server only makes the registry: if servers counted as clients, they would keep each other alive.
-        Raises RuntimeDirectoryError; LockTimeoutError when a server that is leaving does not come to an end.
+        Raises RuntimeDirectoryError; LockTimeoutError if a server that is ending keeps the alive lock too long.
         """
         if _server_lives_by is not None:
             self.directory.ensure()
@@ -282,19 +282,19 @@ class ServerRegistry:
             return
         try:
             alive.unlock()
-            # The last one to unlock finds the lock free here, or held by another that leaves and will do the rest.
+            # The last client to unlock finds the lock free here, or held by another one leaving, which does the rest.
             if alive.is_current() and alive.try_exclusive() and alive.is_current():
                 self.remove_if_unused()
         finally:
             alive.close()
 
     def forget_after_fork(self) -> None:
-        """Start without a claim in a forked child; the inherited descriptor has been closed."""
+        """Start without the alive lock in a forked child; the inherited descriptor has been closed."""
         self._mutex = new_lock()
         self._alive = None
 
     def claim_if_abandoned(self) -> LockFile | None:
-        """Take the alive lock exclusively if the registry has no client; None if it has, or is gone."""
+        """Take the alive lock exclusively if the registry has no client; return None if it has one or is gone."""
         try:
             lock = open_lock(self.alive_path)
         except FileNotFoundError:
@@ -306,13 +306,13 @@ class ServerRegistry:
                     return lock
                 break
             if lock.try_shared():
-                # A client, or a process that probes as we do. To a client that has left just now our own probe looked
-                # like that, so who gives up the lock looks once more: the last one to do so finds it free.
+                # A client, or another process that probes. A client that has just left may have taken this probe for
+                # a client, so every process that unlocks tries once more: the last one to do so finds the lock free.
                 lock.unlock()
                 if lock.try_exclusive() and lock.is_current():
                     return lock
                 break
-            # Neither: a process probes, or leaves and may already have seen us alive. Wait for what comes of it.
+            # Neither: a process probes, or leaves and may have taken this one for a client. Wait for its outcome.
             time.sleep(0.000_5)
         lock.close()
         return None
@@ -334,13 +334,13 @@ class ServerRegistry:
                 os.rename(self.path, self.root / f"{REGISTRY_FOLDER}.gone.{os.urandom(8).hex()}")
         finally:
             lifecycle.close()
-        # Also what a process that was killed between these two steps has left.
+        # Also what a process that was killed between these two steps left behind.
         for gone in list(self.root.glob(f"{REGISTRY_FOLDER}.gone.*")):
             RuntimeDirectory(gone.name, self.root).remove()
 
     def key(self) -> bytes:
         """Return the registry's key, made by the first process that asks. Call after `join`."""
-        # A file of the right length says all of it: the bytes come with one write, and the length after them.
+        # A file of full length has the whole key: one write stores the bytes, and the length changes after them.
         with contextlib.suppress(FileNotFoundError):
             key = _contents(self._file("key"))
             if len(key) == KEY_BYTES:
@@ -362,7 +362,7 @@ class ServerRegistry:
 
     @contextmanager
     def tag_lock(self, tag: str, timeout_seconds: float = math.inf) -> Iterator[None]:
-        """Hold the tag's lock, with the registry in place; for ever is right where others may be loading a model.
+        """Hold the tag's lock, with the registry in place; wait without limit if the holder may be loading a model.
 
         Raises LockTimeoutError.
         """
@@ -371,7 +371,7 @@ class ServerRegistry:
         try:
             self.join()
             if _server_lives_by is not None:
-                # No client of the registry, so nothing else keeps the registry while the new server comes up.
+                # A model server is no client, so only this lock keeps the registry while the new server comes up.
                 folder_lock = self._lock(self._file("lifecycle.lock"), lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
             lock = self._lock(self._tag_lock_path(tag), lambda lock: lock.exclusive(timeout_seconds))
             yield
@@ -381,9 +381,9 @@ class ServerRegistry:
                     held.close()
 
     def look(self, tag: str) -> tuple[bool, ServerRecord | None]:
-        """Tell whether a server of the tag lives, and what it says of itself.
+        """Tell whether a server of the tag lives, and return its record.
 
-        None with True: it has taken its lock this instant and not written anything yet.
+        True with None: the server has just taken its lock and not written its record yet.
         """
         path = self.life_path(tag)
         try:
@@ -392,13 +392,13 @@ class ServerRegistry:
             return False, None
 
     def take_life(self, tag: str) -> LockFile | None:
-        """Take the life lock of the tag for this process; None when another process has it or the registry is gone."""
+        """Take the life lock of the tag for this process; None if another process has it or the registry is gone."""
         try:
             life = open_lock(self.life_path(tag))
         except FileNotFoundError:
             return None
         try:
-            # Not a mere try: a process that asks `is_locked` holds a shared lock for an instant.
+            # A single try could fail, because a process that asks `is_locked` holds a shared lock for an instant.
             life.exclusive(1.0)
             if life.is_current():
                 return life
@@ -416,7 +416,7 @@ class ServerRegistry:
                 lock.path.unlink(missing_ok=True)
 
     def remove_sockets(self, tag: str) -> None:
-        """Remove what dead servers of the tag have left. Hold the tag's lock or its life lock."""
+        """Remove the sockets that dead servers of the tag left behind. Hold the tag's lock or its life lock."""
         for leftover in list(self.path.glob(f"{digest_of(tag)}-*.sock")):
             leftover.unlink(missing_ok=True)
 
@@ -424,7 +424,7 @@ class ServerRegistry:
         return self._file(f"{digest_of(tag)}.lock")
 
     def _lock(self, path: str, take: Callable[[LockFile], Any]) -> LockFile:
-        """Open and `take` a lock of the registry, again if the registry or the file was removed meanwhile."""
+        """Open and `take` a lock of the registry; retry if the registry or the file was removed meanwhile."""
         while True:
             self.directory.ensure()
             try:
@@ -442,7 +442,7 @@ class ServerRegistry:
 
 
 def write_record(life: LockFile, record: ServerRecord) -> None:
-    """Say in the life file which server holds it. Hold its lock."""
+    """Write a server's record into its life file. Hold that file's lock."""
     text = json.dumps(asdict(record)).encode()
     # One write at least as long as the old text: a reader sees the old one, the new one, or something that is not JSON.
     text += b" " * max(0, os.fstat(life.fd).st_size - len(text))
@@ -451,14 +451,14 @@ def write_record(life: LockFile, record: ServerRecord) -> None:
 
 
 def _contents(path: str | Path) -> bytes:
-    """Return what a small file says."""
-    # Not `Path.read_bytes`, which has a new process load another twenty pages of code.
+    """Return the contents of a small file."""
+    # Not `Path.read_bytes`, which makes a new process load another twenty pages of code.
     with open(path, "rb", buffering=0) as file:
         return file.readall()
 
 
 def _read_record(path: str | Path) -> ServerRecord | None:
-    """Return what a life file says, or None while it says nothing; true only if the lock is held."""
+    """Return the record in a life file, None while it has none; valid only if the lock is held."""
     try:
         found = json.loads(_contents(path).decode())
         for name in ("namespaces", "types"):
@@ -470,7 +470,7 @@ def _read_record(path: str | Path) -> ServerRecord | None:
 
 
 def _will_stay_locked(life: Path) -> bool:
-    """Tell whether a life lock is held, after waiting for holders that are on their way out."""
+    """Tell whether a life lock is held, after waiting for holders that are ending."""
     deadline = time.monotonic() + DYING_TIMEOUT_S
     with contextlib.suppress(FileNotFoundError):
         while is_locked(life):
@@ -493,7 +493,7 @@ def digest_of(tag: str) -> str:
 
 _registries: dict[str, ServerRegistry] = {}
 _registries_mutex = new_lock()
-# What `registry_for` found, by its argument, the setting and the user, which `setuid` changes: taking paths apart would
+# Results of `registry_for`, by its argument, the setting and the user (`setuid` changes it): taking paths apart would
 # cost more than a call.
 _registries_by_argument: dict[tuple[str | None, str | None, int], ServerRegistry] = {}
 

@@ -1,12 +1,12 @@
 """A spawned model server, from its first line to its last.
 
-It imports the main module as every process does that `multiprocessing` spawns, takes the tag's life lock, makes the
-object, answers for it, and ends in one of three ways: a hard delete, a signal, or because no process is left that holds
-one of its alive locks. Always through `os._exit`: what the object's libraries registered for the end of a process may
-take for ever, and the memory is wanted back now.
+It imports the main module like every process that `multiprocessing` spawns, takes the tag's life lock, makes the
+object, serves it, and ends in one of three ways: a hard delete, a signal, or because no process holds any of its alive
+locks. It always ends through `os._exit`, because exit handlers of the object's libraries may never return, and the
+memory is needed at once.
 
-One thread, which begins before the main module is imported, watches for signals, for the end of the starter, whose
-standard streams are let go of then (`output`), and for the end of the last client.
+One thread, started before the main module is imported, watches for signals, for the end of the starter, whose standard
+streams the server then closes (`output`), and for the end of the last client.
 """
 
 from __future__ import annotations
@@ -61,32 +61,32 @@ __all__ = [
 
 logger = printable_logger(__name__)
 
-# What a new server tells its starter, each with a text.
+# A new server's reports to its starter, each with a text.
 READY, OCCUPIED, ATTACH, CRASHED = "ready", "occupied", "attach", "crashed"
 PROBE_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What a new server is to do. `contexts` and `constructor` are pickles, opened after `environment` is set."""
+    """What a new server is to do. `contexts` and `constructor` are pickles, loaded after `environment` is set."""
 
     root: str
     tag: str
     environment: tuple[tuple[str, str | None], ...]
-    # Its pid, and when it started, see `start_time_of`.
+    # Its pid and start time, see `start_time_of`.
     starter: tuple[int, float | None]
     alive_locks: tuple[str, ...]
     contexts: bytes
     constructor: bytes
 
     def environment_in(self, starters: Mapping[str, str]) -> dict[str, str]:
-        """Return the whole environment of the server; that of its starter, with what the plan puts in or takes out."""
+        """Return the whole environment of the server: its starter's, with the plan's changes."""
         changed = {**starters, **dict(self.environment)}
         return {name: value for name, value in changed.items() if value is not None}
 
 
 def wants_to_attach(shared: object) -> bool:
-    """Tell whether an object is shared state by itself, and so is made in every process instead of being proxied."""
+    """Tell whether an object is itself shared between processes, so that each makes its own instead of a proxy."""
     return bool(getattr(type(shared), "attach_in_place", False))
 
 
@@ -98,10 +98,10 @@ def run_server(
 ) -> NoReturn:
     """Be the server: the main function of the new process.
 
-    preparation: of `multiprocessing.spawn`, for `__main__` and the like; None where that is done. on_made: called once
-    the object is made. The plan's environment is set already.
+    preparation: of `multiprocessing.spawn`, for `__main__` and the like; None if that is done already. on_made: called
+    once the object is made. The plan's environment is set already.
     """
-    # A session of its own, so that Ctrl-C or a hang-up at the starter's terminal does not end what others use.
+    # A session of its own, so that Ctrl-C or a hang-up at the starter's terminal does not end what other processes use.
     with suppress(OSError):
         os.setsid()
     # First of all, because the main module may make managers and shared objects, too.
@@ -132,20 +132,20 @@ class _Server:
         except BaseException as error:
             if os.getpid() != self.pid:
                 end_forked_child(error)
-            # The constructor's own come as the former.
+            # What the constructor raises comes as a ServerStartError that has its text.
             text = error.message if isinstance(error, ServerStartError) else _crash_text("the server", self.tag)
             self.tell(CRASHED, text)
-            # The starter waits for the end of this process by itself.
+            # The starter itself waits for the end of this process.
             self.exit(1, keep_life=False)
         self.serving = True
         self.tell(READY)
-        # Interrupted by signals only, whose handlers run in this thread.
+        # Only signals interrupt this: their handlers run in this thread.
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
         self.exit(0)
 
     def host(self, preparation: dict[str, Any] | None) -> None:
-        """Make the object, and answer for it from now on."""
+        """Make the object and start serving it."""
         self.signals.listen()
         threading.Thread(target=self.watch, name="mpmm-watch", daemon=True).start()
         if preparation is not None:
@@ -172,7 +172,7 @@ class _Server:
         if wants_to_attach(shared):
             self.tell(ATTACH)
             self.exit(0, keep_life=False)
-        # The constructor may have taken the signals for something of its own.
+        # The constructor may have installed signal handlers of its own.
         self.signals.listen()
         namespaces = tuple(context.namespace for context in self.contexts if context.namespace)
         if namespaces:
@@ -187,8 +187,8 @@ class _Server:
         host_object(self.registry, self.record, constructor, shared, self.life, lambda: self.exit(0))
 
     def prepare(self, preparation: dict[str, Any]) -> None:
-        """Do what `multiprocessing.spawn` does in a new process; if the main module fails, say so and end."""
-        # A script without a main guard that starts servers must fail here, not go round in circles.
+        """Do what `multiprocessing.spawn` does in a new process; if the main module fails, report that and end."""
+        # A script without a main guard that starts servers must fail here, or each server would start another one.
         this_process: Any = mp_process.current_process()
         this_process._inheriting = True
         placed = {name: os.environ.get(name) for name, _ in self.plan.environment}
@@ -204,7 +204,7 @@ class _Server:
             self.exit(1)
         del this_process._inheriting
         for name, value in placed.items():
-            # What the main module sets is for the program; where this server's place is, its starter knows.
+            # The main module sets variables for the program; for this server, the starter's values count.
             if value is not None and os.environ.get(name) != value:
                 os.environ[name] = value
 
@@ -223,7 +223,7 @@ class _Server:
             self.exit(0)
 
     def watch(self) -> None:
-        """Heed signals, the end of the starter, and that of the last client; runs in a thread of its own."""
+        """Act on signals, the end of the starter, and that of the last client; runs in a thread of its own."""
         locks: list[AliveLock] = []
         starter: Starter | None = None
         next_probe = 0.0
@@ -238,14 +238,14 @@ class _Server:
                     next_probe = time.monotonic() + PROBE_INTERVAL_S
                     self._probe(locks)
             except Exception:
-                # Too few descriptors for a moment, say. Without this thread the server would outlive all its clients.
+                # Out of descriptors for a moment, say. Without this thread the server would outlive all its clients.
                 with suppress(Exception):
-                    text = "mpmm: pid %d, which serves %r, looks again for its clients"
+                    text = "mpmm: pid %d, which serves %r, failed to check for its clients and tries again"
                     logger.exception(text, os.getpid(), self.tag)
                 time.sleep(PROBE_INTERVAL_S)
 
     def _heed(self, starter: Starter | None, until: float) -> Starter | None:
-        """Heed signals and the end of the starter, which come before `until`; return the starter while it lives."""
+        """Act on signals, or the end of the starter, that come before `until`; return the starter while it lives."""
         waited_for = [self.signals.fd] if starter is None or starter.fd is None else [self.signals.fd, starter.fd]
         ready = wait(waited_for, max(0.0, until - time.monotonic()))
         if self.signals.fd in ready:
@@ -267,7 +267,7 @@ class _Server:
             self.output.bound()
             return
         if self.life is None:
-            # Code of the user's, his main module, may never come to an end.
+            # The user's main module is still being imported, and may never finish.
             os._exit(1)
         registry_is_ours = any(lock.held and lock.path == str(self.registry.alive_path) for lock in locks)
         for lock in locks:
@@ -276,32 +276,32 @@ class _Server:
         self.exit(0, keep_life=False, registry_is_ours=registry_is_ours)
 
     def exit(self, code: int, *, keep_life: bool = True, registry_is_ours: bool = False) -> NoReturn:
-        """Clean up and end the process at once; the registry is removed too if this was the last that used it.
+        """Clean up and end the process at once; the registry is removed, too, if this was the last process to use it.
 
-        keep_life: leave the life lock held to the very end, so that a process which waits for our memory can see it.
+        keep_life: hold the life lock to the very end, so that a process that waits for this one's memory can see it.
         registry_is_ours: the registry's alive lock is held exclusively already.
         """
-        # Never released: the first thread that comes here ends the process, others wait for that. A signal handler
-        # that interrupts its own thread here does the same things once more, which is harmless.
+        # Never released: the first thread to get here ends the process, while others wait. A signal handler that
+        # interrupts that thread here repeats these steps, which is harmless.
         self.exiting.acquire()
         try:
             for child in multiprocessing.active_children():
                 if child.daemon:
                     child.terminate()
             if self.life is not None and self.life.fd >= 0 and self.record is not None:
-                # Before the look at the alive lock: clients that leave after it must know not to count on us.
+                # Before the alive lock is checked: clients that leave after that must know that this server is leaving.
                 write_record(self.life, replace(self.record, ready=False, leaving=True))
                 self.registry.remove_sockets(self.tag)
                 end_all_hosts(but=self.life)
                 if not keep_life and self.life.is_current():
                     self.life.path.unlink(missing_ok=True)
                 self.clean_up_after_clients()
-                # Kept in a variable, since a lock that nothing refers to is given up.
+                # Kept in a variable, because a lock that nothing refers to is released.
                 claim = None if registry_is_ours else self.registry.claim_if_abandoned()
                 if registry_is_ours or claim is not None:
                     self.registry.remove_if_unused(but=self.life)
             for stream in (sys.stdout, sys.stderr):
-                # None where the server was started without it.
+                # None if the server was started without it.
                 if stream is not None:
                     stream.flush()
         except BaseException:
@@ -325,12 +325,12 @@ class _Server:
 
 
 class _Signals:
-    """The signals that end a server, heeded whatever its main thread is doing.
+    """The signals that end a server, acted on whatever its main thread is doing.
 
-    Python runs a handler in the main thread, between two bytecodes of it: not while a constructor is in one long call
-    of native code, and not at all when the signal arrives after the last bytecode before that thread falls asleep for
-    good. What the kernel runs writes the signal's number to a pipe at once, though (`signal.set_wakeup_fd`), and
-    another thread reads it.
+    Python runs a handler in the main thread, between two of its bytecodes: not while a constructor is in a long native
+    call, and not at all if the signal arrives after the last bytecode before that thread falls asleep for good. But the
+    C handler that the kernel runs writes the signal's number to a pipe at once (`signal.set_wakeup_fd`), and another
+    thread reads it.
     """
 
     def __init__(self, on_signal: Callable[[int], None]) -> None:
@@ -346,10 +346,10 @@ class _Signals:
         )
 
     def listen(self) -> None:
-        """Take SIGTERM, in place of any handler before, and outlive clients that go; for the main thread."""
+        """Handle SIGTERM, replacing any earlier handler, and survive clients that hang up; for the main thread."""
         signal.signal(signal.SIGTERM, self._handle)
         if signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL:
-            # As Python has it. The main module, which is imported here, too, may want to end when its reader goes.
+            # Python's default. The main module, which is imported here, too, may have chosen to end with its reader.
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -358,12 +358,12 @@ class _Signals:
         self._on_signal(number)
 
     def heed(self) -> None:
-        """Act on the signals that have come."""
+        """Act on the signals that have arrived."""
         with suppress(BlockingIOError):
             for number in os.read(self.fd, 4096):
                 self._on_signal(number)
 
-    # What a forked child is sent must not end us: until it writes no more to our pipe it hears nothing.
+    # A forked child's signals must not end the server: they wait until the child cannot write to this pipe.
 
     def _before_fork(self) -> None:
         self._mask_before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -383,14 +383,11 @@ class _Signals:
 
 
 def _log_as_beam_does() -> None:
-    """Let records of level INFO arrive at standard error, as those of Beam's servers do.
-
-    Not where the main module has decided what becomes of records.
-    """
+    """Log records of level INFO to standard error, as Beam's servers do, unless the main module configured logging."""
     root = logging.getLogger()
     if not root.handlers and root.level == logging.WARNING:
         root.setLevel(logging.INFO)
-        # Not `basicConfig`, so that the constructor still can.
+        # Not `basicConfig`, so that the constructor can still call it.
         last_resort = logging.lastResort
         if last_resort is not None:
             last_resort.setLevel(logging.INFO)
@@ -420,13 +417,13 @@ class _Construction:
 
 
 class AliveLock:
-    """One lock by which the server lives; this process holds it only while it asks."""
+    """A lock that keeps the server alive while others hold it; this process holds it only while it probes."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.held = False
         self._lock: LockFile | None = None
-        # A missing file is not made anew: its registry or namespace is gone, and with it all holders of the lock.
+        # A missing file is not created: its registry or namespace is gone, and with it all holders of the lock.
         with suppress(FileNotFoundError):
             if os.path.exists(path):
                 self._lock = open_lock(Path(path))
@@ -440,19 +437,19 @@ class AliveLock:
         if self._lock.is_current():
             self.held = True
         else:
-            # Replaced or removed. The holders of a newer file do not know of this server.
+            # Replaced or removed. The holders of a newer file do not know about this server.
             self._lock.close()
             self._lock = None
         return True
 
     def give_up(self) -> None:
-        """Let clients come and go until the next look."""
+        """Release the lock until the next probe, so that clients can come and go."""
         if self.held and self._lock is not None:
             self._lock.unlock()
             self.held = False
 
     def close(self) -> None:
-        """Ask no more."""
+        """Close the lock file for good."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -5,8 +5,8 @@
     model.predict(batch)          # runs in the process that has the model
     handle.release(model)
 
-The first process that acquires the tag has the object made: in its own process, or with `spawn_process` in a new one
-that outlives it. The others find that process through the registry below `path`.
+The first process that acquires the tag makes the object: in its own process or, with `spawn_process`, in a new one that
+outlives it. Other processes find the object's process through the registry below `path`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["MultiProcessShared", "SharedProxy", "server_pid", "unload"]
 T = TypeVar("T")
 
 HARD_DELETE_TIMEOUT_S = 10.0
-# Servers that come up and are gone before we are their client: something kills them, and will kill the next.
+# Servers that start and die before this process is their client: something kills them, and will kill the next.
 START_ATTEMPTS = 5
 STARTING_PAUSE_S = 0.005
 
@@ -62,12 +62,13 @@ class MultiProcessShared(Generic[T]):
     ) -> None:
         """Describe the shared object.
 
-        constructor: makes the object, without arguments; ignored where the tag has an object already. For another
-            process it is pickled, with cloudpickle where pickle refuses.
+        constructor: called without arguments to make the object; ignored if the tag has an object already. To run in
+            another process it is pickled, with cloudpickle if pickle refuses.
         tag: a string; equal tags below one `path` mean the same object.
-        path: folder below which processes meet; the default stands for the user's runtime directory.
+        path: folder with the registry by which processes find each other; the default means the user's runtime
+            directory.
         always_proxy: go through a connection even in the process that has the object.
-        spawn_process: have the object made in a process of its own.
+        spawn_process: make the object in a process of its own.
         Raises InvalidArgumentError.
         """
         encoded_text("tag", tag)
@@ -79,25 +80,25 @@ class MultiProcessShared(Generic[T]):
         self._spawn_process = spawn_process
 
     def acquire(self) -> T:
-        """Return a new proxy of the object, which is made if there is none; may take as long as its constructor.
+        """Return a new proxy of the object; if there is none, make it, which takes as long as its constructor.
 
-        An object whose type says `attach_in_place` is returned itself, one for each process.
-        Raises what the constructor raises, where it runs in this process; ServerStartError with the traceback,
-        where it runs in another one, and at once in a server that still imports the main module; ModelServerError when
-        servers die faster than they can be reached, or when the tag is a manager's handle whose server is gone;
-        InvalidArgumentError when the tag is known to stand for something else, see `identity`.
+        An object whose type sets `attach_in_place` is returned itself, and each process makes its own.
+        Raises what the constructor raises if it runs in this process; ServerStartError with the traceback if it runs
+        in another one, and at once in a server that is still importing the main module; ModelServerError if servers
+        die faster than they can be reached, or if the tag is a manager's handle whose server is gone;
+        InvalidArgumentError if the tag is known to stand for something else, see `identity`.
         """
         shared = self._acquire(registry_for(self._path))
         if self._spawn_process:
-            # Servers that were deleted are zombies of this process until it asks for them.
+            # Deleted servers that this process started are its zombies until it reaps them.
             reap_ended_servers()
         return cast(T, shared)
 
     def release(self, obj: Any) -> None:
-        """Give back what `acquire` returned. The object is dropped with its last user.
+        """Give back what `acquire` returned. The last user's release drops the object.
 
-        Raises SharedObjectReleasedError for a second release, NotAcquiredError for something else. A server that is
-        gone is no error: so is the object.
+        Raises SharedObjectReleasedError for a second release, NotAcquiredError for anything that `acquire` did not
+        return. It is no error if the server is gone: the object is gone with it.
         """
         if isinstance(obj, SharedProxy):
             obj._mpmm_use.release()
@@ -105,11 +106,11 @@ class MultiProcessShared(Generic[T]):
             raise NotAcquiredError(f"{obj!r} was not acquired as {self._tag!r} by this process", tag=self._tag)
 
     def unsafe_hard_delete(self) -> None:
-        """Delete the object whatever its users do; their proxies raise from now on. A spawned server ends.
+        """Delete the object even while it is in use; its users' proxies raise from now on. A spawned server ends.
 
-        Returns when the server is gone; one that does not leave is killed. Nothing happens if there is no object.
-        An attached object's `force_reset` is called instead, if it has one.
-        Raises ModelServerError when a process that serves the object beside other work does not answer.
+        Returns when the server is gone; one that does not end by itself is killed. Does nothing if there is no object.
+        For an attached object, its `force_reset` is called instead, if it has one.
+        Raises ModelServerError if the process that serves the object was not spawned for it and does not answer.
         """
         registry = registry_for(self._path)
         if registry.attach_marker(self._tag).exists() and not end_server(registry, self._tag, HARD_DELETE_TIMEOUT_S):
@@ -133,11 +134,11 @@ class MultiProcessShared(Generic[T]):
             if (link := known_link(registry, self._tag)) is not None:
                 return self._proxy(_use_through(link))
         except ModelServerError:
-            # Gone since we last used it; look for another one.
+            # The server has ended since this process last used it; look for another one.
             if link := known_link(registry, self._tag):
                 forget_link(link)
         expect_real_threads(f"the shared object {self._tag!r}")
-        # Mostly there is one that answers, and no need to wait for others that just look, too.
+        # Usually a server is ready; then there is no need to wait for the lock behind others that only look for it.
         lives, record = registry.look(self._tag)
         if lives and record is not None and record.ready:
             with suppress(ModelServerError):
@@ -148,7 +149,7 @@ class MultiProcessShared(Generic[T]):
             while True:
                 lives, record = registry.look(self._tag)
                 if lives and (record is None or not record.ready):
-                    # Its starter is dead, or we would not have the lock; it comes up or fails all the same.
+                    # Its starter has died, or this process would not have the lock; it still comes up or fails.
                     time.sleep(STARTING_PAUSE_S)
                 elif lives and record is not None:
                     try:
@@ -170,7 +171,7 @@ class MultiProcessShared(Generic[T]):
         return self._proxy(_use_through(link_to(registry, record)))
 
     def _proxy(self, use: _Use) -> SharedProxy:
-        """Return a proxy for a use of what a live server has. Raises InvalidArgumentError for something else."""
+        """Return a proxy for `use`; release it and raise InvalidArgumentError if its server has something else."""
         try:
             check_identity(use.record, self._constructor)
         except BaseException:
@@ -179,10 +180,10 @@ class MultiProcessShared(Generic[T]):
         return SharedProxy(use)
 
     def _start(self, registry: ServerRegistry) -> Any:
-        """Bring about a server, or attach; hold the tag's lock, under which there was no server.
+        """Start a server, or attach the object. Hold the tag's lock, under which no server was found.
 
-        Returns the object if it is attached, else None: look again. Raises ModelServerError for a manager's handle,
-        unless a loader runs here: only that may make what a handle stands for.
+        Returns the object if it is attached, else None: the caller looks again. Raises ModelServerError for a manager's
+        handle, unless a loader runs here: only a loader may make a handle's object.
         """
         if not callable(self._constructor):
             raise InvalidArgumentError(
@@ -231,10 +232,10 @@ class MultiProcessShared(Generic[T]):
 def unload(tag: str, *, path: str | None = None, timeout_seconds: float = 10.0, pid: int | None = None) -> bool:
     """End the server of `tag` and return True once it is gone; False if there was none.
 
-    pid: if given, only a server of this pid is meant. A tag may have been given to a new server meanwhile.
+    pid: if given, end only a server with this pid; the tag may have a new server meanwhile.
 
-    A spawned server that does not leave within `timeout_seconds`, or is still making its object, is killed.
-    Raises ModelServerError when it survives that, or when the process that serves the tag was not spawned for it
+    A spawned server that does not end within `timeout_seconds`, or is still making its object, is killed.
+    Raises ModelServerError if it survives that, or if the process that serves the tag was not spawned for it
     and does not answer; InvalidArgumentError.
     """
     encoded_text("tag", tag)
@@ -267,7 +268,7 @@ class _Use:
         self.released = False
 
     def attribute(self, name: str) -> Any:
-        """Return what a proxy's attribute `name` is."""
+        """Return the value of a proxy's attribute `name`."""
         raise NotImplementedError
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -279,7 +280,7 @@ class _Use:
         raise NotImplementedError
 
     def hard_delete(self) -> None:
-        """Delete the object and, if it was spawned, its server. Nothing happens if that one is gone already."""
+        """Delete the object and, if it was spawned, its server. Does nothing if the server is gone already."""
         self.check()
         end_server(self.registry, self.record.tag, HARD_DELETE_TIMEOUT_S, self.record.incarnation)
         self.registry.forget_handle(self.record.tag)
@@ -294,7 +295,7 @@ class _Use:
 
 
 class _RemoteUse(_Use):
-    """A use through connections."""
+    """A use through connections to the server."""
 
     def __init__(self, link: ServerLink, token: int, methods: frozenset[str]) -> None:
         super().__init__(link.registry, link.record, token, methods)
@@ -325,7 +326,7 @@ class _RemoteUse(_Use):
 
 
 class _LocalUse(_Use):
-    """A use in the process that has the object; in children that it forks, one through connections."""
+    """A use in the process that has the object; children that it forks go through connections."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host.registry, host.record, host.acquire(), host.methods)
@@ -382,22 +383,22 @@ class _RemoteMethod:
 
 
 class SharedProxy:
-    """Stands for a shared object: its public methods run where the object is. Of its attributes there is `expect_mb`.
+    """Stand-in for a shared object: public methods run where the object is; the only plain attribute is `expect_mb`.
 
     Exceptions arrive as they were raised, with the remote traceback as `__cause__`. Results that cannot be pickled,
-    such as generators, stay where they are, and what arrives stands for them (see `references`). Can be pickled:
+    such as generators, stay in the server, and the caller gets stand-ins (see `references`). A proxy can be pickled:
     the copy connects to the same server and shares this proxy's acquire, so releasing either ends both. In the process
     that has the object, and without `always_proxy`, all attributes are those of the object itself.
     """
 
-    # The name of what the proxy keeps for itself, chosen not to hide a method of an object.
+    # The proxy's own state, under a name that should not hide a method of the object.
     _mpmm_use: _Use
 
     def __init__(self, use: _Use) -> None:
         self._mpmm_use = use
 
     def __getattr__(self, name: str) -> Any:
-        # Not asked of the object: a copy that is being unpickled has nothing yet, and protocols probe for such names.
+        # The object is not asked: a copy being unpickled has no `_mpmm_use` yet, and protocols probe for dunders.
         if name == "_mpmm_use" or (name.startswith("__") and name.endswith("__")):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         attribute = self._mpmm_use.attribute(name)
@@ -422,11 +423,11 @@ class SharedProxy:
         return _connect_again, (str(use.registry.root), use.record, use.token, use.methods)
 
     def get_auto_proxy_object(self) -> SharedProxy:
-        """Return the proxy itself: in Beam there is one inside another."""
+        """Return the proxy itself; Beam has a proxy inside another one."""
         return self
 
     def unsafe_hard_delete(self) -> None:
-        """Delete the object whatever its users do; see `MultiProcessShared.unsafe_hard_delete`."""
+        """Delete the object even while it is in use; see `MultiProcessShared.unsafe_hard_delete`."""
         self._mpmm_use.hard_delete()
 
     # Beam's name for it.
@@ -484,7 +485,7 @@ class _AttachedObjects:
             self._by_tag.pop((registry, tag), None)
 
     def start_over_in_child(self) -> None:
-        """Forget all; the copies stay referenced, because ending them here would end what the parent uses."""
+        """Forget all objects but keep the copies referenced: finalizing them here would end what the parent uses."""
         self._mutex = new_lock()
         self._inherited.extend(self._by_tag.values())
         self._by_tag.clear()

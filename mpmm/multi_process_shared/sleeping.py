@@ -1,4 +1,4 @@
-"""Shared objects that can sleep: those with `sleep()` and `wake_up()`, which let go of a device and take it again."""
+"""Shared objects that can sleep: their `sleep()` frees the memory of a device, their `wake_up()` takes it again."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["ask_to", "can_sleep", "record_of"]
 
 
 def record_of(tag: str) -> ServerRecord | None:
-    """Return what a tag's server says of itself; None if there is none."""
+    """Return the record of a tag's server; None if there is none."""
     lives, record = registry_for(None).look(tag)
     return record if lives else None
 
 
 def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
-    """Have the object of a tag sleep (`protocol.SLEEP`) or wake up (`protocol.WAKE_UP`), and return once it does.
+    """Have a tag's object sleep (`protocol.SLEEP`) or wake up (`protocol.WAKE_UP`), and return once it has.
 
-    Nothing happens to one that does so already. pid: if given, only a server of this pid is meant.
+    Does nothing if it already has. pid: if given, only a server with this pid is asked.
 
-    Raises what the object's method raises, and ModelServerError when there is no such server, or it ends meanwhile.
+    Raises what the object's method raises, and ModelServerError if there is no such server, or it ends meanwhile.
     """
     registry = registry_for(None)
     host = find_host(registry, tag)

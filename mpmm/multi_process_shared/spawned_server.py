@@ -1,7 +1,7 @@
-"""A model server in a process of its own interpreter, where none can be forked: see `forkserver.client`.
+"""A model server in a newly started interpreter, for when none can be forked: see `forkserver.client`.
 
-`multiprocessing` could spawn one, too. It would import the main module before anything of ours runs, and so before this
-process knows that it is a server, and insists on start methods that only its parent has registered (loky's).
+`multiprocessing` could spawn one, too, but would import the main module before any code of mpmm runs, and so before the
+process knows that it is a server, and it insists on start methods that only the parent has registered (loky's).
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from mpmm.multi_process_shared.server_process import ServerPlan, run_server
 
 __all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]
 
-# Those that every process knows, on every platform.
+# Start methods that every process knows, on every platform.
 START_METHODS = (None, "fork", "spawn", "forkserver")
 
 
 def preparation_for(name: str, constructor: object) -> dict[str, Any]:
     """Return what `multiprocessing.spawn` tells a new process: paths, arguments, how to import `__main__`.
 
-    constructor: what the new process has to import; where `sys.path` no longer leads to it, as with a program that
-        has imported it from the working directory (`celery -A app`), its folder is added.
-    Raises RuntimeError in a process that still imports its own main module, FileNotFoundError where its working
+    constructor: what the new process has to import; if `sys.path` no longer leads to it, as in a program that has
+        imported it from the working directory (`celery -A app`), its folder is added.
+    Raises RuntimeError in a process that is still importing its own main module, FileNotFoundError if its working
     directory was removed.
     """
     main = sys.modules.get("__main__")
     if main is not None and not hasattr(main, "__spec__"):
-        # pdb takes it away, and multiprocessing counts on it; that of a script is None.
+        # pdb removes it, but multiprocessing needs it; that of a script is None.
         main.__spec__ = None
     preparation = spawn.get_preparation_data(name)
     if not is_main_importable():
-        # A script from the standard input, say, of which multiprocessing takes "<stdin>" for the file.
+        # For a script from standard input, say, multiprocessing takes "<stdin>" for its file.
         preparation.pop("init_main_from_path", None)
-    # Refuses to be pickled outside of a spawn.
+    # As bytes, because the key's own type refuses to be pickled outside of a spawn.
     preparation["authkey"] = bytes(preparation["authkey"])
     preparation["sys_path"] = [path for path in preparation["sys_path"] if isinstance(path, str)]
     if (folder := _folder_off_path(constructor)) is not None:
@@ -80,7 +80,7 @@ class SpawnedServer(mp_process.BaseProcess):
     """A model server that this process has started, as a child of `multiprocessing`."""
 
     def __init__(self, name: str, plan: ServerPlan, preparation: dict[str, Any], report: Connection) -> None:
-        """Describe it; `start()` starts it. report: where the server reports, to be closed by the caller."""
+        """Describe the server; `start()` starts it. report: where it reports, to be closed by the caller."""
         super().__init__(name=name, daemon=False)
         self.order = pickle.dumps((plan, preparation))
         self.report_fd = report.fileno()
@@ -91,7 +91,7 @@ class SpawnedServer(mp_process.BaseProcess):
 
 
 class _SpawnedPopen(popen_fork.Popen):
-    """What `BaseProcess` needs to know of a child process."""
+    """What `BaseProcess` needs to know about a child process."""
 
     method = "mpmm-spawn"
 
@@ -106,7 +106,7 @@ class _SpawnedPopen(popen_fork.Popen):
         flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
         executable = os.fsdecode(spawn.get_executable())
         with fork_guard:
-            # No fork can come in between and keep the server's end of the second pipe, which tells of its end.
+            # No child forked meanwhile may keep open the server's end of the second pipe, which signals its death.
             order, writer = os.pipe()
             try:
                 with open(order, "rb"):
@@ -122,13 +122,13 @@ class _SpawnedPopen(popen_fork.Popen):
             except BaseException:
                 os.close(writer)
                 raise
-        # A server that has died at once is seen by the process that waits for its report.
+        # If the server has died at once, the process that waits for its report notices.
         with suppress(BrokenPipeError), without_sigpipe(), open(writer, "wb") as file:
             file.write(process.order)
 
 
 def main(order_fd: int, report_fd: int) -> None:
-    """Be the server; for a process that has just been started for that."""
+    """Be the server, in a process that was just started for it."""
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -146,6 +146,6 @@ def main(order_fd: int, report_fd: int) -> None:
 
 
 def call_this_process(name: str) -> None:
-    """Set what `ps` shows."""
+    """Set the name that `ps` shows."""
     with suppress(OSError), open("/proc/self/comm", "w", encoding="utf-8") as file:
         file.write(name)

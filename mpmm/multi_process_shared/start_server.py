@@ -1,4 +1,4 @@
-"""Starting a model server: the only place that knows how a process comes to be one."""
+"""Starts model servers: the only module that knows how a process becomes one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from mpmm.multi_process_shared.spawned_server import SpawnedServer, preparation_
 
 __all__ = ["reap_ended_servers", "start_server"]
 
-# Before anything else at exit: `multiprocessing` joins what is left in its list of children right after the hooks.
+# Before anything else at exit: `multiprocessing` joins the children left in its list right after the hooks.
 DISOWN_PRIORITY = LEAVE_PRIORITY + 20
-# The end of a pipe tells of a death at once, unless a process forked meanwhile has the other end open too.
+# A pipe signals a death at once, unless a process forked meanwhile has the dead process's end open, too.
 LOOK_INTERVAL_S = 1.0
 
 _started: set[mp_process.BaseProcess] = set()
@@ -36,10 +36,10 @@ _starting = new_rlock()
 
 
 def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
-    """Start a process that makes the object and serves it; return READY, ATTACH or OCCUPIED when it says so.
+    """Start a process that makes the object and serves it; return its report: READY, ATTACH or OCCUPIED.
 
     Hold the tag's lock. The current `server_context` is sent along. Raises ServerStartError with the server's
-    traceback or exit code; InvalidArgumentError when the constructor cannot be sent.
+    traceback or exit code; InvalidArgumentError if the constructor cannot be sent.
     """
     contexts = server_context.get()
     plan = ServerPlan(
@@ -50,7 +50,7 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
         alive_locks=(
             str(registry.alive_path),
             *(context.alive_lock for context in contexts),
-            # Started by a model server: live as long as that one's clients do, since it is no client itself.
+            # A server that another server starts lives as long as the other's clients, because a server is no client.
             *(server_lives_by() or ()),
         ),
         contexts=dump_for_server(contexts, f"the server contexts for {tag!r}"),
@@ -65,7 +65,7 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     except FileNotFoundError as error:
         raise ServerStartError(
             f"a model server for {tag!r} begins in the working directory of its starter, and that of pid "
-            f"{os.getpid()} was removed: change to one that is there (os.chdir)",
+            f"{os.getpid()} was removed: change to one that exists (os.chdir)",
             tag=tag,
         ) from error
     try:
@@ -79,22 +79,22 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
         while not wait([reader, server.sentinel], LOOK_INTERVAL_S) and server.is_alive():
             pass
         try:
-            # Something may have been said before the end.
+            # The server may have reported before it ended.
             outcome, text = reader.recv() if reader.poll() else (None, "")
         except EOFError:
             outcome, text = None, ""
     if outcome != READY:
-        # It ends right now; a process that looks for a server after us must not find this one.
+        # It is ending; the next process that looks for a server must not find this one.
         server.join()
     if outcome is None:
         code = f"with exit code {server.exitcode}"
         if server.exitcode is None:
-            # The kernel tells an exit code once, and where SIGCHLD is ignored to nobody.
+            # The kernel reports an exit code once, and never if SIGCHLD is ignored.
             code = "(this program ignores SIGCHLD, or something else in it has waited for all children)"
         text = f"Shared Server Process died unexpectedly {code} while it made {tag!r}"
         interpreter = os.fsdecode(spawn.get_executable() or "")
         if not os.access(interpreter, os.X_OK):
-            text += f": there is no interpreter at {interpreter!r}, which multiprocessing.set_executable can mend"
+            text += f": there is no interpreter at {interpreter!r}; set one with multiprocessing.set_executable"
         raise ServerStartError(text, tag=tag)
     if outcome == CRASHED:
         raise ServerStartError(text, tag=tag)
@@ -104,14 +104,14 @@ def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
 def _begin(
     registry: ServerRegistry, plan: ServerPlan, preparation: dict[str, Any], name: str
 ) -> tuple[mp_process.BaseProcess, Connection]:
-    """Start the process, forked where that can be had, and return it, and the end of a pipe on which it reports."""
+    """Start the process, forked if possible, and return it with the end of a pipe on which it reports."""
     pipe = functools.partial(multiprocessing.get_context("spawn").Pipe, duplex=False)
     call_once_at_exit(disown_servers, DISOWN_PRIORITY)
     with contextlib.ExitStack() as ends:
         reader, writer = map(ends.enter_context, pipe())
         server: mp_process.BaseProcess | None = order_server(registry, plan, preparation, writer, name)
         if server is None:
-            # With a pipe of its own: one that is forked although the order was given up would report to the other's.
+            # With a pipe of its own: a server that is forked although its order was given up reports on the first pipe.
             ends.close()
             reader, writer = map(ends.enter_context, pipe())
             server = SpawnedServer(name, plan, preparation, writer)
@@ -127,8 +127,8 @@ def _begin(
 def _allowed_to_have_children() -> Iterator[None]:
     """Let a daemon, such as a worker of `multiprocessing.Pool`, start a process, which multiprocessing forbids.
 
-    It does so because they would be orphans: a daemon is killed without a chance to end what it has started. A model
-    server ends by itself, whatever happens to the process that started it.
+    It does so to avoid orphans: a daemon is killed without a chance to end its children. A model server ends by
+    itself, whatever happens to the process that started it.
     """
     # Private, and so unknown to the type stubs, like `_children` below.
     config: dict[str, Any] = mp_process.current_process()._config  # type: ignore[attr-defined]  # not in typeshed
@@ -143,8 +143,8 @@ def _allowed_to_have_children() -> Iterator[None]:
 def disown_servers() -> None:
     """Take the servers out of the list of children that `multiprocessing` joins at the end of this process.
 
-    They outlive us for the sake of other clients, and end by themselves soon after the last one; joining them
-    would wait for processes which wait for us.
+    They outlive this process for the sake of other clients, and end by themselves soon after the last one; joining
+    them would wait for processes that wait for this one.
     """
     # Private, and so unknown to the type stubs; multiprocessing has no public way to take a child off its list.
     children: set[Any] = mp_process._children  # type: ignore[attr-defined]  # not in typeshed
@@ -158,12 +158,12 @@ def _disown_in_child() -> None:
     disown_servers()
 
 
-# In a forked child they are not children at all: joining them at its exit would be an error.
+# The servers are no children of a forked child: joining them at its exit would be an error.
 in_forked_child(_disown_in_child)
 
 
 def reap_ended_servers() -> None:
     """Reap the children that have ended, so that no zombies stay."""
-    # Not while another thread's server is in the list of children and not in ours, or the other way round.
+    # Not while another thread's server is in only one of the two lists, multiprocessing's and this module's.
     with _starting:
         _started.intersection_update(multiprocessing.active_children())

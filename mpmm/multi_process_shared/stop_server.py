@@ -1,4 +1,4 @@
-"""Ending a server: it is asked to, and killed if it does not."""
+"""Ends servers: asks one to end, and kills it if it does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpmm.multi_process_shared.rpc.channel import Channel
 
 __all__ = ["end_server", "kill_process"]
 
-# A killed process leaves within milliseconds, unless a driver call holds it.
+# A killed process ends within milliseconds, unless a driver call holds it up.
 KILL_TIMEOUT_S = 10.0
 FIRST_PAUSE_S = 0.000_5
 LONGEST_PAUSE_S = 0.02
@@ -28,10 +28,10 @@ LONGEST_PAUSE_S = 0.02
 def end_server(
     registry: ServerRegistry, tag: str, timeout_seconds: float, incarnation: str | None = None, pid: int | None = None
 ) -> bool:
-    """End the tag's server and return True when it is gone; False if there was none (or not that `incarnation`, `pid`).
+    """End the tag's server and return True once it is gone; False if there was none (or not that `incarnation`, `pid`).
 
-    A spawned server that does not leave within `timeout_seconds`, or has not come up yet, is killed. Raises
-    ModelServerError when it survives even that, or is part of another process, which is not ours to kill.
+    A spawned server that does not end within `timeout_seconds`, or has not come up yet, is killed. Raises
+    ModelServerError if it survives even that, or is part of a process with other work, which must not be killed.
     """
     host = find_host(registry, tag)
     if host is not None and incarnation in (None, host.record.incarnation) and pid in (None, host.record.pid):
@@ -62,12 +62,12 @@ def end_server(
             if record.spawned:
                 _signal(registry, record, signal.SIGTERM)
                 asked = True
-    # One that is neither ready nor leaving is still making its object, and takes no requests.
+    # A server that is neither ready nor leaving is still making its object, and takes no requests.
     if not ((asked or record.leaving) and _wait_until_gone(registry, record, deadline)):
         if not record.spawned:
             raise ModelServerError(
                 f"pid {record.pid}, which serves the shared object {tag!r} among its other work, "
-                f"did not let go of it within {timeout_seconds:g} s",
+                f"did not stop serving it within {timeout_seconds:g} s",
                 tag=tag,
                 server_pid=record.pid,
             )
@@ -83,9 +83,9 @@ def end_server(
 
 
 def kill_process(pid: int, is_it: Callable[[], bool], tag: str) -> None:
-    """Kill the server of a tag as long as `is_it` says that it is the one with this pid, and still lives.
+    """Kill the server of a tag until `is_it` no longer says that it lives and has this pid.
 
-    Raises ModelServerError when it survives.
+    Raises ModelServerError if it survives.
     """
     deadline, pause = time.monotonic() + KILL_TIMEOUT_S, FIRST_PAUSE_S
     while is_it():
@@ -102,7 +102,7 @@ def kill_process(pid: int, is_it: Callable[[], bool], tag: str) -> None:
 
 
 def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
-    """Ask the server to end. Does not join the registry, which may have been left when this thread comes to it."""
+    """Ask the server to end. Does not join the registry, which this process may have left by the time this runs."""
     with (
         suppress(AuthenticationError, EOFError, OSError),
         closing(Channel(sockets.dial_socket(registry.path, record.socket_name, key))) as channel,
@@ -133,5 +133,5 @@ def _is_gone(registry: ServerRegistry, record: ServerRecord) -> bool:
     lives, now = registry.look(record.tag)
     if lives and (now is None or now.incarnation == record.incarnation):
         return False
-    # The kernel drops the lock when it closes descriptors; it frees the memory of an accelerator with a later one.
+    # The kernel drops the lock as it closes descriptors; an accelerator's memory is freed with a later one.
     return not record.spawned or record.has_ended()
