@@ -1,7 +1,7 @@
-"""Suspension by the object itself: `sleep()` gives its device memory up, `wake_up()` takes it again.
+"""Suspension by the object itself: `sleep()` gives up its device memory, `wake_up()` takes it again.
 
-These are vLLM's names. Both are called without arguments, `wake_up` only after `sleep` has returned, and never while
-anybody holds the copy. An engine whose methods are called otherwise is wrapped in a class that has these two:
+These are vLLM's names. Both are called without arguments, `wake_up` only after `sleep` has returned, and neither while
+the copy is in use. Wrap an engine whose methods have other names in a class that has these two:
 
     vLLM:    class Engine:                                   SGLang:  class Engine:
                  def __init__(self):                                      def __init__(self):
@@ -11,8 +11,8 @@ anybody holds the copy. An engine whose methods are called otherwise is wrapped 
                  def wake_up(self):                                       def wake_up(self):
                      self.llm.wake_up()                                       self.engine.resume_memory_occupation()
 
-Coroutine functions, as vLLM's `AsyncLLM` has them, are not called: such an engine is wrapped in a class whose methods
-run them in its event loop and wait for that.
+mpmm does not call coroutine functions, such as those of vLLM's `AsyncLLM`: wrap such an engine in a class whose methods
+run them in its event loop and wait for the result.
 
 SGLang needs `enable_memory_saver=True`. For a module of torch there is `TorchModule`.
 """
@@ -25,7 +25,7 @@ __all__ = ["TorchModule"]
 
 
 class TorchModule:
-    """A torch module that sleeps in pinned host memory: 8 GB leave an H100 in 0.16 s, and are back in as much.
+    """A torch module that sleeps in pinned host memory: 8 GB leave an H100 in 0.16 s, and are back in the same time.
 
     Pinning takes longer, 3.5 s for 8 GB, so the first sleep makes the copies and keeps them for as long as the object
     lives. Parameters and buffers move; a captured CUDA graph would keep their old addresses, so there must be none.
@@ -38,7 +38,7 @@ class TorchModule:
         self._torch = torch
         self._device = torch.device(device)
         self._module = module.to(self._device)
-        # By the tensor's identity: one that has several names is copied once.
+        # By the tensor's identity: a tensor with several names is copied once.
         self._kept: dict[int, Any] = {}
         self._asleep = False
 
@@ -50,11 +50,11 @@ class TorchModule:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. Raises RuntimeError while it is asleep."""
         if self._asleep:
-            raise RuntimeError("this TorchModule is asleep: call wake_up() first, or acquire it by its manager")
+            raise RuntimeError("this TorchModule is asleep: call wake_up() first, or acquire it through its manager")
         return self._module(*args, **kwargs)
 
     def sleep(self, level: int = 1) -> None:
-        """Copy the weights to the host and give the device's memory back; `level` is vLLM's, and changes nothing."""
+        """Copy the weights to the host and free the device's memory; `level` is vLLM's, and is ignored."""
         if self._asleep:
             return
         tensors = self._tensors()
@@ -79,7 +79,7 @@ class TorchModule:
             return
         with self._torch.no_grad():
             for tensor in self._tensors():
-                # A copy even where the device is the host: what was kept is written at the next sleep.
+                # A copy even if the device is the host, because the next sleep overwrites the kept tensor.
                 tensor.data = self._kept[id(tensor)].to(self._device, non_blocking=True, copy=True)
             self._wait()
         self._asleep = False

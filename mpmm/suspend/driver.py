@@ -1,12 +1,12 @@
 """The CUDA driver's checkpoint calls: they move all GPU memory of a process into its host memory, and back.
 
-The process that is suspended does nothing for it and is not asked: from its `lock` on, its CUDA calls block, and its
-other threads run on. From driver 570 (PyTorch from 575), Linux on x86-64; not under MIG or MPS, and not with managed
+The suspended process does nothing for it and is not asked: once it is locked, its CUDA calls block, and its other
+threads run on. Needs driver 570 (for PyTorch 575) and Linux on x86-64; does not work under MIG or MPS, nor with managed
 or, before 610, IPC memory. The caller calls `cuInit`, so it must be a process that never forks: see `helper.py`.
 
     running ──lock──> locked ──checkpoint──> checkpointed ──restore──> locked ──unlock──> running
 
-`suspend` and `resume` go from whatever state they find: one that died on the way is gone on with.
+`suspend` and `resume` start from whatever state they find, so they continue an operation that was cut off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 __all__ = ["GOOD_BRANCHES", "HAZARDOUS_BRANCHES", "CheckpointDriver", "DriverError", "State", "driver_branch"]
 
 LIBRARY = "libcuda.so.1"
-# CUresult, as far as these calls are known to return it.
+# The values of CUresult that these calls are known to return.
 SUCCESS, OUT_OF_MEMORY, NOT_INITIALIZED, ILLEGAL_STATE, NOT_READY, NOT_SUPPORTED = 0, 2, 3, 401, 600, 801
 REASONS = {
     1: "there is no such process, or it has no GPU context",
@@ -37,7 +37,7 @@ REASONS = {
 # Branches of the kernel driver on which weights, captured graphs and connections were seen to survive, and killed
 # processes to leave nothing behind.
 GOOD_BRANCHES = frozenset({580})
-# On these the end of a process that had been restored hung the whole host, unless it was suspended again before.
+# On these the end of a restored process hung the whole host, unless the process was suspended again before.
 HAZARDOUS_BRANCHES = frozenset({595})
 _VERSION_FILE = Path("/proc/driver/nvidia/version")
 # A process that initialises CUDA at the same moment makes a lock fail.
@@ -48,7 +48,7 @@ LOCK_TIMEOUT_MS = 5000
 
 
 def driver_branch(version_file: Path = _VERSION_FILE) -> int | None:
-    """Return the branch of NVIDIA's kernel driver, 580 say; None where there is none."""
+    """Return the branch of NVIDIA's kernel driver, such as 580; None if there is none."""
     try:
         found = re.search(r"\b(\d{3})\.\d+", version_file.read_text(encoding="ascii", errors="replace"))
     except OSError:
@@ -58,7 +58,7 @@ def driver_branch(version_file: Path = _VERSION_FILE) -> int | None:
 
 @unique
 class State(IntEnum):
-    """What `GetState` says; the last two from driver 13.4 on."""
+    """The states that `GetState` returns; the last two from driver 13.4 on."""
 
     RUNNING = 0
     LOCKED = 1
@@ -69,7 +69,7 @@ class State(IntEnum):
 
 
 class DriverError(Exception):
-    """A call of the driver failed. Attributes: `call`, `code` (CUresult, 0 where there is none)."""
+    """A call of the driver failed. Attributes: `call`, `code` (CUresult, 0 if there is none)."""
 
     def __init__(self, call: str, code: int, text: str = "") -> None:
         super().__init__(f"{call}: {text or REASONS.get(code, 'error')}" + (f" (CUDA error {code})" if code else ""))
@@ -84,10 +84,10 @@ class _LockArguments(ctypes.Structure):
 
 
 class CheckpointDriver:
-    """The library, initialised. Thread-safe, for different processes."""
+    """The initialised library. Thread-safe for calls about different processes."""
 
     def __init__(self) -> None:
-        """Load and initialise it. Raises DriverError when there is none, or it is too old."""
+        """Load and initialise the library. Raises DriverError if there is none, or it is too old."""
         try:
             self._library = ctypes.CDLL(LIBRARY)
             self._calls = {
@@ -114,21 +114,21 @@ class CheckpointDriver:
             raise DriverError("GetState", 0, f"unknown state {state.value}") from None
 
     def suspend(self, pid: int, deadline: float) -> None:
-        """Bring a process to CHECKPOINTED, from wherever it is; if it cannot be, it runs again.
+        """Bring a process to CHECKPOINTED from any state; if that fails, the process runs again.
 
-        deadline: as `time.monotonic()`, for another caller's work to end. Raises DriverError, also for FAILED.
+        deadline: as `time.monotonic()`, for another caller's operation to end. Raises DriverError, also for FAILED.
         """
         self._go(pid, State.CHECKPOINTED, {State.RUNNING: self._lock, State.LOCKED: self._checkpoint}, deadline)
 
     def resume(self, pid: int, deadline: float, is_wanted: Callable[[], bool] = lambda: True) -> None:
-        """Bring a process to RUNNING, from wherever it is. Raises DriverError as `suspend` does.
+        """Bring a process to RUNNING from any state. Raises DriverError like `suspend`.
 
-        is_wanted: asked before a restore begins; if it says no, the process stays CHECKPOINTED.
+        is_wanted: called before a restore begins; if it returns False, the process stays CHECKPOINTED.
         """
 
         def restore(pid: int) -> None:
             if not is_wanted():
-                raise DriverError("restore", 0, "nobody waits for it any more")
+                raise DriverError("restore", 0, "no process waits for it any more")
             self._restore(pid)
 
         self._go(pid, State.RUNNING, {State.CHECKPOINTED: restore, State.LOCKED: self._unlock}, deadline)
@@ -158,7 +158,7 @@ class CheckpointDriver:
         try:
             self._call("Checkpoint", pid, None)
         except DriverError:
-            # Locked, it would stand still for ever.
+            # If it stayed locked, the process would never run again.
             if self.state(pid) == State.LOCKED:
                 self._unlock(pid)
             raise

@@ -1,20 +1,19 @@
 """The helper: the one process of a namespace that calls the CUDA driver's checkpoint functions, started on demand.
 
-`cuInit` must be called neither in workers, which fork, nor in a model server, whose own threads a lock stops. The
-helper holds the lock `suspend.lock`, by which the kernel elects it, and answers at a socket beside it. It moves each
-process in a thread of its own, and ends once no worker is left, nobody has asked for anything for `IDLE_S`, or a
-call of the driver hangs: the process that asked ends the one that hangs, and the next helper serves the others. One
-that is stopped keeps the lock, so a process that has asked it in vain kills it.
+Neither workers, which fork, nor model servers, whose own threads a lock stops, may call `cuInit`. The helper holds the
+lock `suspend.lock`, by which the kernel elects it, and answers at a socket beside it. It suspends or resumes each
+process in a thread of its own, and ends once no worker is left, no request has come for `IDLE_S`, or a call of the
+driver hangs: the requester ends the process whose call hangs, and the next helper serves the others. A stopped helper
+keeps the lock, so a process that has asked it in vain kills it.
 
-Its death costs the operation, not the process that is moved: the process that asked asks the next helper, which goes on
-from the state in which the driver has left it. The state does not tell a process that is suspended from one that was
-about to be restored, part of whose memory is on the device again. So the helper notes in its lock file which processes
-it is resuming, and the next one resumes those before it suspends them.
+A helper's death costs the operation, not the process that is being moved: the requester asks the next helper, which
+goes on from the state in which the driver has left that process. The state does not tell a suspended process from one
+whose restore has begun, with part of its memory on the device again. So the helper notes in its lock file which
+processes it is resuming, and the next helper resumes those before it suspends them.
 
-The process that asked may die, too, and another one ask for the same process to be suspended that is still being
-resumed. It has its turn after that: operations on one process never overlap. The death ends the connection, so the
-helper does not begin to restore a process for nobody: that would only keep the one that asks next waiting, and take the
-device's memory meanwhile.
+The requester may die, too, and another one may ask to suspend a process that is still being resumed. The second request
+waits for the first: operations on one process never overlap. A requester's death ends its connection, and then the
+helper does not begin a restore: that would only keep the next requester waiting, and take the device's memory.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ LOOK_S = 0.5
 # Importing takes 0.1 s, and `cuInit` up to 3 s on a host with many GPUs, but on a busy host everything takes longer.
 START_S = 30.0
 START_LOOK_S = 0.02
-# A helper that is stopped takes connections all the same, until very many of them wait.
+# Connecting to a stopped helper succeeds all the same, until very many connections wait.
 CONNECT_S = 1.0
-# So often the next helper is asked, after the death of one.
+# How many helpers are asked, each after the death of the one before.
 TRIES = 3
-# A call that has hung for so many times its limit is not going to come back.
+# A call that has taken this many times its limit is not going to return.
 HUNG = 2.0
-# More pids than a host resumes at a time.
+# Room for more pids than a host resumes at a time.
 NOTED_BYTES = 4096
 _started: list[subprocess.Popen[bytes]] = []
 
@@ -64,11 +63,11 @@ _started: list[subprocess.Popen[bytes]] = []
 
 
 def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, shown: str | None = None) -> None:
-    """Have the helper of a namespace's folder `suspend` or `resume` a process, starting one if there is none.
+    """Have the helper of a namespace's folder `suspend` or `resume` a process; start a helper if there is none.
 
-    shown: what people are shown for the tag. Raises SuspendError with what the driver says, from a MemoryError if the
-    device has no room for a resume; TimeoutError if no helper
-    could be asked within `limit_s`; what `sockets.dial` raises for a folder that is gone.
+    shown: the tag as people see it. Raises SuspendError with the driver's message, from a MemoryError if the device has
+    no room for a resume; TimeoutError if no helper could be asked within `limit_s`; what `sockets.dial` raises for a
+    folder that is gone.
     """
     deadline = time.monotonic() + limit_s
     subject = f"{what} {shown if shown and shown != tag else repr(tag)} (pid {pid})"
@@ -78,13 +77,13 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, show
         try:
             with closing(_connected(folder, key, deadline)) as connection:
                 if time.monotonic() >= deadline:
-                    # Nobody waits for it any more: by now the process may have been ended, and its pid be another's.
+                    # The caller has given up: by now the process may have ended, and its pid may be another's.
                     raise TimeoutError(f"{subject}: no helper could be asked within {limit_s:g} s")
                 connection.send_bytes(request)
                 answer = json.loads(connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
             if tried == TRIES:
-                raise SuspendError(f"{subject}: {TRIES} helpers have died of it", tag=tag) from error
+                raise SuspendError(f"{subject}: {TRIES} helpers have died while doing it", tag=tag) from error
             continue
         if answer["error"] is not None:
             cause = MemoryError() if answer.get("no_room") else None
@@ -93,7 +92,7 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, show
 
 
 def kill_stopped_helper(folder: Path) -> bool:
-    """Kill the helper of a namespace's folder if it is stopped, so that there can be another one; return whether."""
+    """Kill the helper of a namespace's folder if it is stopped, so that another one can start; return whether."""
     with suppress(OSError):
         pid = sockets.pid_at(folder, SOCKET, CONNECT_S)
         if pid is not None and is_stopped(pid):
@@ -103,9 +102,9 @@ def kill_stopped_helper(folder: Path) -> bool:
 
 
 def _connected(folder: Path, key: bytes, deadline: float) -> Connection:
-    """Return a connection to the helper, which is started if there is none.
+    """Return a connection to the helper; start one if there is none.
 
-    Raises OSError when none has come up by `deadline` (monotonic), or within `START_S`.
+    Raises OSError if none has come up by `deadline` (monotonic), or within `START_S`.
     """
     deadline = min(deadline, time.monotonic() + START_S)
     started: subprocess.Popen[bytes] | None = None
@@ -113,17 +112,17 @@ def _connected(folder: Path, key: bytes, deadline: float) -> Connection:
         try:
             return sockets.dial(folder, SOCKET, key)
         except (FileNotFoundError, ConnectionError, EOFError, AuthenticationError):
-            # A helper that was killed still takes connections for a moment, and resets them. It has not been asked.
+            # A killed helper still accepts connections for a moment, and resets them. It has got no request.
             if time.monotonic() > deadline:
                 raise
-        # Ours may have come too late, or may have been killed.
+        # The helper that was started here may have found another one, or may have been killed.
         if (started is None or started.poll() is not None) and not is_locked(folder / LOCK):
             started = _start(folder)
         time.sleep(START_LOOK_S)
 
 
 def reap_ended_helpers() -> None:
-    """Take note of the end of helpers that this process has started; until then they are zombies."""
+    """Reap the helpers that this process has started and that have ended."""
     for process in list(_started):
         if process.poll() is not None:
             with suppress(ValueError):  # another thread was faster
@@ -141,12 +140,12 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def main(folder: Path) -> int:
-    """Serve the workers of a namespace's folder, and return once nobody needs that; at once if another one does."""
+    """Serve the workers of a namespace's folder until that is not needed; return at once if another helper does."""
     try:
         lock = LockFile(folder / LOCK)
         key = (folder / "token").read_bytes()
     except FileNotFoundError:
-        # The last worker has left meanwhile, and with it the folder.
+        # The last worker has left meanwhile, and removed the folder.
         return 0
     if not lock.try_exclusive() or not lock.is_current():
         return 0
@@ -173,9 +172,9 @@ def _is_deserted(alive: Path) -> bool:
 
 
 class _Unfinished:
-    """The processes that are being resumed, by this helper or one that has died of it: their pids, in the lock file.
+    """The pids, in the lock file, of processes that are being resumed, by this helper or one that has died meanwhile.
 
-    Nothing happens to a process that has such a pid by now: to resume what runs changes nothing.
+    Another process that has such a pid by now is not affected: resuming a running process changes nothing.
     """
 
     def __init__(self, fd: int) -> None:
@@ -198,7 +197,7 @@ class _Unfinished:
             self._write()
 
     def _write(self) -> None:
-        # In one go; what an older, longer line has left behind the end of this one is not read.
+        # In one write; the rest of an older, longer line after the end of this one is not read.
         os.pwrite(self._fd, " ".join(map(str, sorted(self._pids))).encode() + b"\n", 0)
 
 
@@ -206,7 +205,7 @@ class _Helper:
     def __init__(self, key: bytes, unfinished: _Unfinished) -> None:
         self._key = key
         self._unfinished = unfinished
-        # By pid: held by the thread whose turn it is with a process.
+        # By pid: the lock held by the thread whose turn it is with that process.
         self._turns: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._mutex = new_lock()
         self._driver: CheckpointDriver | None = None
@@ -215,7 +214,7 @@ class _Helper:
         self._hung_at: dict[int, float] = {}
 
     def is_through(self) -> bool:
-        """Tell whether to end: nobody has asked for a while, or a call hangs."""
+        """Tell whether to end: no request has come for a while, or a call hangs."""
         now, hung_at = time.monotonic(), list(self._hung_at.values())
         return min(hung_at, default=now) < now or (not hung_at and now - self._last_asked > IDLE_S)
 
@@ -227,7 +226,7 @@ class _Helper:
             self._last_asked = time.monotonic()
             self._hung_at[threading.get_ident()] = self._last_asked + HUNG * request["limit_s"]
             try:
-                # It sends nothing after its request, so what can be read is the end of the connection.
+                # The requester sends nothing after its request, so only the end of the connection can be read.
                 answer = self._do(request, lambda: not connection.poll())
             finally:
                 del self._hung_at[threading.get_ident()]
@@ -237,7 +236,7 @@ class _Helper:
     def _do(self, request: dict[str, Any], is_wanted: Callable[[], bool]) -> dict[str, Any]:
         """Do what is asked; return what went wrong, and whether that was too little memory on the device.
 
-        is_wanted: the process that has asked is still there.
+        is_wanted: tells whether the requester is still there.
         """
         pid, limit_s = request["pid"], request["limit_s"]
         with self._mutex:
@@ -245,7 +244,7 @@ class _Helper:
         if not turn.acquire(timeout=limit_s):
             return {"error": f"process {pid} is still being suspended or resumed for another request"}
         try:
-            # Its own time begins now.
+            # This request's own time limit begins now.
             self._hung_at[threading.get_ident()] = time.monotonic() + HUNG * limit_s
             self._move(request["what"], pid, time.monotonic() + limit_s, is_wanted)
         except DriverError as error:
@@ -263,12 +262,12 @@ class _Helper:
                 self._unfinished.add(pid)
         try:
             if unfinished:
-                # Whoever has asked: part of its memory may be on the device.
+                # Even if the requester is gone: part of the process's memory may be on the device.
                 driver.resume(pid, deadline)
             elif resumes:
                 driver.resume(pid, deadline, is_wanted)
         finally:
-            # Where that has failed, the driver has left the process suspended as a whole.
+            # If the resume failed, the driver has left the process wholly suspended.
             with self._mutex:
                 self._unfinished.discard(pid)
         if what == "suspend":

@@ -1,4 +1,4 @@
-"""A process's part in suspension: it does what the rows tell it to, without the lock, within a time limit."""
+"""A process's part in suspension: it does what the rows tell it to do, without the lock, within a time limit."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ __all__ = ["Suspender"]
 _LOG = printable_logger("mpmm")
 _IN_HOST = (Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
 _MOVING = (Instance.SUSPENDING, Instance.RESUMING)
-# How often a thread that waits for another process's suspension or resume looks whether it has ended.
+# How often a thread that waits for another process's suspension or resume checks whether it has ended.
 LOOK_S = 0.01
-# Whose own limit has passed has so much longer to say so, before the leader does.
+# How many times its limit a process has to report that the limit has passed, before the leader does.
 GRACE = 1.5
-# The leader has seen for so long that it has not.
+# How long the leader must have seen that a process has not reported it.
 OVERDUE_S = 1.0
-# Below this share of its memory the host begins to swap, or to kill: copies are dropped, and none is suspended.
+# With less than this share of its memory free, the host may swap or kill: copies are dropped, and none is suspended.
 HOST_RESERVE = 0.05
-# A thread that wakes up later than that after its limit was stopped with its process, or had no processor.
+# A thread that wakes up later than this after its limit was stopped with its process, or had no processor.
 LATE_S = 0.5
-# A killed process is seen to end within so long.
+# How long it may take until a killed process is seen to end.
 DYING_S = 0.5
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be suspended or resumed: the copy of a row, with its generation.
+    """A copy to suspend or resume; `copy`: its row and generation.
 
-    shown: what people are shown for the tag. server: slot of the model server. value: the object, None for a handle.
+    shown: the tag as people see it. server: slot of the model server. value: the object, None for a handle.
     """
 
     copy: tuple[int, int]
@@ -84,20 +84,20 @@ class Suspender:
         value_of: Callable[[int], Any],
         unload_in_thread: Callable[[], object],
     ) -> None:
-        """value_of: returns what this process has loaded for a row. unload_in_thread: begins what it has to unload."""
+        """value_of: returns what this process has loaded for a row. unload_in_thread: starts its pending unloads."""
         self._namespace = namespace
         self._scheduler = scheduler
         self._samples = samples
         self._value_of = value_of
         self._unload_in_thread = unload_in_thread
-        # By copy: held by the thread whose turn it is with an object of this process.
+        # By copy: the lock held by the thread whose turn it is with that object of this process.
         self._turns: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()
         self._mutex = new_lock()
-        # For the leader: since when it has seen that copies (row, generation) are overdue.
+        # For the leader: when it first saw that copies (row, generation) are overdue.
         self._overdue_since: dict[tuple[int, int], float] = {}
 
     def way_of(self, value: Any, row: int) -> Way:
-        """Return how what a loader has made for a row can be suspended."""
+        """Return how the value that a loader has made for a row can be suspended."""
         if not isinstance(value, str):
             return Way.COOPERATIVE if can_sleep(value) else Way.NONE
         record = record_of(value)
@@ -105,11 +105,11 @@ class Suspender:
             return Way.NONE
         if record.sleeps:
             return Way.COOPERATIVE
-        # What is served beside other work is not to stand still.
+        # A process that serves the object beside other work must not be stopped.
         return Way.CHECKPOINT if record.spawned and self._may_checkpoint(row) else Way.NONE
 
     def _may_checkpoint(self, row: int) -> bool:
-        """Tell whether the driver may suspend the server of a copy: not on MIG slices, nor where pids say nothing."""
+        """Tell whether the driver may suspend the server of a copy: not on MIG slices, nor across pid namespaces."""
         choice = self._namespace.settings.suspend_checkpoints
         if choice == NEVER or not self._namespace.tables.header.pid_namespace:
             return False
@@ -133,7 +133,7 @@ class Suspender:
     # ---- suspend -------------------------------------------------------------------------------------------
 
     def suspend(self, row: int, generation: int) -> None:
-        """Suspend a copy whose row says that this process has to; what cannot be suspended is unloaded."""
+        """Suspend a copy whose row says that this process has to; unload it if that fails."""
         task = self._task(row, generation, Instance.SUSPENDING)
         if task is None:
             return
@@ -155,9 +155,9 @@ class Suspender:
             _LOG.info("mpmm %s: pid %d suspended %s", self._namespace.name, self._namespace.pid, task.shown)
 
     def begin_with_idle(self, tag: str, expect: Callable[[Sequence[int]], None]) -> list[tuple[int, int]]:
-        """Have the idle copies of a model suspended, by hand; return row and generation of each that is going to be.
+        """Start suspending the idle copies of a model, by hand; return row and generation of each.
 
-        expect: is told their rows, with the lock held; if it raises, nothing has changed.
+        expect: called with their rows, with the lock held; if it raises, nothing has changed.
         """
         namespace = self._namespace
         suspend, cause = self._scheduler.suspension.suspend, Cause(Reason.BY_HAND)
@@ -176,29 +176,26 @@ class Suspender:
     def _host_room_mb(self, spare_mb: float) -> float:
         """Return how much of the host's memory a suspension may take now, by the settings of the last transaction.
 
-        spare_mb: what the host has. By default the budget is a share of what it had when the namespace began, which
-        others may have taken since. One that was chosen is taken at its word.
+        spare_mb: what the host has left. By default the budget is a share of what it had when the namespace began, and
+        other programs may have taken that since. A budget that a user has set is not checked against it.
         """
         if math.isfinite(self._namespace.settings.suspend_budget_mb):
             return math.inf
         return spare_mb
 
     def moving_among(self, copies: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return those of some copies (row, generation) that are still to be suspended; without the lock.
+        """Return which of these copies (row, generation) are still being suspended; without the lock.
 
-        None is for ever: the leader ends what takes too long.
+        None stays so forever: the leader ends suspensions that take too long.
         """
         return [one for one in copies if self._is(*one, Instance.SUSPENDING)]
 
     def suspended_among(self, copies: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return those of some copies (row, generation) that are suspended; without the lock."""
+        """Return which of these copies (row, generation) are suspended; without the lock."""
         return [one for one in copies if self._is(*one, Instance.SUSPENDED)]
 
     def why_moving(self, copy: tuple[int, int]) -> str:
-        """Return what a copy waits for that is still to be suspended, as a sentence whose subject it is.
-
-        Without the lock.
-        """
+        """Return why a copy is not suspended yet, in words that follow "copies, which". Without the lock."""
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         instance = tables.instances[copy[0]]
         quiet, holder = instance.device_bits & tables.header.steady, instance.holder
@@ -211,11 +208,11 @@ class Suspender:
         return "has just been suspended" if holder is None else f"pid {tables.members[holder].pid} is suspending"
 
     def suspended_of(self, tag: str) -> int:
-        """Return how many copies of a model are suspended that this process can use."""
+        """Return how many suspended copies of a model this process can use."""
         return self._count(tag, (Instance.SUSPENDED,))
 
     def loaded_of(self, tag: str) -> int:
-        """Return how many copies of a model are loaded, or about to be, that this process can use."""
+        """Return how many copies of a model that this process can use are loaded, or about to be."""
         return self._count(tag, (Instance.ACTIVE, Instance.IDLE, Instance.LOADING, Instance.RESUMING))
 
     def _count(self, tag: str, states: tuple[int, ...]) -> int:
@@ -236,9 +233,9 @@ class Suspender:
     # ---- resume --------------------------------------------------------------------------------------------
 
     def resume(self, row: int, generation: int) -> bool:
-        """Resume a copy whose row says that this process has to; return False if it could not be, and is unloaded.
+        """Resume a copy whose row says that this process has to; return False if that failed and it is unloaded.
 
-        If it could, the row is RESUMING still, for the caller to end that together with what it wants of the copy.
+        On success the row is still RESUMING, so that the caller can end that together with its own change of the row.
         """
         task = self._task(row, generation, Instance.RESUMING)
         if task is None:
@@ -261,11 +258,11 @@ class Suspender:
         return True
 
     def wake(self, handle: str, tag: str, note: Callable[[tuple[int, int]], None]) -> None:
-        """See to it that what a handle stands for is not suspended, which a loader of `tag` has returned.
+        """Resume the copy that has the handle which a loader of `tag` has returned, if it is suspended.
 
-        A loader may return a handle that it has returned before, and a suspended copy may stand for it. note: is told
-        of a copy (row, generation) before this process begins to resume it, for the case that an exception ends this
-        call. Raises SuspendError when it cannot be resumed.
+        A loader may return a handle again whose copy is suspended by then. note: called with a copy (row, generation)
+        before this process begins to resume it, in case an exception ends this call. Raises SuspendError if it cannot
+        be resumed.
         """
         began = time.monotonic()
         while (found := self._suspended_twin(handle)) is not None:
@@ -280,8 +277,7 @@ class Suspender:
             elif time.monotonic() > began + GRACE * limit_s(mb):
                 raise SuspendError(
                     f"the loader of {self._namespace.tables.called(tag)} returned the handle {handle!r}, whose copy is "
-                    "being suspended or resumed and does not come to an end; let the loader return a new handle each "
-                    "time",
+                    "being suspended or resumed and takes too long; let the loader return a new handle each time",
                     tag=tag,
                 )
             else:
@@ -301,7 +297,7 @@ class Suspender:
             )
 
     def _suspended_twin(self, handle: str) -> tuple[int, int, float] | None:
-        """Return row, generation and MB of a suspended copy that a handle stands for; looks without the lock."""
+        """Return row, generation and MB of the suspended copy that has a handle; looks without the lock."""
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         for state in _IN_HOST:
             for row in tables.rows_where(layout.instances, Instance.STATE, state):
@@ -310,9 +306,9 @@ class Suspender:
         return None
 
     def prepare_end(self, row: int) -> None:
-        """Suspend a server that is about to be ended, where the driver may hang at the end of one that was resumed.
+        """Suspend a server that is about to end, if the driver may hang at the end of a resumed process.
 
-        It may not succeed, but then nothing is lost by it.
+        Nothing is lost if this fails.
         """
         tables = self._namespace.tables
         instance = tables.instances[row]
@@ -335,9 +331,9 @@ class Suspender:
     # ---- for the leader ------------------------------------------------------------------------------------
 
     def end_overdue(self) -> None:
-        """Have copies unloaded whose suspension or resume takes far too long, as its HOLDER is stuck, or stopped.
+        """Have copies unloaded whose suspension or resume takes far too long, because its HOLDER is stuck or stopped.
 
-        Not at the first look: where all processes were stopped together, each HOLDER has to find that out by itself.
+        Not at the first look: if all processes were stopped together, each HOLDER has to find that out by itself.
         """
         now = time.monotonic()
         self._overdue_since = {one: self._overdue_since.get(one, now) for one in self._overdue()}
@@ -352,20 +348,20 @@ class Suspender:
             self._scheduler.advance(t)
 
     def _overdue(self) -> set[tuple[int, int]]:
-        """Return row and generation of the copies that should have been suspended or resumed long since."""
+        """Return row and generation of the copies that should have been suspended or resumed long ago."""
         tables, now_ns, found = self._namespace.tables, time.monotonic_ns(), set()
         for state in _MOVING:
             for row in tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, state):
                 instance = tables.instances[row]
                 if state == Instance.SUSPENDING and instance.device_bits & tables.header.steady:
-                    # It has to wait until a load has started quietly, and has its time from then on.
+                    # The suspension has to wait until a load has started quietly; its time begins only then.
                     continue
                 if now_ns - instance.since > GRACE * limit_s(instance.device_mb) * 1e9:
                     found.add((row, instance.generation))
         return found
 
     def _is_held_up(self, row: int) -> bool:
-        """Tell whether a process is stopped that a copy waits for, which says nothing of its model."""
+        """Tell whether a copy waits for a stopped process, which says nothing about its model."""
         members, instance = self._namespace.tables.members, self._namespace.tables.instances[row]
         slots = [slot for slot in (instance.holder, instance.server) if slot is not None]
         return any(is_stopped(members[slot].pid) for slot in slots)
@@ -373,7 +369,7 @@ class Suspender:
     def heed_host_memory(self) -> None:
         """Drop the copy that was suspended longest ago if the host has hardly any memory left, whatever took it.
 
-        One at a time: at the next poll what it had is free.
+        One at a time: by the next poll, its memory is free.
         """
         namespace = self._namespace
         suspended = namespace.tables.rows_where(namespace.segment.layout.instances, Instance.STATE, Instance.SUSPENDED)
@@ -392,17 +388,17 @@ class Suspender:
     # ---- one step ------------------------------------------------------------------------------------------
 
     def _attempt(self, task: _Task, request: str) -> tuple[bool, Unsuspendable | None]:
-        """Do one step; return whether it is done, and why it failed if that is the model's fault."""
+        """Do one step; return whether it succeeded, and why it failed if that is the model's fault."""
         caller, failures = threading.current_thread(), list[BaseException]()
 
         def ask() -> None:
             try:
                 self._ask(task, request)
             except BaseException as error:
-                # Where it runs in this thread, it may be one of a signal handler's.
+                # If this runs in the caller's thread, a signal handler may have raised it.
                 if threading.current_thread() is caller and not isinstance(error, Exception):
                     raise
-                # Kept, not raised: what a handler raises while this thread waits is no failure of the model's.
+                # Kept, not raised: what a handler raises while the caller waits is no failure of the model.
                 failures.append(error)
 
         limit, began = limit_s(task.mb), time.monotonic()
@@ -417,29 +413,29 @@ class Suspender:
         # It is the model's own code, which may raise anything.
         failure = failures.pop()
         self._say(logging.WARNING, task, request, failure)
-        # A server may have been killed meanwhile, whatever the driver says of that.
+        # The server may have been killed meanwhile, whatever the driver reports.
         if isinstance(failure, ModelServerError) or self._is_dying(task):
             return False, None
         cause = failure.__cause__
         no_room = is_out_of_memory(failure) or (cause is not None and is_out_of_memory(cause))
         if request == protocol.WAKE_UP and no_room:
-            # Somebody else had what was reserved for it.
+            # Another program had taken the memory that was reserved for it.
             return False, None
         failed = Unsuspendable.SUSPEND_FAILED if request == protocol.SLEEP else Unsuspendable.RESUME_FAILED
         return False, failed
 
     def _was_held_up(self, task: _Task) -> bool:
-        """Tell whether a process was stopped that had to do a step, which says nothing of the model.
+        """Tell whether a process that had to do the step was stopped, which says nothing about the model.
 
-        Another helper takes the place of one that is stopped.
+        A stopped helper is killed, and another one takes its place.
         """
         by_helper = task.way == Way.CHECKPOINT and kill_stopped_helper(self._namespace.runtime.path)
         return by_helper or (task.server_pid is not None and is_stopped(task.server_pid))
 
     def _is_dying(self, task: _Task) -> bool:
-        """Tell whether the model server is dead, or is so within a moment.
+        """Tell whether the model server is dead, or dies within a moment.
 
-        Its lock goes last: the kernel takes the process's memory back before that, and takes seconds for tens of GB.
+        Its lock is released last: before that, the kernel takes back the memory, which takes seconds for tens of GB.
         """
         server, pid = task.server, task.server_pid
         if server is None or pid is None:
@@ -466,15 +462,15 @@ class Suspender:
         elif task.value is None:
             ask_to(request, task.handle, task.server_pid)
         else:
-            # A resume whose requester does not wait for it any more may be at it still. An object that looks whether it
-            # sleeps already, as it is told to sleep again, would do nothing, and then be awake.
+            # A resume whose requester no longer waits may still be running. An object that checks whether it is already
+            # asleep would ignore this sleep, and then be awake.
             with self._mutex:
                 turn = self._turns.setdefault(task.copy, new_lock())
             with turn:
                 task.value.sleep() if request == protocol.SLEEP else task.value.wake_up()
 
     def _task(self, row: int, generation: int, state: int) -> _Task | None:
-        """Return what a row says is to be done; None if this process has not to do it, or no longer."""
+        """Return the task in a row; None if it is not this process's, or not any longer."""
         namespace = self._namespace
         tables, instance = namespace.tables, namespace.tables.instances[row]
         with namespace.transaction():
@@ -509,5 +505,5 @@ class Suspender:
 
 
 def _spare_mb() -> float:
-    """Return how much memory the host has left, but for what it always has to have; takes 2 ms."""
+    """Return how much memory the host has left above its reserve; takes 2 ms."""
     return host_memory_left_mb() - HOST_RESERVE * host_memory_mb()
