@@ -1,1 +1,1 @@
-"""Where the interpreter leaves a gap: forks, locks between threads, and looks at what all threads are at."""
+"""Fills gaps of the interpreter: hooks for forks, locks between threads, the frames of all threads."""

@@ -1,20 +1,20 @@
-"""What becomes of descriptors and state when this process forks or ends: the one place for both.
+"""What happens to descriptors and state when this process forks or ends: the only module for both.
 
 A forked child inherits every descriptor: a lock that is held through one would outlive its owner, and a
-peer would never see the end of a connection. So each descriptor of this package is registered here in
-the same breath in which it is made (under `fork_guard`, which no fork of this interpreter can split) and
+peer would never see the end of a connection. So each descriptor of this package is registered here as
+soon as it is made (under `fork_guard`, so that no fork of this interpreter can come in between) and
 closed in children. `LockFile` does so by itself. Descriptors are closed under the guard as well, because
-a child would otherwise close a number that by then belongs to somebody else.
+a child would otherwise close a number that by then belongs to another file.
 
 In a forked child, in this order whatever the order of imports:
 
-1. every registered descriptor is closed (`forget_after_fork` of the thing where it has one, else `close`);
+1. every registered descriptor is closed (by its `forget_after_fork` if it has one, else by `close`);
 2. the hooks of `in_forked_child` run, by their `ChildStep`, and within a step in the order of registration.
 
-A hook that raises is logged and keeps no other from running.
+An exception in a hook is logged, and the other hooks still run.
 
-At the end of a process, hooks go through `multiprocessing.util.Finalize` and not through `atexit`: children
-that `multiprocessing` forks leave without running `atexit`, but they do run finalizers, and they run
+Hooks for the end of a process are registered with `multiprocessing.util.Finalize` and not with `atexit`: children
+that `multiprocessing` forks end without running `atexit`, but they do run finalizers, and they run
 them before they wait for their own children.
 """
 
@@ -49,27 +49,27 @@ _exit_hooks: set[Callable[[], None]] = set()
 
 @unique
 class ChildStep(IntEnum):
-    """When a hook runs in a forked child: what is below, first, so that a hook finds what it builds on renewed."""
+    """When a hook runs in a forked child: lower layers first, so that a hook finds what it builds on renewed."""
 
     SEGMENT = 1  # memberships of namespaces, and locks of threads around the segment
     WORKER = 2  # what this process holds in a namespace
-    MANAGER = 3  # which workers there are, and who may make one
+    MANAGER = 3  # which workers there are, and which thread may make one
     MONITOR = 4  # threads that sample
     LOOP = 5  # threads beside event loops
-    SERVERS = 6  # rooms, connections, hosts and launchers of model servers
+    SERVERS = 6  # registries, connections and hosts, and the servers started
 
 
 def close_in_children(thing: T) -> T:
-    """Have `thing` closed in every child forked from now on; return it. Hold `fork_guard` since it was made."""
+    """Have `thing` closed in every child forked from now on; return it. Hold `fork_guard` from its making on."""
     with fork_guard:
         _descriptors.add(thing)
     return thing
 
 
 def closing_guard() -> AbstractContextManager[object]:
-    """Return the guard for who closes a descriptor, as finalizers do; once the interpreter finalizes, one of nothing.
+    """Return the guard for code that closes a descriptor; while the interpreter finalizes, one that guards nothing.
 
-    From there on daemon threads end where they stand: one that had the guard has it for ever, and none can fork.
+    From then on daemon threads stop where they are: one that had the guard never releases it, and none can fork.
     """
     return nullcontext() if sys.is_finalizing() else fork_guard
 
@@ -84,7 +84,7 @@ def in_forked_child(hook: Callable[[], None], step: ChildStep = ChildStep.SERVER
 
 def call_once_at_exit(hook: Callable[[], None], priority: int) -> None:
     """Have `hook` called once when this process (not a child of it) ends; higher `priority` (>= 0) first."""
-    # Imported here because who only looks at a namespace does without, and starts faster.
+    # Imported here because a process that only reads a namespace does not need it, and starts faster without.
     from multiprocessing import util
 
     with fork_guard:
@@ -94,11 +94,11 @@ def call_once_at_exit(hook: Callable[[], None], priority: int) -> None:
 
 
 def end_forked_child(error: BaseException | None) -> NoReturn:
-    """End this process, which code of the user's has forked in a thread of ours and let come back from there.
+    """End this process, a child that the user's code has forked in a thread of mpmm before it returned or raised.
 
-    The thread would go on in the child with what is its parent's to do.
+    Otherwise the thread would go on in the child with its parent's work.
 
-    error: what came out of that code, whose status a SystemExit says; None if it has returned.
+    error: what that code raised, of which a SystemExit has the status; None if it returned.
     """
     from multiprocessing import util
 
@@ -110,20 +110,20 @@ def end_forked_child(error: BaseException | None) -> NoReturn:
             print(error.code, file=sys.stderr)
         elif error is not None:
             traceback.print_exception(error)
-        # Those of this process alone, and not all that `util` does at an end: it ends the parent's children.
+        # Only the finalizers of this process, and not all that `util` does at an exit: it ends the parent's children.
         util._run_finalizers()  # type: ignore[attr-defined]  # the stubs lack it
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
     finally:
-        # Exit handlers are the parent's to run.
+        # Only the parent is to run exit handlers.
         os._exit(status & 0xFF)
 
 
 def _start_over_in_child() -> None:
     try:
         for thing in list(_descriptors):
-            # What is a lock is not unlocked here: that would end the parent's lock, which is the same one.
+            # A lock is closed, not unlocked: unlocking would end the parent's lock, which is the same one.
             _guarded(getattr(thing, "forget_after_fork", thing.close))
         _descriptors.clear()
         _exit_hooks.clear()

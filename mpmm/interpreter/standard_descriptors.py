@@ -1,8 +1,8 @@
-"""Standard descriptors that are closed, as some daemons have them: the numbers 0, 1 and 2 are never ours.
+"""Standard descriptors that are closed, as in some daemons: mpmm's files never get the numbers 0, 1 and 2.
 
 The kernel gives an open file the lowest free number. So in a process without a standard error, the next file that is
-opened becomes it, and what a C library or a child process writes there ends up in that file: in a lock file, a
-connection, or the segment that all processes share.
+opened becomes it, and anything that a C library or a child process writes there ends up in that file: in a lock file,
+a connection, or the segment that all processes share.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ __all__ = ["keep_standard_descriptors"]
 
 
 def keep_standard_descriptors() -> None:
-    """Open the null device as each standard descriptor that is closed; call this before you open what stays open.
+    """Open the null device as each standard descriptor that is closed; call this before opening a file that stays open.
 
-    Nothing happens where it cannot be opened: then nothing else can be, and that says why.
+    Does nothing if it cannot be opened: then the file cannot be opened either, and that error says why.
     """
     if all(map(_is_open, range(3))):
         return
     try:
         while (fd := _open_nothing()) <= 2:
-            # Child processes inherit what they would find in any other program.
+            # Child processes inherit it, as they inherit standard descriptors from any other program.
             os.set_inheritable(fd, True)
         os.close(fd)
     except OSError:

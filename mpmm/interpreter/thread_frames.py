@@ -1,9 +1,9 @@
-"""Where each thread of this process is, asked for so that Python 3.11 cannot lock itself out.
+"""The frame of each thread of this process, read in a way in which Python 3.11 cannot deadlock.
 
 The interpreter walks its list of threads under a lock of its own. Python 3.11 makes objects meanwhile, and each may
-have the garbage collector come by. If that frees a `threading.local`, or runs a finalizer that starts a thread, it asks
-for the same lock again and waits for ever, with the GIL: no thread of the process runs any more, and no time-out or
-signal handler ends the wait (CPython's issue 106883). 3.11.9 mended it, 3.10 makes no such objects, and from 3.12 on an
+trigger the garbage collector. If the collector frees a `threading.local`, or runs a finalizer that starts a thread, it
+takes the same lock again and waits forever, holding the GIL: no thread of the process runs any more, and no time-out or
+signal handler ends the wait (CPython's issue 106883). 3.11.9 fixed it, 3.10 makes no such objects, and from 3.12 on an
 allocation does not collect.
 """
 
@@ -30,17 +30,17 @@ if sys.version_info >= (3, 11) and sys.version_info < (3, 11, 9):
             except MemoryError:
                 gc.enable()
                 raise
-        # Another thread may have had it collect again since the last line.
+        # Another thread may have enabled the collector since the last line.
         collects, _, frames = _without_a_break(gc.isenabled, gc.disable, sys._current_frames)
         if collects:
             gc.enable()
         return frames
 
     def _without_a_break(*functions: Callable[[], object]) -> tuple[Any, ...]:
-        """Call functions of C one after the other, with no other thread and no signal handler between them.
+        """Call C functions one after the other, with no other thread and no signal handler between them.
 
-        Those get their turns between the steps of Python code, of which there are none in here. So no thread can switch
-        the collector on during the look; and where this switches it on again, no handler's exception leaves it off.
+        Threads and handlers run between the bytecodes of Python code, of which there are none in here. So no thread can
+        enable the collector meanwhile, and if this enables it again, no handler's exception can leave it disabled.
         """
         return tuple(map(operator.call, functions))
 else:

@@ -1,12 +1,12 @@
-"""Locks between threads that a `with` block gives back in any case, also where a signal handler raises.
+"""Locks between threads that a `with` block always releases, even if a signal handler raises.
 
-Up to Python 3.13, `with lock:` takes a lock and guards it in one step. Python 3.14 calls `__enter__` as it calls every
-function, and looks for signals after the call but before the block is guarded: an exception that a handler raises in
-that moment leaves the lock taken for ever. Where handlers raise all the time, this happens to a third of them.
+Up to Python 3.13, `with lock:` takes a lock and guards it in one step. Python 3.14 calls `__enter__` like any other
+function, and checks for signals after the call but before the block is guarded: if a handler raises at that moment, the
+lock is never released. If handlers raise all the time, this happens to a third of them.
 
-The locks that are made here are taken by the step of a `for` loop instead, behind which the interpreter does not look
-for signals. Nor does it between the `return` of `__enter__` and the block. `__exit__` is the lock's own, in C, because
-a function of Python could be interrupted before it has begun.
+The locks made here are taken by the step of a `for` loop instead, after which the interpreter does not check for
+signals. Nor does it between the `return` of `__enter__` and the block. `__exit__` is the lock's own, in C, because a
+Python function could be interrupted before it begins.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING or sys.version_info < (3, 14):
 else:
     import _thread
 
-    class new_rlock(_thread.RLock):  # named like what makes it elsewhere
-        """Make a lock that the thread which has it may take again."""
+    class new_rlock(_thread.RLock):  # named like the function of older versions
+        """Make a lock that the thread that has it may take again."""
 
         def __init__(self) -> None:
             self._takes = iter(self.acquire, None)
@@ -37,8 +37,8 @@ else:
                 return True
             raise AssertionError("a lock that was taken is never None")
 
-    class new_lock:  # named like what makes it elsewhere
-        """Make a lock that is taken once; `_thread.lock` can have no subclass."""
+    class new_lock:  # named like the function of older versions
+        """Make a lock that cannot be taken twice; not a subclass of `_thread.lock`, which can have none."""
 
         __slots__ = ("__weakref__", "_give_back", "_takes", "acquire", "locked", "release")
 
@@ -53,7 +53,7 @@ else:
                 return True
             raise AssertionError("a lock that was taken is never None")
 
-        # Looked up on the class, before the lock is taken: what it returns is the function in C.
+        # `with` looks it up on the class, before it takes the lock, and gets the C function.
         __exit__ = property(operator.attrgetter("_give_back"))
 
 

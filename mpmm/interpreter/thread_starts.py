@@ -8,10 +8,10 @@ __all__ = ["start_thread"]
 
 
 def start_thread(thread: threading.Thread) -> None:
-    """Start a thread. What a signal handler raises meanwhile is raised as it is.
+    """Start a thread. An exception that a signal handler raises meanwhile is raised unchanged.
 
-    The thread may have been started all the same, or never run. CPython takes every exception for a failed start and
-    strikes the thread off a list; if that has been started, it has done so itself, and a KeyError is raised instead.
+    The thread may have been started all the same, or may never run. CPython takes every exception for a failed start
+    and removes the thread from a list; a started thread has removed itself already, and CPython raises a KeyError.
     """
     try:
         thread.start()

@@ -1,1 +1,1 @@
-"""Where `mpmm.multi_process_shared` lay in 0.1: for programs that reached in. It goes with the next minor version."""
+"""The place of `mpmm.multi_process_shared` in 0.1, for programs that import it; the next minor version removes it."""
