@@ -387,7 +387,7 @@ def test_sizes_may_have_units(text: str, size_mb: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "g", "5x", "-5g", "5ib", "5 g b", "nan", "inf", "1e3"])
 def test_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="expected a size as 5g"):
+    with pytest.raises(InvalidArgumentError, match="expected a size such as 5g"):
         checked_size_mb("--mb", text)
 
 

@@ -1,1 +1,1 @@
-"""Ground: what callers pass, checked (`arguments`), and what people read, made printable, with names for tags."""
+"""Checks of callers' arguments (`arguments`), and texts for people: printable, with names for tags."""

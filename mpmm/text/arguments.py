@@ -1,8 +1,8 @@
-"""Checking what callers pass in, before anything is changed: one function for each kind of value.
+"""Checks of callers' arguments, before anything is changed: one function for each kind of value.
 
 Each returns the value in the plain form that the rest of the package works with, so that NumPy's scalars are as good as
-Python's, and raises InvalidArgumentError with a text that names the parameter, what it was and what was expected. A
-bool is no number, though Python says so: `timeout_seconds=True` is a slip.
+Python's, and raises InvalidArgumentError with a text that names the parameter, its value and the expected values. A
+bool does not count as a number, as it does in Python: `timeout_seconds=True` is a mistake.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = [
     "in_brief",
 ]
 
-# As much of a value as a message shows.
+# How many characters of a value a message shows.
 LONGEST_SHOWN = 80
-# What the kernel's type for it holds.
+# The largest value of the kernel's type for it.
 LARGEST_PID = 2**31 - 1
 _SIZE = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 # MB in one of each unit; a number alone is in MB.
@@ -39,7 +39,7 @@ _UNITS_MB = {"": 1.0, "k": 2.0**-10, "m": 1.0, "g": 2.0**10, "t": 2.0**20}
 
 
 def in_brief(value: object) -> str:
-    """Return `repr(value)`, or as much of it as fits into a message."""
+    """Return `repr(value)`, cut off to fit into a message."""
     try:
         text = repr(value)
     except Exception:
@@ -53,7 +53,7 @@ def checked_number(
 ) -> float:
     """Return a number from `low` to `high` as a float.
 
-    above: `low` itself is too little. finite: infinity is too much, even if `high` is infinite. unit: of the text.
+    above: `low` itself is too little. finite: infinity is too much, even if `high` is infinite. unit: for the error.
     Raises InvalidArgumentError.
     """
     number = math.nan
@@ -74,11 +74,11 @@ def checked_number(
 def checked_size_mb(name: str, text: str) -> float:
     """Return the MB of a size as people type it: `5g`, `5GiB`, `0.5 TB`, `800m`, or `5120`, which is in MB.
 
-    All units are powers of 1024, as an MB is a MiB everywhere in mpmm. Raises InvalidArgumentError.
+    All units are powers of 1024, because an MB is a MiB everywhere in mpmm. Raises InvalidArgumentError.
     """
     found = _SIZE.fullmatch(text)
     if found is None or (found[3] and not found[2]):
-        raise InvalidArgumentError(f"{name}={in_brief(text)}: expected a size as 5g, 5GiB, 800m or 5120 (MB)")
+        raise InvalidArgumentError(f"{name}={in_brief(text)}: expected a size such as 5g, 5GiB, 800m or 5120 (MB)")
     return float(found[1]) * _UNITS_MB[found[2].lower()]
 
 
@@ -99,7 +99,7 @@ def checked_whole(name: str, value: object, low: int, high: int, what: str = "a 
 def checked_devices(devices: object) -> tuple[int | str, ...] | None:
     """Return a choice of devices, indices or uuids, as a tuple; None stays None. Raises InvalidArgumentError.
 
-    Whether there are such devices is not looked at.
+    Does not check whether there are such devices.
     """
     if devices is None:
         return None
@@ -119,9 +119,9 @@ def checked_devices(devices: object) -> tuple[int | str, ...] | None:
 
 
 def encoded_text(what: str, text: object) -> bytes:
-    """Return a str as UTF-8; bytes that are none, as file names may have them (U+DC80 to U+DCFF), as they are.
+    """Return a str as UTF-8, with the bytes of a file name that are not UTF-8 (U+DC80 to U+DCFF) as they were.
 
-    Raises InvalidArgumentError when it is no str, or has another lone surrogate.
+    Raises InvalidArgumentError if it is no str, or has another lone surrogate.
     """
     if not isinstance(text, str):
         raise InvalidArgumentError(f"{what} {in_brief(text)}: expected a str")
@@ -134,14 +134,14 @@ def encoded_text(what: str, text: object) -> bytes:
 
 
 def checked_path(name: str, value: object, what: str) -> Path:
-    """Return a path. Raises InvalidArgumentError for what is none, or one that no system could have."""
+    """Return a path. Raises InvalidArgumentError for any other value, or a path that no system could have."""
     return Path(checked_path_text(name, value, what))
 
 
 def checked_path_text(name: str, value: object, what: str) -> str:
-    """Return a path as text. Raises InvalidArgumentError as `checked_path` does."""
+    """Return a path as text. Raises InvalidArgumentError like `checked_path`."""
     path = value
-    # First what is quick to ask: a process that has just been forked pays for the other.
+    # The quick check first: the other one is expensive in a process that was just forked.
     if not isinstance(path, str) and isinstance(path, os.PathLike):
         path = os.fspath(path)
     if not isinstance(path, str) or not path or "\0" in path or not _is_encodable(path):

@@ -1,7 +1,7 @@
-"""Which model people mean: by its tag, the beginning of its tag, its name, or any of these as a screen shows it.
+"""Finds the model that people mean by a tag, the beginning of a tag, a name, or any of these as a screen shows it.
 
-Screens shorten long tags and names, and what they show has to be of use at the prompt. `…` stands for what a screen has
-left out, wherever that is.
+Screens shorten long tags and names, and a shortened text has to work at the prompt, too. `…` stands for the part that a
+screen has left out, wherever it is.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MODELS_NAMED = 10
 def meant_tag(
     wanted: str, names: Mapping[str, str], *, first: Collection[str] = (), may_be_new: bool = False
 ) -> str | None:
-    """Return the tag of the model that somebody means, None if there is none.
+    """Return the tag of the model that `wanted` means, None if there is none.
 
-    names: of all models by tag, "" for no name. first: the tags that are meant rather than others where several fit.
-    may_be_new: the text may be the tag of a model to come, so the beginning of a tag counts only where the model has a
-    name, and the tag says nothing to people.
+    names: of all models by tag, "" for no name. first: the tags to prefer if several fit. may_be_new: the text may be
+    the tag of a future model, so the beginning of a tag counts only if the model has a name, and its tag tells people
+    nothing.
 
     An exact tag comes first, then an exact name, then a text with `…`, then the beginning of a tag. Raises
-    InvalidArgumentError where several models fit.
+    InvalidArgumentError if several models fit.
     """
     if wanted in names:
         return wanted
@@ -67,5 +67,5 @@ def _several(wanted: str, found: list[str], names: Mapping[str, str]) -> Invalid
     more = f" and {len(texts) - MODELS_NAMED} more" if len(texts) > MODELS_NAMED else ""
     return InvalidArgumentError(
         f"model {in_brief(wanted)}: {len(found)} models fit: {', '.join(texts[:MODELS_NAMED])}{more}; expected the tag "
-        "of one, or as much of its beginning as no other has"
+        "of one, or enough of its beginning to tell it from the others"
     )

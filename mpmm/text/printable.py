@@ -1,9 +1,9 @@
-"""What of other people's texts may reach a terminal or a log: nothing that a terminal would obey.
+"""Makes other people's texts safe for a terminal or a log: nothing in them is left that a terminal would obey.
 
-A tag, a lease's name, a host's name or a source's is whatever somebody has passed in. An escape sequence in it could
-clear the screen, retitle the window or turn letters around; a newline could forge a line of a log. So what is shown to
-people goes through `printable`: text on its way out, errors when they are put into words, and log records here. What
-programs read (JSON, traces, metrics) stays exact.
+A tag, or the name of a lease, a host or a source, may be anything that a caller has passed in. An escape sequence in it
+could clear the screen, retitle the window or reverse letters; a newline could forge a line of a log. So every text for
+people goes through `printable`: output as it is written, errors when they are put into words, and log records here.
+What programs read (JSON, traces, metrics) stays exact.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ __all__ = ["printable", "printable_lines", "printable_logger"]
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Return a text with what does not print, and is not in `keep`, as Python writes it: `\x1b`, `\n`, `\u202e`."""
+    r"""Return a text with characters that do not print, unless in `keep`, as Python escapes them: `\x1b`, `\u202e`."""
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() or sign in keep else ascii(sign)[1:-1] for sign in text)
 
 
 def printable_lines(text: str) -> str:
-    """Return a text of several lines as `printable` would write each."""
+    """Return a text of several lines, each made printable."""
     return printable(text, "\n\t")
 
 
 class _Printable(logging.Filter):
-    """Makes the texts that a record is about printable, and adds names to tags; all records are passed on."""
+    """Makes the texts among a record's arguments printable, and adds names to tags; passes on all records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the arguments of a record in place, before any handler sees them."""
@@ -48,7 +48,7 @@ _FILTER = _Printable()
 
 
 def printable_logger(name: str) -> logging.Logger:
-    """Return the logger of that name, whose records are fit to be shown. Filters are not inherited, so each has it."""
+    """Return the logger of that name, with printable records. Filters are not inherited, so each logger gets one."""
     found = logging.getLogger(name)
     found.addFilter(_FILTER)
     return found
