@@ -1,13 +1,13 @@
-"""Beam's metrics of model manager, reported when Beam is there.
+"""Beam's metrics of its model manager, reported if Beam is imported.
 
-Nothing here imports Beam: a process that has not done so has no metrics container to report to. Names
-are Beam's, with the tag as it is, so that dashboards and autoscaling built on its model manager go on working.
+Nothing here imports Beam: a process that has not imported it has no metrics container to report to. Names are
+Beam's, with the tag unchanged, so that dashboards and autoscaling built on its model manager keep working.
 
 `num_loaded_models_<tag>` is one of two figures, whichever the managers of this process were told to report:
 
     loaded      copies that are loaded, as in Beam: how much memory the model has been given
-    demand      copies in use or being loaded, and requests that wait for one: how many it could use. RunInference
-                reports it before and after it acquires a copy, and after it releases one.
+    demand      copies in use or being loaded, and requests that wait for one: how many the model could use.
+                RunInference reports it before and after it acquires a copy, and after it releases one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _chosen = AUTOSCALING_METRICS[0]
 
 
 def choose_autoscaling_metric(name: str) -> None:
-    """Choose what this process reports of each model from now on. Raises InvalidArgumentError."""
+    """Choose what this process reports about each model from now on. Raises InvalidArgumentError."""
     global _chosen
     if name not in AUTOSCALING_METRICS:
         raise InvalidArgumentError(
@@ -39,7 +39,7 @@ def choose_autoscaling_metric(name: str) -> None:
 
 
 def reports_demand() -> bool:
-    """Tell whether it is the demand that this process reports."""
+    """Tell whether this process reports the demand."""
     return _chosen == "demand"
 
 
@@ -56,7 +56,7 @@ def report_demand(tag: str, count: int) -> None:
 
 
 def report_estimate(tag: str, mb: float) -> None:
-    """Record the estimate of `tag`, cut to whole MB, since Beam's distributions take no others. Never raises."""
+    """Record the estimate of `tag`, cut to whole MB, because Beam's distributions take no others. Never raises."""
     _update(f"memory_estimate_mb_{tag}", mb)
 
 
@@ -66,5 +66,5 @@ def _update(name: str, value: float) -> None:
         return
     try:
         beam.Metrics.distribution(NAMESPACE, name, process_wide=True).update(int(value))
-    except Exception as error:  # a metric is not worth a model: an older Beam knows no process_wide, say
+    except Exception as error:  # a metric must not fail a model: an older Beam has no process_wide, say
         logger.debug("Beam did not take %s = %s: %r", name, value, error)

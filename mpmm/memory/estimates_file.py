@@ -4,14 +4,13 @@
      "devices": {"NVIDIA A100-SXM4-40GB": {"detector": {"mb": 3120.5, "measured": true, "updated": 1764072000.0,
                                                         "suspend_s": 1.6, "resume_s": 0.7}}}}
 
-An estimate is kept by tag and by the names of the devices of the namespace, since a model takes more on one kind than
+An estimate is kept by tag and by the names of the devices of the namespace, because a model takes more on one kind than
 on another. `mb` is in MB (MiB), `measured` says that it was read from processes, `updated` is a Unix time. `suspend_s`
-and `resume_s` are how long it takes to suspend and to resume a copy, 0 or missing where that has not been done.
+and `resume_s` are how long it takes to suspend and to resume a copy, 0 or missing if that has not been done.
 
-Many processes and namespaces may have the same file. Whoever writes takes a lock file beside it, reads what others have
-written meanwhile, and puts a new file in its place in one step, so a reader finds the old one or the new one, and a
-process that is killed leaves the old one. What cannot be read is reported and counts for nothing; the next write
-replaces it.
+Many processes and namespaces may have the same file. A writer locks a file beside it, reads what others have written
+meanwhile, and replaces the file in one step, so a reader finds the old file or the new one, and a writer that is killed
+leaves the old one. A file that cannot be read is reported and ignored; the next write replaces it.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ _LOG = printable_logger("mpmm")
 
 ESTIMATES_PATH_VARIABLE = "MPMM_ESTIMATES_PATH"
 FORMAT, VERSION = "mpmm estimates", 1
-# For each kind of devices; the oldest go.
+# For each kind of devices; the oldest are removed.
 TAGS_KEPT = 10_000
 LOCK_TIMEOUT_S = 1.0
 SAVE_INTERVAL_S = 5.0
-# What differs by less is not worth a new file.
+# A smaller difference is not worth a new file.
 TOLERANCE = 0.01
 
 
@@ -52,7 +51,7 @@ TOLERANCE = 0.01
 class Estimate:
     """What a copy of a model takes, in MB; measured: read from its process, not inferred. updated: Unix time.
 
-    suspend_s, resume_s: how long it takes to suspend and to resume one, 0 unknown.
+    suspend_s, resume_s: how long it takes to suspend and to resume a copy; 0: unknown.
     """
 
     mb: float
@@ -63,12 +62,12 @@ class Estimate:
 
     @property
     def is_possible(self) -> bool:
-        """Tell whether these are figures that mpmm writes."""
+        """Tell whether mpmm could have written these figures."""
         amounts = (self.mb, self.suspend_s, self.resume_s)
         return all(math.isfinite(amount) and amount >= 0 for amount in amounts) and math.isfinite(self.updated)
 
     def differs_from(self, other: Estimate) -> bool:
-        """Tell whether this is worth a new file that has `other`."""
+        """Tell whether this differs enough from `other`, which the file has, to write a new file."""
         amounts = ((self.mb, other.mb), (self.suspend_s, other.suspend_s), (self.resume_s, other.resume_s))
         return self.measured != other.measured or any(abs(a - b) > TOLERANCE * max(a, b) for a, b in amounts)
 
@@ -81,13 +80,13 @@ class EstimatesFile:
         self._reported = ""
 
     def read(self, kind: str) -> dict[str, Estimate]:
-        """Return the estimates for a kind of devices by tag; none, and a warning, where there is no telling."""
+        """Return the estimates for a kind of devices by tag; none, with a warning, if the file cannot be read."""
         return self._read().get(kind, {})
 
     def merge(self, kind: str, estimates: Mapping[str, Estimate]) -> None:
-        """Put estimates into the file, which is made with its folder if need be, beside what others have put there.
+        """Add estimates to the file, which is made with its folder if need be; those of others stay.
 
-        Raises OSError where the folder cannot be written, LockTimeoutError when others write for too long.
+        Raises OSError if the folder cannot be written, LockTimeoutError if others write for too long.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(LockFile(self.path.with_name(f"{self.path.name}.lock"))) as lock:
@@ -130,7 +129,7 @@ class EstimatesFile:
 
 
 def _parsed(content: Any) -> dict[str, dict[str, Estimate]]:
-    """Return what a file says. Raises ValueError and others for what is no such file."""
+    """Return the estimates in a file's content. Raises ValueError and others for any other content."""
     if content["format"] != FORMAT or content["version"] != VERSION:
         raise ValueError(f"{content['format']!r}, version {content['version']!r}: expected {FORMAT!r}, {VERSION}")
     found = {
@@ -157,7 +156,7 @@ class NamespaceEstimates:
     """A namespace's estimates and their file, as one of its processes sees them."""
 
     def __init__(self, namespace: Namespace, path: str | os.PathLike[str]) -> None:
-        """Describe; nothing is read yet."""
+        """Describe the file; nothing is read yet."""
         self._namespace = namespace
         self._file = EstimatesFile(path)
         self._kind = ""
@@ -165,11 +164,11 @@ class NamespaceEstimates:
         self._saved: dict[str, Estimate] = {}
         self._save_due = 0.0
         self._failed = False
-        # One save at a time: the background thread's, and that of the thread which closes the session.
+        # One save at a time: that of the background thread, or of the thread that closes the session.
         self._mutex = new_lock()
 
     def load(self) -> None:
-        """Read the file, without the lock; the devices are known by now."""
+        """Read the file, without the lock; call it once the devices are known."""
         tables = self._namespace.tables
         rows = tables.used_rows(self._namespace.segment.layout.devices)
         self._kind = " + ".join(sorted({tables.device_name(row) for row in rows}))
@@ -185,9 +184,9 @@ class NamespaceEstimates:
         if remembered is None or row.known:
             return
         if remembered.mb <= row.at_least_mb:
-            # It has run out of memory with more than that free.
+            # The model has run out of memory with more than that free.
             return
-        # What was inferred goes on to yield to better figures.
+        # An inferred estimate keeps yielding to better figures.
         sd_mb = 0.0 if remembered.measured else ALONE_SD * remembered.mb
         self._namespace.transitions.estimates.estimate(t, model, remembered.mb, remembered.measured, sd_mb)
 
@@ -214,7 +213,7 @@ class NamespaceEstimates:
             self._saved.update(changed)
 
     def _changed(self) -> dict[str, Estimate]:
-        """Return the estimates that differ from what is in the file. Looks without the lock, at what is whole."""
+        """Return the estimates that differ from those in the file. Reads without the lock; skips unfinished rows."""
         tables, now = self._namespace.tables, time.time()
         changed = {}
         for row in tables.model_rows():

@@ -41,25 +41,25 @@ logger = printable_logger(__name__)
 READINGS_KEPT = 20  # per configuration, as in Beam
 CONFIGURATIONS_KEPT = 256
 MOST_DATA_POINTS = sys.maxsize
-# What an observation in shared memory has room for.
+# The most that an observation in shared memory has room for.
 MOST_COPIES = 2**16 - 1
-# A null vector of a small matrix of small integers is exact to some 1e-15; a model it touches has far more in it.
+# A null vector of a small matrix of small integers is exact to some 1e-15; models it involves have far larger entries.
 NULL_TOLERANCE = 1e-9
 
 
-# How sure figures are, as standard deviations in shares of the figure. What the device shows that a model alone on it
-# has added is blurred by other programs; what a process has grown by, by what its libraries keep.
+# How certain figures are, as standard deviations in shares of the figure. Other programs blur the memory that a model
+# alone on a device adds to it; memory that libraries keep blurs the growth of a process.
 ALONE_SD = 0.03
 GROWTH_SD = 0.02
-# Of a solution: readings have errors in common, so more of them do not make it surer than this.
+# Of a solution: readings have errors in common, so more of them do not make it more certain than this.
 SOLUTION_SD = 0.005
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The readings of one configuration on one device: copies loaded per model, mean of the readings, how many.
+    """The readings of one configuration on one device: copies loaded per model, mean of the readings, their number.
 
-    spread: variance of the readings, MB squared. device: whichever, as long as devices differ.
+    spread: variance of the readings, MB squared. device: any number that tells devices apart.
     """
 
     counts: Mapping[str, int]
@@ -73,7 +73,7 @@ class Observation:
 class Footprints:
     """MB of one copy of each model that the observations pin down, and MB that are in use regardless, on all devices.
 
-    sd_mb: standard deviations of the models' figures, infinite where there are no more readings than unknowns.
+    sd_mb: standard deviations of the models' figures, infinite if there are no more readings than unknowns.
     """
 
     model_mb: dict[str, float]
@@ -108,14 +108,14 @@ def solve_footprints(
     models: the tags to solve for. Those that occur in no observation are left out, and so are those
         that the observations cannot tell apart (always loaded together, or a constant number of copies
         at all times): NNLS would give one of them everything and the others 0.
-    relative: errors grow with the reading, so that a small one says more; else all are as good, as in Beam.
+    relative: errors grow with the reading, so a small reading counts for more; else all count the same, as in Beam.
     Too few: fewer configurations than models that occur plus one for each device, or fewer than `min_data_points`
     readings.
 
     With n readings y of mean m in one configuration, sum((ax - y)^2) = n (ax - m)^2 + a constant. So
     one row per configuration, of weight sqrt(n), has the same solution as one row per reading.
 
-    Raises ArithmeticError when the numbers cannot be solved (the solver gives up, or yields no finite numbers).
+    Raises ArithmeticError if the numbers cannot be solved (the solver gives up, or yields no finite numbers).
     """
     columns = sorted({tag for tag in models if any(observation.counts.get(tag, 0) for observation in observations)})
     devices = sorted({observation.device for observation in observations})
@@ -126,7 +126,7 @@ def solve_footprints(
 
     try:
         rows, means, weights = _weighted_rows(observations, columns, devices, relative)
-        # Tests written for Beam put another one where Beam's manager has it.
+        # Tests written for Beam put another solver where Beam's manager has it.
         there = getattr(sys.modules.get("mpmm.model_manager"), "nnls", _OURS)
         solver = nnls if there is _OURS else there
         solution = np.asarray(solver(rows * weights[:, None], means * weights)[0], dtype=float)
@@ -138,7 +138,7 @@ def solve_footprints(
     rank = int((singular > singular[0] * max(rows.shape) * np.finfo(float).eps).sum())
     # A model is pinned down when no direction that leaves every row unchanged moves it.
     free = np.abs(basis[rank:]).max(axis=0, initial=0.0) > NULL_TOLERANCE
-    # The variance of one reading comes from all that do not fit.
+    # The variance of one reading comes from the misfit of all.
     misfit = weights**2 * ((rows @ solution - means) ** 2 + np.array([o.spread for o in observations]))
     variance = float(misfit.sum()) / (readings - unknowns) if readings > unknowns else math.inf
     deviations = _deviations(rows * weights[:, None], variance)
@@ -165,7 +165,7 @@ def _weighted_rows(
 
 
 def _deviations(weighted: Any, variance: float) -> Any:
-    """Return the standard deviation of each unknown, by the textbook's covariance of a weighted solution.
+    """Return the standard deviation of each unknown, by the textbook covariance of a weighted solution.
 
     variance: of one reading, `inf` if it is not known.
     """
@@ -177,11 +177,11 @@ def _deviations(weighted: Any, variance: float) -> Any:
 
 
 def reconcile(old: Estimate | None, new: Estimate, smoothing_factor: float) -> Estimate:
-    """Return what is known of a model once a solution says `new`; the surer of the two figures counts for more.
+    """Return the estimate of a model after the solution `new`; the more certain of the two figures counts for more.
 
-    A solution that is as sure as the old figure, or surer, moves it by `smoothing_factor`, as in Beam; one that is less
-    sure by as much less as its variance is larger. So what was read from a process (deviation 0) stays, and what was
-    measured alone on the device yields to many good readings and not to a few poor ones.
+    A solution that is at least as certain as the old figure moves it by `smoothing_factor`, as in Beam; a less certain
+    one by as much less as its variance is larger. So a figure that was read from a process (deviation 0) stays, and one
+    that was measured alone on the device yields to many good readings and not to a few poor ones.
     """
     floor = SOLUTION_SD * new.mb
     if old is None:
@@ -195,7 +195,7 @@ def reconcile(old: Estimate | None, new: Estimate, smoothing_factor: float) -> E
 
 
 def smooth(old: float | None, new: float, factor: float) -> float:
-    """Return `old` moved towards `new` by `factor` (0 = stay, 1 = jump); `new` itself where nothing was known."""
+    """Return `old` moved towards `new` by `factor` (0 = stay, 1 = jump); `new` itself if nothing was known."""
     return new if old is None else old * (1 - factor) + new * factor
 
 
@@ -232,7 +232,7 @@ class ResourceEstimator:
             return model_tag not in self.estimates
 
     def get_estimate(self, model_tag: str, default_mb: float = 4000.0) -> float:
-        """Return the estimate in MB, `default_mb` where there is none."""
+        """Return the estimate in MB, `default_mb` if there is none."""
         _check_tag(model_tag)
         with self._lock:
             return self.estimates.get(model_tag, default_mb)
@@ -251,9 +251,9 @@ class ResourceEstimator:
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
 
     def add_observation(self, active_snapshot: Mapping[str, int], peak_memory: float) -> None:
-        """Add a reading of `peak_memory` MB with these copies loaded, and solve anew if there are enough.
+        """Add a reading of `peak_memory` MB with these copies loaded, and solve again if there are enough.
 
-        An empty snapshot is ignored, as in Beam. A failed solution is logged and leaves the estimates.
+        An empty snapshot is ignored, as in Beam. A failed solution is logged and leaves the estimates unchanged.
         Raises InvalidArgumentError for tags that are no str, counts that are negative, or a reading that
         is negative or not finite; nothing is changed then.
         """

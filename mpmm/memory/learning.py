@@ -1,7 +1,7 @@
 """What samples say about models: readings of whole devices become observations, those of servers become estimates.
 
-The leader calls it after each sample that it has waited for, or that came late. What the observations together say of
-each model, the estimators work out later, and without the lock; see `mpmm.memory.shared_estimator`.
+The leader calls it after each sample that it has waited for, or that came late. Later, and without the lock, the
+estimators work out what the observations together say about each model; see `mpmm.memory.shared_estimator`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ __all__ = ["Learning"]
 
 
 class Learning:
-    """What one process has learnt from the samples of its namespace, as far as the next look needs it."""
+    """What one process has learnt from the samples of its namespace, as far as the next sample needs it."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
-        # What was seen of each device (row) when its last reading was taken: a reading of the same says nothing new.
+        # The state of each device (row) at its last reading: another reading in the same state says nothing new.
         self._seen: dict[int, tuple[int, int]] = {}
-        # The estimates of models with measured servers that were reported as metrics last.
+        # The estimates of models with measured servers, as last reported as metrics.
         self._reported: dict[str, float] = {}
 
     def learn(self, t: Transaction) -> dict[str, float]:
-        """Take the figures of the last sample into the estimates, or into the observations for NNLS."""
+        """Put the figures of the last sample into the estimates, or into the observations for NNLS.
+
+        Returns the estimates to report, in MB by tag.
+        """
         namespace = self._namespace
         header = namespace.tables.header
         if header.source_accounting_only:
@@ -38,9 +41,9 @@ class Learning:
         return self._take_over_measurements(t) if header.source_measures_processes else {}
 
     def _observe(self, t: Transaction, device: int) -> None:
-        """Record the peak of a configuration that nothing has changed since before the last sample of a device.
+        """Record the peak of a device's configuration, unless that has changed since before the device's last sample.
 
-        What is measured by itself is no riddle: it comes off the reading, and what remains is that of the other copies.
+        The memory of copies that are measured by themselves comes off the reading; the rest is the other copies'.
         """
         namespace, tables = self._namespace, self._namespace.tables
         here = tables.devices[device]
@@ -51,8 +54,8 @@ class Learning:
         for row in tables.on_device(device):
             copy = tables.instances[row]
             if copy.state not in (Instance.ACTIVE, Instance.IDLE) or copy.devices != [device]:
-                # What loads or unloads, and what a lease's program takes, goes up and down; and of a copy that spans
-                # several devices it is not known how much is here.
+                # The memory of loads, unloads and programs of leases goes up and down; and it is not known how much of
+                # a copy that spans several devices is here.
                 return
             uses += copy.uses
             if copy.server is not None and tables.header.source_measures_processes:
@@ -69,7 +72,7 @@ class Learning:
         namespace.transitions.estimates.observe(t, list(copies.items()), max(0.0, whole_mb - measured_mb), device)
 
     def _take_over_measurements(self, t: Transaction) -> dict[str, float]:
-        """Let a model's estimate follow what its servers were seen to take at most; return those to be reported.
+        """Let a model's estimate follow the most that its servers were seen to take; return the estimates to report.
 
         Up at once, because the next copy will take as much (`Measurements.measure` does so with each sample); down
         slowly, because a copy that has not worked yet takes less than one that has.
@@ -100,7 +103,7 @@ class Learning:
                 continue
             copy = tables.instances[row]
             if copy.state in (Instance.ACTIVE, Instance.IDLE) and server.peak_mb > 0:
-                # Of what spans several devices each has to have room for the largest share.
+                # If a copy spans several devices, each has to have room for the largest share.
                 span = len(copy.devices)
                 largest_mb = max(tables.server_shares_mb(slot, span)) if span > 1 else 0.0
                 highest[copy.model] = max(highest.get(copy.model, 0.0), server.peak_mb, largest_mb * span)

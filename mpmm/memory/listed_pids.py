@@ -1,4 +1,4 @@
-"""Whose the pids are that a source lists: members', model servers', programs' of leases, or nobody's here.
+"""Tells to whom the pids belong that a source lists: members, model servers, programs of leases, or unrelated programs.
 
 Nothing here needs the lock, nor would be safer with it: a process may end at any time.
 """
@@ -18,13 +18,13 @@ __all__ = ["ListedPids"]
 
 
 class ListedPids:
-    """What this process can tell of the pids in its samples."""
+    """What this process can tell about the pids in its samples."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace
         # When this process has last seen each of the model servers.
         self._servers_at_ns: dict[int, int] = {}
-        # Generations of the members, by slot, whose pids are those of the same processes here.
+        # Generations, by slot, of the members whose pids mean the same processes here.
         self._here: dict[int, int] = {}
 
     def members_among(self, listed: Mapping[int, float]) -> set[int]:
@@ -39,9 +39,9 @@ class ListedPids:
     def unrelated(self, listed: Mapping[int, float]) -> set[int]:
         """Return which of these processes are neither members, nor programs of leases, nor a server's children.
 
-        Processes that a worker has started without a lease hold nothing that could be unloaded. A server that ends is
-        no member any more while the driver still lists it with all of its memory: that is coming back, and nobody
-        else's.
+        Processes that a worker has started without a lease are unrelated: they hold nothing that could be unloaded. A
+        server that is ending is no longer a member while the driver still lists it with all of its memory: this memory
+        is coming back, and belongs to no other program.
         """
         tables = self._namespace.tables
         members = {tables.members[slot].pid for slot in tables.used_members() if self._is_here(slot)}
@@ -60,7 +60,7 @@ class ListedPids:
         return [*servers, *(pid for tree in self._programs().values() for pid in tree)]
 
     def leases(self) -> dict[int, int]:
-        """Return the rows of leases whose program is known, and its pid here."""
+        """Return the rows of leases whose program is known, each with the program's pid here."""
         tables = self._namespace.tables
         leases = tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
         programs = {row: (tables.instances[row].program, tables.instances[row].holder) for row in leases}
@@ -74,7 +74,7 @@ class ListedPids:
     def _is_here(self, slot: int) -> bool:
         """Tell whether this process and its source can know a member by its pid.
 
-        A process of another container may have the pid of one in this one, and containers count from 1.
+        A process of another container may have the pid of a process in this one: containers count from 1.
         """
         tables = self._namespace.tables
         if not self.are_apart():
@@ -82,7 +82,7 @@ class ListedPids:
         generation = tables.members[slot].generation
         if self._here.get(slot) == generation:
             return True
-        # That it is not is looked up again each time: its row may be half written.
+        # A negative answer is not kept, because the member's row may have been half written.
         found = is_member_here(tables, slot)
         if found:
             self._here[slot] = generation
@@ -98,9 +98,9 @@ class ListedPids:
         return self._is_here(holder) if holder is not None else not self.are_apart()
 
     def _programs(self) -> dict[int, list[int]]:
-        """Return the programs of leases, by pid: the pids of each, and of what it has started.
+        """Return the programs of leases, by pid: the pids of each, and of the processes that it has started.
 
-        What is counted by itself is not the program's: a model server, the program of another lease.
+        Processes that are counted by themselves are not the program's: a model server, the program of another lease.
         """
         programs = set(self.leases().values())
         if not programs:

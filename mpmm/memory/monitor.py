@@ -1,15 +1,15 @@
-"""GPUMonitor: takes memory samples and keeps them in a store, from which everybody reads.
+"""GPUMonitor: takes memory samples and publishes them to a store, from which all callers read.
 
             source (measures)          GPUMonitor                      store (keeps)
     NVML, nvidia-smi, host memory  ->  a `Sampler`: sample, publish ->  last figures, peak, totals
                                        get_stats()                  <-
 
 A thread of its own takes the samples. `refresh` waits for it, `request_refresh` does not. A source that hangs in its
-driver holds up that thread alone; meanwhile the last figures stay, and grow old.
+driver holds up only that thread; meanwhile the last figures stay, and grow old.
 
-A monitor that is alone in its process keeps its samples in `LocalSamples`, and another thread asks for one every
-`poll_interval`. A ModelManager binds the monitor to `SharedSamples`, in shared memory: there one process of the host
-polls, and the monitor does not by itself. All figures are in MB (see `mpmm.sources.base`).
+A monitor without a manager keeps its samples in `LocalSamples`, and another thread requests one every `poll_interval`.
+A ModelManager binds the monitor to `SharedSamples`, in shared memory: then one process of the host polls, and the
+monitor does not poll by itself. All figures are in MB (see `mpmm.sources.base`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SampleStore(Protocol):
     def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
         """Take in one sample of each device. One that could not be read leaves the last figure in place.
 
-        Raises LockTimeoutError where figures are shared and their lock was not free for `timeout_s`.
+        Raises LockTimeoutError if figures are shared and their lock was not free for `timeout_s`.
         """
         ...
 
@@ -61,7 +61,7 @@ class SampleStore(Protocol):
         ...
 
     def reset_peak(self) -> None:
-        """Let the peak start anew from the current figure."""
+        """Restart the peak at the current figure."""
         ...
 
     def server_pids(self) -> Sequence[int]:
@@ -70,7 +70,7 @@ class SampleStore(Protocol):
 
 
 class LocalSamples:
-    """The samples of a monitor that is alone; Beam's monitor calls the fields `_current_usage` and so on."""
+    """The samples of a monitor without a manager; Beam's monitor calls the fields `_current_usage` and so on."""
 
     def __init__(self, total_mb: float, peak_window_seconds: float) -> None:
         """Start with nothing known: `current_mb` is 0 until the first figure arrives."""
@@ -83,7 +83,7 @@ class LocalSamples:
         self._last: dict[int, tuple[int, float]] = {}  # device index: (taken_ns, used_mb)
 
     def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
-        """Add the figures that are newer than those that are kept; the sum goes into the history."""
+        """Add the figures that are newer than the kept ones, and their sum to the history."""
         with self.lock:
             fresh = {
                 sample.index: (sample.taken_ns, sample.used_mb)
@@ -100,8 +100,8 @@ class LocalSamples:
             self.peak_mb = max(used_mb for _, used_mb in self.history)
 
     def _drop_before(self, since_s: float) -> None:
-        # A function of its own: Python 3.13 compiles the jump back of such a loop as if it stood outside of the block
-        # that has the lock, so an exception from a signal handler would leave it taken.
+        # A function of its own: Python 3.13 compiles the jump back of such a loop as if it stood outside the block that
+        # has the lock, so an exception from a signal handler would leave the lock taken.
         while self.history[0][0] < since_s:
             self.history.popleft()
 
@@ -111,19 +111,19 @@ class LocalSamples:
             return self.current_mb, self.peak_mb, self.total_mb
 
     def reset_peak(self) -> None:
-        """Forget the history but for the current figure."""
+        """Forget the history except for the current figure."""
         with self.lock:
             self.history.clear()
             self.history.append((time.monotonic(), self.current_mb))
             self.peak_mb = self.current_mb
 
     def server_pids(self) -> Sequence[int]:
-        """Return this process alone: without a manager it is the one that holds the models."""
+        """Return this process alone: without a manager it holds the models itself."""
         return (os.getpid(),)
 
 
 class _BeamAttributes:
-    """What Beam's monitor keeps in attributes of its own; here it lives in the local samples."""
+    """The attributes of Beam's monitor; here the local samples have their values."""
 
     _local: LocalSamples
     _thread: threading.Thread | None
@@ -179,7 +179,7 @@ class GPUMonitor(_BeamAttributes):
     ) -> None:
         """Describe a monitor; nothing is measured or started yet.
 
-        fallback_memory_mb: total memory where there is nothing to measure.
+        fallback_memory_mb: total memory if there is nothing to measure.
         poll_interval, peak_window_seconds: seconds between samples, and how long a peak counts.
         source, budget_mb: see `mpmm.sources.choose_source`; resolved at `start`, or at first use.
         Raises InvalidArgumentError for a number that is not finite or too small.
@@ -187,7 +187,7 @@ class GPUMonitor(_BeamAttributes):
         self._fallback_memory_mb = checked_number(
             "fallback_memory_mb", fallback_memory_mb, 0.0, math.inf, "MB", above=True, finite=True
         )
-        # As long as a thread may wait.
+        # At most as long as a thread can wait.
         self._poll_interval = checked_number(
             "poll_interval", poll_interval, 0.0, threading.TIMEOUT_MAX, "seconds", above=True
         )
@@ -207,8 +207,8 @@ class GPUMonitor(_BeamAttributes):
         self._gpu_available = False
         self._read_ns: dict[int, int] = {}  # device index: taken_ns of the last figure; replaced, never changed
         self._failing: frozenset[int] = frozenset()
-        self._knew_processes: bool | None = False  # see `process_knowledge`; of a source that never does, no word
-        self._missed_processes = False  # that was said
+        self._knew_processes: bool | None = False  # see `process_knowledge`; False: no warning if it never does
+        self._missed_processes = False  # the warning was given
         self._after_sample: Callable[[], object] | None = None
         self._sampler = Sampler(self._sample, "mpmm-sampler")
         self._renew_threading()
@@ -220,7 +220,7 @@ class GPUMonitor(_BeamAttributes):
         self._local.lock = new_lock()
         self._sampler.renew()
         self._source_lock = new_lock()  # guards resolving the source
-        self._store_lock = new_lock()  # held while the sampling thread asks or tells a store something
+        self._store_lock = new_lock()  # held while the sampling thread calls a store
         self._control_lock = new_lock()  # guards start, stop and bind; taken before the others
         self._thread = None
         self._stop = threading.Event()
@@ -232,7 +232,7 @@ class GPUMonitor(_BeamAttributes):
 
     @property
     def fallback_memory_mb(self) -> float:
-        """The total where there is nothing to measure, in MB."""
+        """The total if there is nothing to measure, in MB."""
         return self._fallback_memory_mb
 
     @property
@@ -248,7 +248,7 @@ class GPUMonitor(_BeamAttributes):
     def devices(self) -> tuple[DeviceInfo, ...]:
         """Return the devices of the source, which is asked for them once. Raises as `source` does.
 
-        Raises SourceUnavailableError, too, where it does not answer.
+        Raises SourceUnavailableError, too, if the source does not answer.
         """
         return self._resolve()[1]
 
@@ -278,8 +278,8 @@ class GPUMonitor(_BeamAttributes):
     def bind(self, store: SampleStore | None, after_sample: Callable[[], object] | None = None) -> None:
         """Read from and publish to `store` from now on; None goes back to the monitor's own samples.
 
-        A polling thread is ended: where samples are shared, one process polls for the whole host. After the return
-        nothing is published to the store that was there before, not by a sample in progress either.
+        Ends the polling thread: if samples are shared, one process polls for the whole host. After the return, nothing
+        is published to the earlier store any more, not even by a sample in progress.
 
         after_sample: called by the sampling thread after each sample.
         """
@@ -290,9 +290,9 @@ class GPUMonitor(_BeamAttributes):
                 self._after_sample = after_sample
 
     def start(self) -> None:
-        """Take a first sample and start to poll, unless that is done, or the leader does it for a store that is shared.
+        """Take a first sample and start polling, unless it polls already, or the leader polls for a shared store.
 
-        Raises SourceUnavailableError when a source that was asked for by name cannot work here.
+        Raises SourceUnavailableError if a source that was asked for by name cannot work here.
         """
         with self._control_lock:
             source = self.source
@@ -306,9 +306,9 @@ class GPUMonitor(_BeamAttributes):
             start_thread(self._thread)
 
     def stop(self) -> None:
-        """End the polling thread, wait for it, and let go of the source; the last figures stay readable.
+        """End the polling thread, wait for it, and close the source; the last figures stay readable.
 
-        A source that hangs is not waited for: it is closed when it comes back.
+        Does not wait for a source that hangs: that is closed when it returns.
         """
         with self._control_lock:
             self._end_thread()
@@ -326,18 +326,18 @@ class GPUMonitor(_BeamAttributes):
             self._sampler.end()
 
     def reset_peak(self) -> None:
-        """Let the peak start anew from the current figure."""
+        """Restart the peak at the current figure."""
         self._store.reset_peak()
 
     def get_stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) MB, summed over devices.
 
-        A device that was never read yet has no part in current and peak: see `last_sample_age_seconds`.
+        A device that was not read yet does not count in current and peak: see `last_sample_age_seconds`.
         """
         return self._store.stats()
 
     def refresh(self, *, timeout_s: float = REFRESH_TIMEOUT_S) -> bool:
-        """Wait for a sample that begins after this call and its publication, for `timeout_s` at most.
+        """Wait up to `timeout_s` for a sample that begins after this call, and for its publication.
 
         Return whether it has ended by then. A source that fails leaves the last figures in place; so does one that has
         not answered, but its figures are published when it does. Raises as `source` does.
@@ -346,20 +346,20 @@ class GPUMonitor(_BeamAttributes):
         return self._sampler.sample(timeout_s)
 
     def request_refresh(self) -> None:
-        """Ask for a sample as soon as possible, and do not wait for it.
+        """Request a sample as soon as possible, and do not wait for it.
 
-        One that is asked for and has not begun serves for this call, too. Raises as `source` does.
+        A sample that is already requested and has not begun serves this call, too. Raises as `source` does.
         """
         self._resolve()
         self._sampler.request()
 
     def call(self, job: Callable[[], object], timeout_s: float) -> None:
-        """Have the thread that takes samples call `job`, beside none, and wait for that for `timeout_s` at most."""
+        """Have the sampling thread call `job`, never during a sample, and wait up to `timeout_s` for that."""
         self._sampler.call(job, timeout_s)
 
     @property
     def sampling_for_s(self) -> float:
-        """For how long the sample in progress has been, in seconds; 0 if there is none."""
+        """How long ago the sample in progress began, in seconds; 0 if there is none."""
         return self._sampler.busy_s
 
     def last_sample_age_seconds(self) -> float:
@@ -374,9 +374,9 @@ class GPUMonitor(_BeamAttributes):
         return (time.monotonic_ns() - min(read_ns[index] for index in indexes)) / 1e9
 
     def _sample(self) -> None:
-        """Take a sample and publish it; the sampling thread does."""
+        """Take a sample and publish it; called by the sampling thread."""
         store = self._store
-        # Not to a store that has been taken away meanwhile: its memory may be gone.
+        # Not to a store that `bind` has replaced meanwhile: its memory may be gone.
         with self._store_lock:
             if store is not self._store:
                 return
@@ -410,7 +410,7 @@ class GPUMonitor(_BeamAttributes):
         return samples
 
     def _log_change(self, failing: frozenset[int], source: MemorySource, reason: str) -> None:
-        """Say what can no longer be measured, or can be again: once a change, not once a poll."""
+        """Log what can no longer be measured, or can be again: once per change, not once per poll."""
         before, self._failing = self._failing, failing
         if failing - before:
             logger.warning(
@@ -433,7 +433,7 @@ class GPUMonitor(_BeamAttributes):
 
     def _poll_loop(self, stop: threading.Event) -> None:
         while not stop.wait(self._poll_interval):
-            # Does not wait for it: `_end_thread` would have to wait, too.
+            # Without waiting for the sample: `_end_thread` would have to wait, too.
             self._sampler.request()
 
     def _end_thread(self) -> None:

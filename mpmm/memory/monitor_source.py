@@ -1,4 +1,4 @@
-"""A monitor of the caller's own, as Beam accepts one, in the place of `GPUMonitor`: a source of one device."""
+"""A caller's own monitor in place of `GPUMonitor`, as Beam accepts one: a source of one device."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from mpmm.sources.timeouts import answer_within
 
 __all__ = ["MONITOR_METHODS", "MonitorProtocol", "MonitorSource"]
 
-# Longer than Beam's monitor takes, which waits for its thread, and that for nvidia-smi.
+# Longer than Beam's monitor takes, which waits for its thread, which waits for nvidia-smi.
 STOP_TIMEOUT_S = 10.0
 
 
 class MonitorProtocol(Protocol):
-    """What a monitor of the caller's own must offer to take the place of `GPUMonitor`; the same as for Beam."""
+    """What a caller's own monitor must offer to take the place of `GPUMonitor`; the same as for Beam."""
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start measuring."""
 
     def stop(self) -> None:
-        """End it."""
+        """Stop measuring."""
 
     def refresh(self) -> object:
-        """Measure now; what it returns does not matter."""
+        """Measure now; the result is ignored."""
 
     def reset_peak(self) -> None:
-        """Let the peak begin anew at the present figure."""
+        """Restart the peak at the current figure."""
 
     def get_stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB."""
 
 
-#: What a monitor of the caller's own is asked for at the door.
+#: The methods that a caller's own monitor is checked for.
 MONITOR_METHODS = ("start", "stop", "refresh", "reset_peak", "get_stats")
 
 
 class MonitorSource:
-    """A monitor of the caller's own, used as the source of one device.
+    """A caller's own monitor, used as the source of one device.
 
-    Its methods are the caller's code, which may hang. So each of them is called either by the sampling thread alone, or
+    Its methods are the caller's code, which may hang. So each of them is called either by the sampling thread only, or
     with a time limit.
     """
 
@@ -55,21 +55,21 @@ class MonitorSource:
 
     def __init__(self, monitor: MonitorProtocol) -> None:
         self.monitor = monitor
-        # What it said last; replaced as a whole.
+        # The monitor's last figure; replaced as a whole.
         self._peak_mb = 0.0
-        # How often its peak was to begin anew, and which of these times it has last done so.
+        # How many resets of the peak were asked for, and the number of the last one that is done.
         self._resets_asked = self._resets_done = 0
 
     @property
     def peak_mb(self) -> float:
-        """The peak at the last look at the monitor, which may have seen more than the samples have.
+        """The monitor's peak at the last sample; the monitor may have seen more than the samples have.
 
-        It is 0 from `ask_for_reset` on until `reset_peak` has been done: before, it is that of what was there earlier.
+        It is 0 from `ask_for_reset` until the monitor has reset its peak, which until then includes earlier figures.
         """
         return self._peak_mb if self._resets_done == self._resets_asked else 0.0
 
     def ask_for_reset(self) -> Callable[[], None]:
-        """Let no earlier peak count from now on; return what lets the monitor's begin anew, and may hang or fail."""
+        """Ignore earlier peaks from now on; return a function that resets the monitor's peak, and may hang or fail."""
         self._resets_asked += 1
         return partial(self._reset_peak, self._resets_asked)
 
@@ -79,19 +79,19 @@ class MonitorSource:
         self._resets_done = asked
 
     def start(self) -> None:
-        """Start the monitor. Raises SourceUnavailableError when that takes longer than `START_TIMEOUT_S`."""
+        """Start the monitor. Raises SourceUnavailableError if that takes longer than `START_TIMEOUT_S`."""
         try:
             answer_within(self.monitor.start, START_TIMEOUT_S, "mpmm-start-monitor")
         except TimeoutError as error:
             raise unavailable(self.name, f"its start hangs: {error}") from error
 
     def stop(self) -> None:
-        """Stop the monitor, or leave it alone where that takes longer than `STOP_TIMEOUT_S`."""
+        """Stop the monitor, but wait no longer than `STOP_TIMEOUT_S`."""
         with contextlib.suppress(TimeoutError):
             answer_within(self.monitor.stop, STOP_TIMEOUT_S, "mpmm-stop-monitor")
 
     def devices(self) -> tuple[DeviceInfo, ...]:
-        """Return the one device that a monitor stands for."""
+        """Return the one device that a monitor represents."""
         return (DeviceInfo(0, "monitor", type(self.monitor).__name__, self.monitor.get_stats()[2]),)
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
@@ -102,4 +102,4 @@ class MonitorSource:
         return (DeviceSample(0, used_mb, taken, {}, done_ns=time.monotonic_ns()),)
 
     def close(self) -> None:
-        """Nothing: the caller's monitor is stopped by the manager it was given to."""
+        """Do nothing: the manager that was given the monitor stops it."""

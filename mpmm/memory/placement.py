@@ -1,18 +1,18 @@
-"""On which devices a loader should load, and how much memory it has there: `current_placement()`.
+"""Tells a loader on which devices to load, and how much memory it has there: `current_placement()`.
 
 A model server that a loader starts finds `CUDA_VISIBLE_DEVICES` set to its placement before its constructor runs, so
 `cuda:0` is its first device there; on AMD GPUs it is `HIP_VISIBLE_DEVICES` (`mpmm.sources.visible_devices`). A loader
 that loads in its own process, where CUDA has read that variable already, asks `current_placement` and uses
 `cuda:<index>`.
 
-Engines that size themselves want to know their share of the memory:
+Engines that size themselves need their share of the memory:
 
     placement = mpmm.current_placement()
     engine = LLM(MODEL, gpu_memory_utilization=placement.memory_fraction)
 
 If the load is `steady=True`, a model server that its loader starts also finds the share in its environment, in the
-variables in which `mpmm run` tells it to programs (`Placement.environment`). The environment of the process in which a
-loader runs stays as it is, because its other threads share that; for a program that a loader starts itself there is
+variables that `mpmm run` sets for programs (`Placement.environment`). The environment of the process in which a loader
+runs does not change, because its other threads share it; for a program that a loader starts itself there is
 `env={**os.environ, **placement.environment()}`.
 """
 
@@ -37,8 +37,8 @@ class Placement:
     """The devices of a copy or a lease, and its share of them. Two placements are equal if their devices are.
 
     indices: as `cuda:<index>` counts them in this process. uuids: in the same order. mb: the memory that is reserved
-    for it, on all devices together. memory_fraction: its share of the memory of each device, rounded down; None where
-    the total of a device is not known.
+    for it, on all devices together. memory_fraction: its share of the memory of each device, rounded down; None if the
+    total of a device is not known.
     """
 
     indices: tuple[int, ...]
@@ -47,12 +47,12 @@ class Placement:
     memory_fraction: float | None = field(default=None, compare=False)
 
     def environment(self) -> dict[str, str]:
-        """Return what a program should know that uses the memory, as variables for its environment.
+        """Return environment variables for a program that uses the memory.
 
         MPMM_LEASE_MB: how much it is, in MB. MPMM_DEVICES: its devices, as `CUDA_VISIBLE_DEVICES` takes them.
-        MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, as engines want it that size themselves
-        (`gpu_memory_utilization` of vLLM). What is not known is missing; but where the environment of this process says
-        it of another share, as within `mpmm run`, it is empty, lest the program take that one's for its own.
+        MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, for engines that size themselves
+        (`gpu_memory_utilization` of vLLM). Unknown variables are missing; but a variable that the environment of this
+        process has for another share, as within `mpmm run`, is empty, lest the program take that value for its own.
         """
         known = {name: "" for name in SHARE_VARIABLES if name in os.environ}
         known |= {_DEVICES: visible_devices(self.uuids) or ",".join(self.uuids)}
@@ -64,20 +64,20 @@ class Placement:
 
 
 def with_share(environment: Mapping[str, str], share: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with what `Placement.environment` says of a share, and nothing of another one."""
+    """Return an environment with the variables of a share (`Placement.environment`), and none of another share."""
     others = {name: value for name, value in environment.items() if name not in SHARE_VARIABLES}
     return {**others, **{name: value for name, value in share.items() if value}}
 
 
 def fraction_of(mb: float, totals_mb: Sequence[float]) -> float | None:
-    """Return which share of each device `mb` is that are spread over devices of these totals, see `Placement`.
+    """Return the share of each device that `mb` takes, spread over devices of these totals, see `Placement`.
 
-    None where a total is not known, or there is no device.
+    None if a total is not known, or there is no device.
     """
     total_mb = min(totals_mb, default=0.0)
     if not total_mb > 0:
         return None
-    # Not above what there is: an engine may refuse to take that.
+    # At most the whole device: an engine may refuse to take more.
     return math.floor(min(mb / len(totals_mb) / total_mb, 1.0) * 1000) / 1000
 
 
@@ -85,7 +85,7 @@ _current: ContextVar[Placement | None] = ContextVar("mpmm_placement", default=No
 
 
 def current_placement() -> Placement | None:
-    """Return on which devices the present loader should load its copy, and its share of them; else None.
+    """Return the devices on which the current loader should load its copy, and its share of them; else None.
 
     It works in the thread of a loader that `ModelManager.acquire_model` and the like have called, and in the
     constructor of a `MultiProcessShared` in the model server that such a loader has started.

@@ -1,16 +1,16 @@
-"""A thread that takes samples, so that a source which hangs in its driver holds up this thread alone.
+"""A thread that takes samples, so that a source that hangs in its driver holds up only this thread.
 
     a caller                       Sampler                               its thread
     request()                  ->  asked += 1, unless one is asked for
                                                                      ->  begun = asked, take the sample
     sample(timeout_s)          <-  waits until ended >= asked        <-  ended = begun
 
-Callers share: a sample that was asked for and has not begun serves all calls until it begins. So there is at
+Callers share samples: one that was requested and has not begun serves all calls until it begins. So there is at
 most one in progress, and the figures that a caller has waited for are never older than its call. The hand-over costs
 40 µs (the median on two processors, both busy; 0.14 ms in the 99th percentile).
 
-The thread starts at the first request and ends after `IDLE_S` without one, so that a monitor which is never stopped
-leaves nothing behind. A forked child has none, and starts its own.
+The thread starts at the first request and ends after `IDLE_S` without one, so that a monitor that is never stopped
+leaves nothing behind. A forked child has no such thread, and starts its own.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ IDLE_S = 10.0
 
 
 class Sampler:
-    """Takes samples in a thread, one at a time. Any thread may call its methods, and a signal handler may."""
+    """Takes samples in a thread, one at a time. Any thread or signal handler may call its methods."""
 
     def __init__(self, take: Callable[[], object], name: str) -> None:
         """Start nothing yet.
 
-        take: takes a sample and makes it known. What it raises is logged once, until it succeeds again.
+        take: takes a sample and publishes it. If it raises, that is logged once, until it succeeds again.
         name: of the thread.
         """
         self._take = take
@@ -44,7 +44,7 @@ class Sampler:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew: at the start, and in a forked child, where the thread is missing and the lock may be held."""
+        """Start over: at the start, and in a forked child, where the thread is missing and the lock may be held."""
         # Reentrant, because a signal handler may ask for a sample while the thread that it interrupts is asking.
         self._changed = threading.Condition(new_rlock())
         self._thread: threading.Thread | None = None
@@ -56,16 +56,16 @@ class Sampler:
 
     @property
     def busy_s(self) -> float:
-        """For how long the thread has been at what it does now, in seconds; 0 if it does nothing."""
+        """How long the thread has been busy with its current work, in seconds; 0 if it does nothing."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def request(self) -> bool:
-        """Ask for a sample as soon as possible, and do not wait. Return False where no thread can be had for it."""
+        """Request a sample as soon as possible, and do not wait. Return False if no thread can be started for it."""
         return self._request() > 0
 
     def sample(self, timeout_s: float) -> bool:
-        """Wait, for `timeout_s` at most, for a sample that begins after this call; return whether it has ended."""
+        """Wait up to `timeout_s` for a sample that begins after this call; return whether it has ended."""
         number = self._request()
         if not number:
             return False
@@ -73,10 +73,10 @@ class Sampler:
             return self._changed.wait_for(lambda: self._ended >= number, max(0.0, timeout_s))
 
     def call(self, job: Callable[[], object], timeout_s: float) -> None:
-        """Have the thread call `job` when it has taken the sample that is asked for, if one is.
+        """Have the thread call `job`, after the requested sample if there is one.
 
-        timeout_s: the longest wait for that, after which the job is done as soon as the thread can. It never runs while
-        a sample is being taken. Where no thread can be had, the caller runs it itself.
+        timeout_s: the longest wait for that, after which the thread still runs the job as soon as it can. The job never
+        runs while a sample is being taken. If no thread can be started, the caller runs it itself.
         """
         done: list[bool] = []
 
@@ -95,7 +95,7 @@ class Sampler:
         job()
 
     def end(self) -> None:
-        """Let the thread end when it has done what it was asked for; the next request starts another one."""
+        """Let the thread end when it has done its work; the next request starts another one."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -105,11 +105,11 @@ class Sampler:
         with self._changed:
             if self._asked == self._begun:
                 self._asked += 1
-            # Woken also if one had been asked for: an exception may have come between that and its wake.
+            # Wake the thread even for an earlier request: an exception may have come between that one and its wake-up.
             return self._asked if self._wake() else 0
 
     def _wake(self) -> bool:
-        """Have a thread look for work; return False if there is none to be had. Needs the lock."""
+        """Have a thread look for work; return False if none can be started. Needs the lock."""
         self._ending = False
         if self._thread is None:
             thread = self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -119,7 +119,7 @@ class Sampler:
                 self._thread = None
                 return False
             except BaseException:
-                # A signal handler's. The thread may have been started all the same: then it goes on as ours.
+                # A signal handler raised it. The thread may have been started all the same: then it sets `_thread`.
                 self._thread = None
                 raise
         self._changed.notify_all()
@@ -145,7 +145,7 @@ class Sampler:
                 self._busy_since = time.monotonic()
             if wanted:
                 self._do(self._take)
-            # Last, so that a source which is to be closed is not opened again for a sample that was asked for before.
+            # Last, so that a source that is to be closed is not opened again for a sample that was requested before.
             for job in jobs:
                 self._do(job)
             with self._changed:

@@ -1,4 +1,4 @@
-"""The samples of a namespace, in shared memory: the leader takes them for everybody (see `mpmm.memory.monitor`)."""
+"""The samples of a namespace, in shared memory: the leader takes them for all processes (see `mpmm.memory.monitor`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["SharedSamples"]
 
 @dataclass
 class _News:
-    """What samples say that no process has published before.
+    """The figures in samples that no process has published before.
 
     measured: MB by pid, then by device row. fresh_rows, complete_rows: bits of the device rows that were read, and of
     those whose list of processes is complete. figures: row, MB in use, and the sample that says so.
@@ -45,8 +45,8 @@ class _News:
 class SharedSamples:
     """A `SampleStore` in a namespace's device rows. Each method is one transaction, unless it says otherwise.
 
-    Devices are known by uuid. A process may see some of them only, by its `CUDA_VISIBLE_DEVICES` or by choice: those it
-    measures, and those its loads go to.
+    Devices are known by uuid. A process may see only some of them, by its `CUDA_VISIBLE_DEVICES` or by choice: it
+    measures these, and loads onto these.
     """
 
     def __init__(self, namespace: Namespace, scheduler: Scheduler) -> None:
@@ -62,12 +62,12 @@ class SharedSamples:
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
     ) -> None:
-        """Give the devices that a source reports rows; the devices of another source go when its process leads.
+        """Give rows to the devices that a source reports; they replace those of another source if this process leads.
 
         A source that can measure nothing describes no device beside measured ones that are in use, or that others can
         measure: its process uses those, and relies on the figures of the others, or on accounting.
 
-        next_in_line: if given, this member polls from now on, and those in these slots are woken, to watch it.
+        next_in_line: if given, this member polls from now on, and the members in these slots are woken, to watch it.
         """
         namespace = self._namespace
         self._source = source
@@ -136,7 +136,7 @@ class SharedSamples:
         }
 
     def forget_stated_devices(self) -> None:
-        """Free the rows of devices that were only stated, and gave way to measured ones, once nothing lies there."""
+        """Free the rows of devices that were only stated, and gave way to measured ones, once no instance is there."""
         namespace = self._namespace
         tables = namespace.tables
         rows = [
@@ -157,7 +157,7 @@ class SharedSamples:
     def rows(self) -> list[int]:
         """Return the rows of the devices that this process sees; all if it sees none of them. Without the lock.
 
-        What a source that cannot measure has stated counts no more once there are devices that others measure.
+        The device that a source without measurements has stated no longer counts once there are measured devices.
         """
         used = self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
         if self._blind:
@@ -171,7 +171,7 @@ class SharedSamples:
     def visible_bits(self) -> int:
         """Return the bits of the devices that this process sees, 0 if those are all. Without the lock."""
         used = self._namespace.tables.used_rows(self._namespace.segment.layout.devices)
-        # Mostly there is one, and who sees none of several sees them all.
+        # Usually there is one, and a process that sees none of several sees them all.
         if len(used) < 2:
             return 0
         bits = device_bits(self.rows())
@@ -194,7 +194,7 @@ class SharedSamples:
         return bits
 
     def placement_of(self, bits: int, mb: float) -> Placement:
-        """Return the devices with these bits as this process knows them, for `mb` that are spread over them.
+        """Return the placement of `mb` spread over the devices with these bits, as this process knows them.
 
         Without the lock.
         """
@@ -208,29 +208,30 @@ class SharedSamples:
         )
 
     def memory_fraction(self, bits: int, mb: float) -> float | None:
-        """Return which share of each of these devices `mb` is, see `Placement`. Without the lock."""
+        """Return the share of each of these devices that `mb` takes, see `Placement`. Without the lock."""
         return fraction_of(mb, [self._namespace.tables.devices[row].total_mb for row in device_rows(bits)])
 
     def placement_of_instance(self, row: int) -> Placement:
-        """Return where an instance (row) lies, and what is reserved for it there. Without the lock."""
+        """Return where an instance (row) is, and what is reserved for it there. Without the lock."""
         instance = self._namespace.tables.instances[row]
         return self.placement_of(instance.device_bits, instance.reserved_mb)
 
     def publish(self, samples: Sequence[DeviceSample], timeout_s: float | None = None) -> None:
-        """Record figures that could be read, and let waiters profit if they show more room than there was.
+        """Record the figures that could be read, and serve waiters if these show more room than before.
 
-        If they do not, all waiters go on waiting: what only time has changed is for the leader's next poll. A plan
-        after every sample of every process would hold the lock for longer than all the rest.
+        If they do not, all waiters go on waiting: changes by time alone are left to the leader's next poll. Planning
+        after every sample of every process would hold the lock for longer than everything else.
 
         timeout_s: the longest wait for the lock.
         """
-        # Which process has started which is looked up before the lock is taken.
+        # The processes' descendants are looked up before the lock is taken.
         listed: dict[int, float] = {}
         for sample in samples:
             for pid, mb in sample.process_mb.items():
                 listed[pid] = listed.get(pid, 0.0) + mb
         taken = self._pids.taken_by_programs(listed) if listed else {}
-        # As long as the source has shown none of ours, what it lists may be our own processes under other numbers.
+        # Until the source has shown a process of this namespace, the pids that it lists may be such processes', too,
+        # under other numbers.
         knows = self._source is None or process_knowledge(self._source)
         unrelated = self._pids.unrelated(listed) if listed and knows else set()
         proven = self._shows_ours(listed)
@@ -243,7 +244,7 @@ class SharedSamples:
             if proven:
                 self._namespace.transitions.members.note_processes(t, True)
                 self._end_isolations(t)
-            # What a source does not list, though it may once have been, is unknown by now.
+            # Even if nothing is listed: a process that once was listed is unknown by now.
             knew = self._namespace.tables.header.source_measures_processes and news.figures
             if news.measured or news.complete_rows or knew:
                 self._measure_members(t, news, here, min(sample.taken_ns for sample in samples))
@@ -255,10 +256,10 @@ class SharedSamples:
                 self._scheduler.advance(t)
 
     def _reap_what_was_freed(self, t: Transaction, row: int, used_mb: float, sample: DeviceSample) -> None:
-        """Reap dead servers where a figure is less than what the instances on a device had for sure.
+        """Reap dead servers if a figure is less than what the instances on a device certainly had.
 
-        The ledger would take what the dead had for memory that nobody uses. Who lives after a sample was taken has
-        lived all the time.
+        Otherwise the ledger would take the dead servers' memory for memory that is not used. A server that lives after
+        the sample was taken has lived all the time.
         """
         namespace = self._namespace
         ledgers = namespace.transitions.ledgers
@@ -271,12 +272,12 @@ class SharedSamples:
                 return
 
     def _take_in(self, t: Transaction, samples: Sequence[DeviceSample], unrelated: Set[int]) -> _News | None:
-        """Record that the devices were looked at, and return what is new.
+        """Record that the devices were read, and return the new figures.
 
-        None if others have published newer figures of all of them, as happens when many want to know at once: then they
-        have gone on from there, too.
+        None if other processes have published newer figures of all devices, as happens when many ask at once: then
+        those have served the waiters, too.
 
-        unrelated: pids of programs that are none of ours.
+        unrelated: pids of programs that do not belong to the namespace.
         """
         transitions = self._namespace.transitions
         news, late = _News(), False
@@ -288,7 +289,7 @@ class SharedSamples:
             if sample.used_mb is not None and not transitions.devices.is_news(row, sample.taken_ns):
                 late = True
                 continue
-            # What a process has must come from the same sample as the whole: the one comes off the other.
+            # A process's figure must come from the same sample as the whole, from which it is subtracted.
             news.fresh_rows |= 1 << row
             news.complete_rows |= sample.processes_known << row
             for pid, mb in sample.process_mb.items():
@@ -300,7 +301,7 @@ class SharedSamples:
         return None if late and not news.fresh_rows else news
 
     def _end_isolations(self, t: Transaction) -> None:
-        """Let others load beside what runs alone: it will be measured by its process, as its source has just shown."""
+        """Let others load beside an isolated instance: the source has just shown that it can measure its process."""
         tables = self._namespace.tables
         for row in tables.used_rows(self._namespace.segment.layout.devices):
             instance = tables.devices[row].isolated
@@ -308,7 +309,7 @@ class SharedSamples:
                 self._namespace.transitions.isolation.end(t, instance)
 
     def _shows_ours(self, parts: Mapping[int, float]) -> bool:
-        """Tell whether a sample shows what a member takes, and so that the source knows processes; without the lock."""
+        """Tell whether a sample shows a member's memory, and so that the source knows processes; without the lock."""
         tables = self._namespace.tables
         if not parts or tables.header.source_measures_processes:
             return False
@@ -321,8 +322,8 @@ class SharedSamples:
     def _measure_members(self, t: Transaction, news: _News, here: Set[int], taken_ns: int) -> None:
         """Record what each member takes; here: the slots of those that were listed.
 
-        One that had memory, and is on no list of its devices any more, has none. But no list has the processes of
-        another container for certain, so of what lies there it is unknown.
+        A member that had memory, and is on no list of its devices any more, has none. But no list has the processes of
+        another container for certain, so if there are any, the member's memory is unknown.
         """
         tables, apart = self._namespace.tables, self._pids.are_apart()
         for slot in tables.used_members():
@@ -350,7 +351,7 @@ class SharedSamples:
         return sum(used), sum(map(max, used, peaks)), total
 
     def reset_peak(self) -> None:
-        """Let the peaks begin anew at the present figures."""
+        """Restart the peaks at the current figures."""
         with self._namespace.transaction() as t:
             self._namespace.transitions.devices.reset_peaks(t)
 
@@ -359,7 +360,7 @@ class SharedSamples:
         return self._pids.to_measure()
 
     def _share_out(self, t: Transaction, taken: dict[int, float]) -> None:
-        """Record with each lease what its program takes; of several leases for one program, one after the other."""
+        """Record with each lease what its program takes; several leases of one program are filled one by one."""
         for row, pid in self._pids.leases().items() if taken else ():
             if pid in taken:
                 reserved = self._namespace.tables.instances[row].reserved_mb

@@ -1,7 +1,7 @@
 """`ResourceEstimator` on shared state: the same methods, for all processes of a namespace.
 
 Estimates live in the model rows, readings in the observation rows. Only the leader solves, between two polls
-(`mpmm.model_manager.leader`), and a caller that adds an observation by hand.
+(`mpmm.model_manager.leader`), or a caller that adds an observation by hand.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SharedResourceEstimator:
         return math.isnan(self.get_estimate(model_tag, math.nan))
 
     def get_estimate(self, model_tag: str, default_mb: float = 4000.0) -> float:
-        """Return the estimate of a tag in MB, or `default_mb`. Raises InvalidArgumentError for what is no tag."""
+        """Return the estimate of a tag in MB, or `default_mb`. Raises InvalidArgumentError if it is no tag."""
         encode_text(model_tag, Model.TAG_BYTES, "model tag")
         namespace = self._namespace
         with namespace.transaction():
@@ -86,7 +86,7 @@ class SharedResourceEstimator:
         self.logging_info("Initial estimate of %s: %s MB", model_tag, cost)
 
     def add_observation(self, active_snapshot: Mapping[str, int], peak_memory: float) -> None:
-        """Add a reading of `peak_memory` MB taken while so many copies of each tag were loaded, and solve.
+        """Add a reading of `peak_memory` MB with these copies of each tag loaded, and solve.
 
         Raises InvalidArgumentError, TableFullError.
         """
@@ -149,9 +149,9 @@ class SharedResourceEstimator:
         return found, readings_of
 
     def solve(self) -> None:
-        """Solve for the footprints and take them into the estimates, unless nothing is new or there is too little.
+        """Solve for the footprints and update the estimates, unless nothing is new or the readings are too few.
 
-        How much a solution counts, see `reconcile`: what was read from processes is exact already and stays.
+        For how much a solution counts, see `reconcile`: figures read from processes are exact already and stay.
         """
         namespace = self._namespace
         made = namespace.tables.header.observations_made
@@ -174,7 +174,7 @@ class SharedResourceEstimator:
                 model = namespace.tables.models[row]
                 known, measured = model.known, model.measured
                 if not known and mb <= model.at_least_mb:
-                    # The readings are from before it ran out of memory with more than that free.
+                    # The readings are from before the model ran out of memory with more than that free.
                     continue
                 old = Estimate(model.estimate_mb, model.sd_mb) if known else None
                 new = reconcile(old, Estimate(mb, footprints.sd_mb[tag] if footprints else 0.0), self.smoothing_factor)
