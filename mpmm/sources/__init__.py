@@ -1,6 +1,6 @@
-"""Where memory figures come from, and which source is taken.
+"""Sources of memory figures, and the choice of one.
 
-A source measures; the monitor (`mpmm.memory.monitor`) decides when, and keeps what was measured.
+A source measures; the monitor (`mpmm.memory.monitor`) decides when, and keeps the figures.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 SOURCE_VARIABLE = "MPMM_MEMORY_SOURCE"
-# Sources that are about to start, or hang in it: in which process, and since when.
+# Sources that are starting, or hang as they start: in which process, and since when.
 _starting: dict[str, tuple[int, float]] = {}
 
 
@@ -59,13 +59,13 @@ def choose_source(
     """Return the source called `name`, ready to measure.
 
     name: `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or `auto` for the first of `nvml`, `nvidia-smi`,
-        `amdsmi` and `booked` that works. `$MPMM_MEMORY_SOURCE` stands in for `auto`, and for nothing else. A
-        source passes through.
+        `amdsmi` and `booked` that works. `$MPMM_MEMORY_SOURCE` replaces `auto`, and nothing else. A source
+        object is returned as it is.
     fallback_memory_mb: the total of `booked`.
     budget_mb: the total of `host`; the other sources measure theirs.
-    logger: gets one warning when `auto` ends at `booked`, unless `warn` is off.
+    logger: gets one warning when `auto` falls back to `booked`, unless `warn` is off.
 
-    Raises InvalidArgumentError for an unknown name, SourceUnavailableError (a child of it) when a source
+    Raises InvalidArgumentError for an unknown name, SourceUnavailableError (a child of it) if a source
     that was named cannot work here. A driver that has not answered within `START_TIMEOUT_S` does not work.
     """
     if not isinstance(name, str):
@@ -101,7 +101,7 @@ def choose_source(
 
 
 def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Callable[[], MemorySource]]:
-    """Return how each source is made. A source's library is imported when the source is made, not before."""
+    """Return the function that makes each source. It imports the source's library, which is not imported before."""
 
     def nvml() -> MemorySource:
         from mpmm.sources.nvml import NvmlSource
@@ -133,11 +133,11 @@ def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Cal
 
 
 def _started(name: str, make: Callable[[], MemorySource]) -> MemorySource:
-    """Return what `make` returns, but give it up in time: a driver may hang when it is initialised."""
+    """Return what `make` returns, but give up in time: a driver may hang when it is initialised."""
     pid, since = _starting.get(name, (0, 0.0))
     if pid == os.getpid() and time.monotonic() - since > START_TIMEOUT_S:
         # Another try would hang beside the first one, and hold up its caller for as long again.
-        raise unavailable(name, "its driver still hangs since it was first asked")
+        raise unavailable(name, "its driver has hung since it was first asked")
     _starting[name] = (os.getpid(), time.monotonic())
 
     def start() -> MemorySource:

@@ -1,17 +1,17 @@
 """Memory figures of AMD GPUs from AMD's management library, through its Python package `amdsmi` (extra `amd`).
 
 The package comes with ROCm, or from PyPI for a ROCm that is installed already. Only memory on the device (VRAM)
-counts: what a process has mapped of the host's (GTT) is none of it.
+counts, not the host's memory that a process has mapped (GTT).
 
 - A device that cannot be read has no figure; the others have theirs. After a failure the library is shut down and
   initialised again, see `mpmm.sources.driver_library`.
 - Silence is not a measurement. In a container the driver may list no process, or the pids of the host. So the source
   measures processes once it has shown what one of ours takes: one of those named to `sample`, or the process it is in.
-  When it names processes that do not exist here and none of ours, twice in a row, it says that it cannot measure them,
-  until it shows one of ours.
+  If it lists processes that do not exist here and none of ours, twice in a row, it reports that it cannot measure
+  processes, until it shows one of ours.
 - A list of processes makes the library look through `/proc`, which takes milliseconds. So a sample is not cheap.
 - `ROCR_VISIBLE_DEVICES` and `HIP_VISIBLE_DEVICES` are read as the runtimes read them, see `visible_gpus`. A model
-  server is told its devices in the latter, as numbers among those that the former shows.
+  server gets its devices in the latter, as numbers among those that the former shows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["HIP_VARIABLE", "ROCR_VARIABLE", "AmdGpu", "AmdSource", "rocr_visible
 
 ROCR_VARIABLE = "ROCR_VISIBLE_DEVICES"
 HIP_VARIABLE = "HIP_VISIBLE_DEVICES"
-# How the runtimes write a GPU's unique id, and how few and how many of its characters a list may have.
+# How the runtimes write a GPU's unique id, and the fewest and the most of its characters that a list may have.
 _RUNTIME_UUID = "GPU-{:016x}"
 _LEAST_UUID, _MOST_UUID = 5, 20
 
@@ -40,7 +40,7 @@ _LEAST_UUID, _MOST_UUID = 5, 20
 class AmdGpu:
     """One GPU, or one partition of it.
 
-    total_mb: None = could not be read. runtime_uuid: what `ROCR_VISIBLE_DEVICES` calls it; None where it is not known.
+    total_mb: None = could not be read. runtime_uuid: its name in `ROCR_VISIBLE_DEVICES`; None if it is not known.
     """
 
     uuid: str
@@ -53,8 +53,8 @@ def rocr_visible(gpus: Sequence[AmdGpu], setting: str | None) -> list[AmdGpu]:
     """Return the GPUs that `ROCR_VISIBLE_DEVICES` lets through, in its order.
 
     gpus: all of them, in the driver's order. setting: None lets everything through, an empty text nothing. Otherwise
-    numbers, or beginnings of uuids (`GPU-…`, in capitals or not), mixed as one likes. The list ends before the first
-    entry that matches nothing, more than one GPU, or one that was named before.
+    numbers, or beginnings of uuids (`GPU-…`, in capitals or not), in any mixture. The list ends before the first entry
+    that matches nothing, more than one GPU, or one that was named before.
     """
     if setting is None:
         return list(gpus)
@@ -70,9 +70,9 @@ def rocr_visible(gpus: Sequence[AmdGpu], setting: str | None) -> list[AmdGpu]:
 def visible_gpus(gpus: Sequence[AmdGpu], rocr: str | None, hip: str | None, cuda: str | None) -> list[AmdGpu]:
     """Return the GPUs that a process sees, in the order in which it counts them.
 
-    rocr, hip, cuda: the settings of these names, None where they are not set. What HIP reads is `HIP_VISIBLE_DEVICES`,
-    or `CUDA_VISIBLE_DEVICES` where that is empty, and both being empty is no restriction. It counts the GPUs that
-    `rocr` has let through. Its list ends before the first entry that matches nothing; a repeated one changes nothing.
+    rocr, hip, cuda: the settings of these names, None if they are not set. HIP reads `HIP_VISIBLE_DEVICES`, or
+    `CUDA_VISIBLE_DEVICES` if that is empty; if both are empty, nothing is restricted. It numbers the GPUs that `rocr`
+    has let through. Its list ends before the first entry that matches nothing; a repeated entry changes nothing.
     """
     there = rocr_visible(gpus, rocr)
     setting = hip or cuda
@@ -92,7 +92,7 @@ def visible_gpus(gpus: Sequence[AmdGpu], rocr: str | None, hip: str | None, cuda
 
 
 def _by_number(gpus: Sequence[AmdGpu], entry: str, base: int) -> AmdGpu | None:
-    """Return the GPU of a number; base 0: in any notation, 10: only as one writes it usually."""
+    """Return the GPU of a number; base 0: in any notation, 10: only in plain decimal notation."""
     try:
         number = int(entry, base)
     except ValueError:
@@ -157,7 +157,7 @@ class AmdSource:
         session = _open_session()
         rocr = os.environ.get(ROCR_VARIABLE)
         hip, cuda = os.environ.get(HIP_VARIABLE), os.environ.get(VISIBLE_VARIABLE)
-        # How HIP numbers them in a model server, which has this process's environment but for its own setting.
+        # HIP's numbers for them in a model server, which has this process's environment except for its own setting.
         self._numbers = {gpu.uuid: number for number, gpu in enumerate(rocr_visible(session.gpus, rocr))}
         self._devices = tuple(
             DeviceInfo(index, gpu.uuid, gpu.name, gpu.total_mb)
@@ -175,15 +175,12 @@ class AmdSource:
 
     @property
     def measures_processes(self) -> bool:
-        """Whether the library has shown what a process of ours takes, and has not taken that back since."""
+        """Whether the library has shown what a process of ours takes, and has not contradicted that since."""
         return self.process_knowledge is True
 
     @property
     def process_knowledge(self) -> bool | None:
-        """What the library has shown of that: None as long as none of ours was listed, False if it shows others only.
-
-        False, too, while it refuses the lists.
-        """
+        """Whether it has: None as long as none of ours was listed, False if it lists only others, or refuses to."""
         return self._trust.knowledge
 
     def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:
@@ -198,7 +195,7 @@ class AmdSource:
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Read every device; one that fails has `used_mb` None. `server_pids`, and this process's, are ours."""
+        """Read every device; one that fails has `used_mb` None. `server_pids` and this process are ours."""
         session = self._sessions.usable()
         if session is None:
             return without_figures(self._devices, self._sessions.trouble)
@@ -209,18 +206,18 @@ class AmdSource:
         return self._trust.as_far_as_trusted(samples)
 
     def close(self) -> None:
-        """Shut the library down in this process. It counts users, so others in the process keep theirs."""
+        """Shut the library down in this process. It counts its users, so others in the process keep theirs."""
         self._sessions.close()
 
     def _judge(self, read: Sequence[DeviceSample], ours: Collection[int]) -> None:
-        """Conclude from the devices that could be read whether, and how, the library tells processes."""
+        """Conclude from the devices that could be read whether, and how, the library shows processes."""
         if not read:
             return
         figures: dict[int, float] = {}
         for sample in read:
             for pid, mb in sample.process_mb.items():
                 figures[pid] = figures.get(pid, 0.0) + mb
-        # 0 is what a process has that has only opened the device, and what is listed where nothing is told.
+        # 0 is the figure of a process that has only opened the device, and of every process if figures are withheld.
         if any(figures.get(pid, 0.0) > 0 for pid in ours):
             self._trust.note_ours()
             return
@@ -247,7 +244,7 @@ def _open_session() -> _Session:
 
 
 def _in_runtime_order(door: _Door, handles: Sequence[Any]) -> list[Any]:
-    """Return the GPUs in the order in which the runtimes count them, that of the kernel's nodes, where it is told."""
+    """Return the GPUs in the order in which the runtimes count them, that of the kernel's nodes, if it is known."""
     nodes: dict[int, Any] = {}
     for handle in handles:
         node = (door.ask("amdsmi_get_gpu_kfd_info", handle) or {}).get("node_id")
@@ -270,7 +267,7 @@ def _describe(door: _Door, number: int, handle: Any) -> AmdGpu:
 
 
 def _read(session: _Session, device: DeviceInfo) -> DeviceSample:
-    """Return a device's sample; `processes_known` here says no more than that there was a list of them."""
+    """Return a device's sample; here `processes_known` only means that the list had a figure for each."""
     taken_ns = time.monotonic_ns()
     door, handle = session.door, session.handles.get(device.uuid)
     if handle is None:
@@ -296,6 +293,6 @@ def _processes(door: _Door, handle: Any) -> tuple[dict[int, float], bool]:
         if not isinstance(used, int):  # "N/A"
             known = False
             continue
-        # Should one be listed twice, it is with the same memory: largest, not sum.
+        # A process that is listed twice has the same memory in both entries: the largest, not the sum.
         figures[process["pid"]] = max(figures.get(process["pid"], 0.0), used / MIB)
     return figures, known

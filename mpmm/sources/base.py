@@ -1,7 +1,7 @@
 """What a source of memory figures is: the devices it knows and how it measures them.
 
 Every `_mb` in mpmm counts MiB (2**20 bytes), the unit that `nvidia-smi` prints. A figure that could not
-be read is None, never 0: 0 would say that the device is empty and let everything in.
+be read is None, never 0: 0 would mean that the device is empty, and admit every load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 MIB = 2**20
-# Longer than NVML takes on a host with eight GPUs whose driver is not kept loaded. A driver that needs more hangs.
+# Longer than NVML takes on a host with eight GPUs whose driver is not kept loaded. A driver that takes longer hangs.
 START_TIMEOUT_S = 20.0
 
 
@@ -72,12 +72,12 @@ class DeviceSample:
     used_mb: None = could not be read.
     taken_ns: `time.monotonic_ns()` from before the measurement began, so that whatever happened earlier
         than `taken_ns` is in the figure for certain.
-    process_mb: memory per pid, for the pids that the source can tell.
-    processes_known: `process_mb` has all of those named to `sample` that use the device, so that one which is
-        missing uses nothing. Otherwise that is unknown, not 0.
-    trouble: why `used_mb` is None, where the source knows.
+    process_mb: memory per pid, for the pids that the source knows.
+    processes_known: `process_mb` has all of those named to `sample` that use the device, so that a missing one uses
+        nothing. Otherwise its memory is unknown, not 0.
+    trouble: why `used_mb` is None, if the source knows.
     done_ns: `time.monotonic_ns()` from after the measurement had ended, so that whatever happened later than `done_ns`
-        is not in the figure for certain; 0 where the source does not tell.
+        is certainly not in the figure; 0 if the source does not say.
     """
 
     index: int
@@ -89,9 +89,9 @@ class DeviceSample:
     done_ns: int = 0
 
     def unrelated_mb(self, ours: Collection[int]) -> float | None:
-        """Return what is used by others than the processes `ours`, the driver itself included.
+        """Return the memory that is not used by the processes `ours`, that of the driver itself included.
 
-        ours: processes that were named to `sample`. None where the figure, or their parts in it, are not known.
+        ours: processes that were named to `sample`. None if the figure, or their parts in it, are not known.
         """
         if self.used_mb is None or not self.processes_known:
             return None
@@ -103,18 +103,18 @@ class MemorySource(Protocol):
     """Where memory figures come from. `sample` may be called by several threads, and after a fork.
 
     name: what people select it by.
-    measures_processes: `DeviceSample.process_mb` tells what the processes named to `sample` take. That can change, and
-        silence is no measurement: a source that depends on what a driver tells is True once it has shown a figure for
+    measures_processes: `DeviceSample.process_mb` has what the processes named to `sample` take. That can change, and
+        silence is no measurement: a source that depends on a driver's answers says True once it has shown a figure for
         one of those, or for the process it is in, and not before; see `process_knowledge`.
-    cheap: a sample costs well under 5 ms, so anybody may take one where they stand.
+    cheap: a sample costs well under 5 ms, so any caller may take one itself.
 
-    A source may have these, too, which count as False where they are missing:
+    A source may have these, too, which count as False if they are missing:
 
     frees_late: freed memory may show up seconds after an unload; see `frees_late`.
-    accounting_only: it knows totals alone; see `is_accounting_only`.
-    counts_named_only: its figure holds nothing but the processes named to `sample`; see `counts_named_only`.
-    process_knowledge: `measures_processes` with a third value, None, for a source that may yet show; see
-        `process_knowledge`. Without it, a source is taken at its word: its `measures_processes` is all there is.
+    accounting_only: it knows only totals; see `is_accounting_only`.
+    counts_named_only: its figure counts only the processes named to `sample`; see `counts_named_only`.
+    process_knowledge: `measures_processes` with a third value, None, for a source that may still show processes; see
+        `process_knowledge`. Without it, `measures_processes` alone decides.
     """
 
     name: str
@@ -136,7 +136,7 @@ class MemorySource(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what the source holds. A later `sample` opens it again."""
+        """Release what the source holds. A later `sample` opens it again."""
         ...
 
 
@@ -146,7 +146,7 @@ def frees_late(source: MemorySource) -> bool:
 
 
 def is_accounting_only(source: MemorySource) -> bool:
-    """Return whether `source` knows totals alone, so that its samples are always None."""
+    """Return whether `source` knows only totals, so that its samples are always None."""
     return _flag(source, "accounting_only", "books_only")
 
 
@@ -159,7 +159,7 @@ def _flag(source: MemorySource, name: str, old_name: str) -> bool:
 
 
 def _warn_author(source: MemorySource, text: str) -> None:
-    """Warn where the type of `source` is defined: it is asked by mpmm itself, whose warnings Python does not show."""
+    """Warn at the line that defines the type of `source`: Python does not show warnings at lines of mpmm."""
     kind = type(source)
     module = sys.modules.get(kind.__module__)
     filename = getattr(module, "__file__", None) or f"<{kind.__module__}>"
@@ -172,9 +172,9 @@ def _warn_author(source: MemorySource, text: str) -> None:
 
 
 def counts_named_only(source: MemorySource) -> bool:
-    """Return whether the used memory that `source` tells is that of the processes named to `sample`, and no more.
+    """Return whether the used memory of `source` is only that of the processes named to `sample`.
 
-    What other processes take, workers that hold objects of their own among them, then is in no figure at all.
+    Then the memory of other processes, such as workers that hold objects of their own, is in no figure at all.
     """
     return bool(getattr(source, "counts_named_only", False))
 
@@ -182,8 +182,8 @@ def counts_named_only(source: MemorySource) -> bool:
 def process_knowledge(source: MemorySource) -> bool | None:
     """Return whether `source` has shown what single processes take, as far as that is known by now.
 
-    None: not yet; as long as no process of ours uses the device, nobody can tell. True: it has shown a figure for one
-    of ours. False: it has shown that it does not: its driver refuses the lists, withholds the figures, or names
+    None: not yet, and as long as no process of ours uses the device, that cannot be known. True: it has shown a figure
+    for one of ours. False: it has turned out not to: its driver refuses the lists, withholds the figures, or lists
     processes of another pid namespace. False becomes True, and True False, when the driver's answers change.
     """
     knowledge: bool | None = getattr(source, "process_knowledge", source.measures_processes)
@@ -191,13 +191,13 @@ def process_knowledge(source: MemorySource) -> bool | None:
 
 
 def process_exists(pid: int) -> bool:
-    """Tell whether there is a process of this number here, whoever's it is."""
+    """Tell whether there is a process of this number here, of any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        # Another user's; or a number that no system has, which says nothing of how others are counted.
+        # Another user's process; or a number that no system has, which says nothing about pid namespaces.
         return True
     return True
 
@@ -205,25 +205,25 @@ def process_exists(pid: int) -> bool:
 def larger_whole(before: float | None, after: float | None) -> float | None:
     """Return what a device had in use, read before and after what each process takes; None if it cannot be read.
 
-    The larger of the two, so that the parts are in the whole whichever way they change in between. Were they not, the
-    whole would seem to have room that is not there: with the whole read first for what a process takes then, with the
-    whole read last for what one gives back.
+    The larger of the two, so that the whole includes its parts whichever way they change in between. Otherwise the
+    device would seem to have room that is not there: if the whole were only read first, after a process takes more; if
+    it were only read last, after one gives memory back.
     """
     return after if before is None or after is None else max(before, after)
 
 
 @unique
 class Measures(IntEnum):
-    """How much a process can measure with its source. The numbers stand in segments, so they stay."""
+    """How much a process can measure with its source. The numbers are stored in segments, so they do not change."""
 
-    UNKNOWN = 0  # it has not said so yet
-    NOTHING = 1  # totals alone
+    UNKNOWN = 0  # not recorded yet
+    NOTHING = 1  # only totals
     DEVICES = 2  # what each device has in use
     PROCESSES = 3  # what each process takes of it, too
 
 
 def what_it_measures(source: MemorySource) -> Measures:
-    """Return how much a source can measure at present; one that has not shown yet whether it tells processes may."""
+    """Return how much a source can measure now; one that may still turn out to measure processes counts as if it did."""
     if is_accounting_only(source):
         return Measures.NOTHING
     return Measures.DEVICES if process_knowledge(source) is False else Measures.PROCESSES

@@ -13,7 +13,7 @@ __all__ = ["BookedSource"]
 
 
 class BookedSource:
-    """One device of a given size whose use is never measured: every sample says None."""
+    """One device of a given size whose use is never measured: every sample has None."""
 
     name = "booked"
     measures_processes = False

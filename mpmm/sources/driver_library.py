@@ -1,9 +1,9 @@
-"""What the sources that ask a driver's management library have in common: its sessions, and trust in what it tells.
+"""What the sources that ask a driver's management library have in common: its sessions, and trust in its answers.
 
-- A session is good in the process that has opened it, and only there. After a failure it is ended and another one
-  opened, at most every `RETRY_S`, because a GPU that was reset, or a driver that was reloaded, is only found that way.
-- Silence is not a measurement: a library may list no process, withhold what each takes, or name processes of another
-  pid namespace. What it tells counts once it has shown one of ours.
+- A session is valid only in the process that has opened it. After a failure it is ended and another one opened, at
+  most every `RETRY_S`, because a GPU that was reset, or a driver that was reloaded, is only found that way.
+- Silence is not a measurement: a library may list no process, withhold what each takes, or list processes of another
+  pid namespace. Its lists count once it has shown a process of ours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RETRY_S = 2.0
 
 
 class LibraryDoor(Protocol):
-    """The one place that calls a library. error: why it refused the last call, None if it did not."""
+    """The only place that calls a library. error: why it refused the last call, None if it did not."""
 
     error: str | None
 
@@ -34,7 +34,7 @@ class LibraryDoor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LibrarySession:
-    """An initialised library: good in one process only. Libraries count their users, so others keep theirs.
+    """An initialised library: valid in one process only. Libraries count their users, so others keep theirs.
 
     handles: the library's, keyed by the devices' uuids. shut_down: the function that ends a session.
     """
@@ -43,11 +43,11 @@ class LibrarySession:
     handles: Mapping[str, Any]
     shut_down: str
     pid: int = field(default_factory=os.getpid)
-    # Held from the end on.
+    # Held once the session has ended.
     _ended: Any = field(default_factory=threading.Lock)
 
     def end(self) -> bool:
-        """End it; return False when that is done already, or it is another process's."""
+        """End the session; return False if it has ended already, or is another process's."""
         if self.pid != os.getpid() or not self._ended.acquire(blocking=False):
             return False
         self.door.ask(self.shut_down)
@@ -60,13 +60,13 @@ Session = TypeVar("Session", bound=LibrarySession)
 class Sessions(Generic[Session]):
     """One session after the other, each replaced as a whole.
 
-    So threads need no lock, and a forked child, which must initialise the library for itself, finds none held.
+    So threads need no lock, and a forked child, which must initialise the library for itself, finds no lock held.
 
     doubted: the last sample lacked figures. trouble: why the library could not be initialised again.
     """
 
     def __init__(self, first: Session, open_session: Callable[[], Session], retry_s: float) -> None:
-        """open_session: raises SourceUnavailableError. retry_s: so long it is not tried again after a failure."""
+        """open_session: raises SourceUnavailableError. retry_s: how long it is not tried again after a failure."""
         self._session: Session | None = first
         self._open_session = open_session
         self._retry_s = retry_s
@@ -75,7 +75,7 @@ class Sessions(Generic[Session]):
         self.trouble: str | None = None
 
     def usable(self) -> Session | None:
-        """Return a session of this process, a new one where that is due; None when the library does not start."""
+        """Return a session of this process, a new one if that is due; None if the library does not start."""
         old, now = self._session, time.monotonic()
         if old is not None and old.pid == os.getpid():
             if not self.doubted or now < self.retry_at or not old.end():
@@ -104,10 +104,10 @@ class Sessions(Generic[Session]):
 
 
 class ProcessTrust:
-    """What a library's lists of processes have told so far."""
+    """What a library's lists of processes have shown so far."""
 
     def __init__(self) -> None:
-        # All is withheld now; one of ours was seen; pids are not those in here.
+        # All figures are withheld now; one of ours was seen; the pids are those of another namespace.
         self._withheld = False
         self._shown = False
         self._foreign_pids = False
@@ -122,24 +122,24 @@ class ProcessTrust:
         return True if self._shown else None
 
     def note_ours(self) -> None:
-        """Note that the lists have told what one of ours takes."""
+        """Note that the lists have shown what one of ours takes."""
         self._shown, self._withheld = True, False
         self._missing, self._foreign_pids = frozenset(), False
 
     def note_others(self, pids: Collection[int], *, withheld: bool) -> None:
-        """Note the lists of a sample that told of none of ours.
+        """Note the lists of a sample that had no figure for any of ours.
 
-        pids: that were named. withheld: what they take is told for none, or not for one of ours.
+        pids: the listed ones. withheld: the lists had no figures at all, or one of ours without its figure.
         """
         self._withheld = withheld
         missing = frozenset(pid for pid in pids if not process_exists(pid))
-        # One that does not exist may have just ended, but not twice in a row.
+        # A process that does not exist may have just ended, but not twice in a row.
         if missing & self._missing:
             self._foreign_pids, self._shown = True, False
         self._missing = missing
 
     def as_far_as_trusted(self, samples: Sequence[DeviceSample]) -> tuple[DeviceSample, ...]:
-        """Return samples without what is not to be believed of processes."""
+        """Return samples without the claims about processes that cannot be trusted."""
         if self._foreign_pids:
             return tuple(replace(sample, process_mb={}, processes_known=False) for sample in samples)
         if not self._shown:

@@ -1,10 +1,10 @@
 """Host memory as the 'device': what models on the CPU take, through psutil.
 
 - With a budget, used memory is the sum of the USS (the memory that would come free if the process ended) of the
-  processes the caller names. Pages that they share with others, after a fork say, are in nobody's USS.
-- Without one it is what the whole host uses and cannot give up at once, whoever uses it. Where a control group
-  limits this process to less, the limit is the total, and what is used is total minus what is left to this process:
-  the least of what its groups and the host have left.
+  processes the caller names. Pages that they share with others, after a fork say, are in no process's USS.
+- Without one it is what the whole host uses, for whatever purpose, and cannot free at once. If a control group
+  limits this process to less, the limit is the total, and used memory is the total minus what is left to this
+  process: the least that its groups and the host have left.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class HostMemorySource:
     cheap = False
 
     def __init__(self, budget_mb: float | None = None) -> None:
-        """Take `budget_mb` as the total, for the named processes alone; or the whole of what this process may use.
+        """Take `budget_mb` as the total, for the named processes alone; without it, all that this process may use.
 
         Raises InvalidArgumentError unless `budget_mb` is None or a positive number.
         """
@@ -64,9 +64,9 @@ class HostMemorySource:
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Read the USS of `server_pids`, and add them up where there is a budget; those that are gone count nothing.
+        """Read the USS of `server_pids`, and add them up if there is a budget; processes that are gone count nothing.
 
-        With a budget, `used_mb` is None when a living process may not be looked at by us at all.
+        With a budget, `used_mb` is None if this process may not look at a living one at all.
         """
         taken_ns = time.monotonic_ns()
         known = self._readings
@@ -85,7 +85,7 @@ class HostMemorySource:
             used_mb: float | None = max(0.0, self._devices[0].total_mb - host_memory_left_mb())
         else:
             used_mb = sum(process_mb.values()) if complete else None
-        trouble = None if used_mb is not None else "a process may not be looked at"
+        trouble = None if used_mb is not None else "this process may not look at another one"
         return (DeviceSample(0, used_mb, taken_ns, process_mb, complete, trouble, time.monotonic_ns()),)
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ def _read(pid: int, known: _Reading | None, now_ns: int) -> _Reading:
 
 
 def host_memory_mb() -> float:
-    """Return the memory this process may use: the host's, or less where its control group says so."""
+    """Return the memory this process may use: the host's, or less if its control group limits it."""
     limits = [limit for limit, _ in cgroup_limits()]
     return float(min([psutil.virtual_memory().total, *limits])) / MIB
 
@@ -127,7 +127,7 @@ def cgroup_limits(
 ) -> list[tuple[int, int | None]]:
     """Return (limit, used) of this process's control group and its parents, v2 and v1, in bytes; [] for no limits.
 
-    Used is without what the kernel only caches and can drop; None where it cannot be read.
+    Used excludes memory that the kernel only caches and can drop; None if it cannot be read.
     mount, membership: where the kernel shows the groups, and which ones this process is in.
     """
     try:
@@ -157,10 +157,11 @@ def cgroup_limits(
 
 @dataclass(frozen=True)
 class _Version:
-    """Names of files, and of the line in `memory.stat` that counts files in the cache which nobody uses.
+    """Names of files, and of the line in `memory.stat` that counts files in the cache that no process uses.
 
-    limits: the least counts. Above `memory.high` the kernel does not refuse memory, but holds the group up, for ever
-        longer, until what it has is reclaimed; models are not. The soft limit of v1 only says whose memory goes first.
+    limits: the lowest counts. Above `memory.high` the kernel does not refuse memory, but holds up the group, longer and
+        longer, until its memory is reclaimed, which a model's cannot be. The soft limit of v1 only decides whose memory
+        is reclaimed first.
     """
 
     limits: tuple[str, ...]

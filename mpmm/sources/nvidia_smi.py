@@ -1,20 +1,20 @@
 """Memory figures from the `nvidia-smi` program, for hosts where NVML itself cannot be loaded.
 
-A sample starts a process, so it costs tens of milliseconds, some seconds where the driver is not kept loaded, and with
-a sick driver the program can hang, even beyond SIGKILL. It is killed after `timeout_s`; the monitor takes samples in a
-thread of their own, so that nobody else waits for it.
+A sample starts a process, so it costs tens of milliseconds, some seconds if the driver is not kept loaded, and with a
+broken driver the program can hang, even after SIGKILL. It is killed after `timeout_s`; the monitor takes samples in a
+thread of its own, so that no other thread waits for it.
 
-- Only lines of the shape that was asked for count: a GPU's uuid, and a figure or what the program puts in place of
-  one, `[N/A]`, `[GPU is lost]` or the like, which is no figure. Everything else is a message to people, such as
-  `WARNING: infoROM is corrupted at gpu 0000:01:00.0`, which the program prints among the lines and ends with status 14:
-  a warning, once, and the figures count.
-- If the program fails otherwise, which one lost GPU is enough for, it is asked for each GPU alone: one that is lost
-  has no figure, and at the start keeps its number; the others have theirs.
-- Where this process ignores SIGCHLD, a shell runs the program, and tells its status.
-- A GPU that shares the host's memory (GB10, Jetson) has no memory of its own to tell: `[N/A]`, or a figure that takes
-  the page cache for used. See `mpmm.sources.unified_memory`.
-- Its CSV tells whether a GPU is cut into MIG slices, but not what they have: such a GPU is left out.
-- Processes are not measured. It could be done (`--query-compute-apps`), but by one more run of the program for each
+- Only lines of the requested form count: a GPU's uuid, and a figure or the program's reason for not giving one,
+  `[N/A]`, `[GPU is lost]` or the like. Everything else is a message to people, such as
+  `WARNING: infoROM is corrupted at gpu 0000:01:00.0`, which the program prints among the lines before it ends with
+  status 14: that is logged once, and the figures count.
+- If the program fails otherwise, for which one lost GPU is enough, it is asked for each GPU alone: a lost GPU has no
+  figure, and if it is lost at the start, it keeps its number; the others have theirs.
+- If this process ignores SIGCHLD, a shell runs the program, and prints its status.
+- A GPU that shares the host's memory (GB10, Jetson) reports no memory of its own, `[N/A]`, or a figure that counts the
+  page cache as used. See `mpmm.sources.unified_memory`.
+- Its CSV shows whether a GPU is cut into MIG slices, but not their memory: such a GPU is left out.
+- Processes are not measured. It could be done (`--query-compute-apps`), but with one more run of the program for each
   sample; and nvidia-smi itself uses NVML, so where it runs, that source can do it in a hundredth of the time.
 """
 
@@ -55,16 +55,16 @@ _NO_SUCH_GPU = 6
 # Wrong arguments, no GPU, no driver, no library, a library that is too old: asking for each GPU alone would not help.
 _HOPELESS = (2, _NO_SUCH_GPU, 9, 12, 13)
 _MOST_GPUS = 16
-# Stands before the status where a shell tells it.
+# Precedes the status that a shell prints.
 _STATUS = "mpmm-status:"
 _UUID = re.compile(r"GPU-\S+")
-# What stands where a figure was asked for: the figure, with a unit perhaps, or why there is none.
+# The field of a figure: the figure, perhaps with a unit, or why there is none.
 _VALUE = re.compile(r"(?P<number>[-+]?\d+(\.\d*)?|nan)( *MiB)?|\[[^\]]*\]")
 
 
 @dataclass(frozen=True)
 class _Board:
-    """One line of the program's list. total: what it says, empty for a GPU that was lost at the start."""
+    """One line of the program's list. total: as printed, empty for a GPU that was lost at the start."""
 
     uuid: str
     name: str
@@ -90,7 +90,7 @@ class NvidiaSmiSource:
         timeout_s: the program is killed after that.
         """
         self._timeout_s = timeout_s
-        # The warning that has not been given yet: only one thread gets it.
+        # The warning that was not given yet: only one thread takes it out.
         self._unwarned = ["infoROM"]
         self._has_uuids = True
         try:
@@ -117,9 +117,9 @@ class NvidiaSmiSource:
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Run the program and return its figures; what is no number gives None. `server_pids` is not needed.
+        """Run the program and return its figures, None for what is no number. `server_pids` is not needed.
 
-        Raises what the program's failure raises, when no GPU has a figure: subprocess.TimeoutExpired, OSError, ….
+        If no GPU has a figure, raises the failure of the program: subprocess.TimeoutExpired, OSError, ….
         """
         taken_ns = time.monotonic_ns()
         if self._is_unified:
@@ -141,7 +141,7 @@ class NvidiaSmiSource:
         return DeviceSample(device.index, used_mb, taken_ns, trouble=trouble, done_ns=done_ns)
 
     def _free(self) -> dict[str, str]:
-        """Return what the program says of the free memory of each GPU, or why it does not, by uuid."""
+        """Return what the program prints for the free memory of each GPU, or why it does not, by uuid."""
         if not self._has_uuids:
             lines, failure = self._ask("memory.free")
             values = _values(lines)
@@ -199,7 +199,7 @@ class NvidiaSmiSource:
             )
 
     def _boards(self) -> list[_Board]:
-        """Return all GPUs, those that cannot be read included. Raises what the program's failure raises."""
+        """Return all GPUs, those that cannot be read included. Raises the failure of the program."""
         lines, failure = self._ask("memory.total")
         if failure is not None:
             if failure.returncode in _HOPELESS:
@@ -213,7 +213,7 @@ class NvidiaSmiSource:
         return [_Board(*label, total) for label, total in zip(labels, totals, strict=True)]
 
     def _boards_one_by_one(self) -> list[_Board]:
-        """Return all GPUs, asked for by number, of which some are lost: those keep their numbers, as CUDA counts."""
+        """Return all GPUs, asked for by number; those that are lost keep their numbers, as CUDA counts."""
         boards: list[_Board] = []
         for number in range(_MOST_GPUS):
             lines, failure = self._ask("memory.total", str(number))
@@ -238,11 +238,11 @@ class NvidiaSmiSource:
         return unified_total_mb() if self._is_unified else _number(board.total)
 
     def _labels(self, count: int, gpu: str | None = None) -> list[tuple[str, str, bool]]:
-        """Return (uuid, name, is cut into MIG slices) of each GPU, or of one; nothing where that is not told."""
-        for fields in ("uuid,mig.mode.current,name", "uuid,name"):  # older ones do not know of MIG
+        """Return (uuid, name, is cut into MIG slices) of each GPU, or of one; [] if the program does not print that."""
+        for fields in ("uuid,mig.mode.current,name", "uuid,name"):  # older programs do not know MIG
             try:
                 lines, _ = self._ask(fields, gpu)
-            except Exception:  # names are a nicety: whatever keeps the program from telling them, go on without
+            except Exception:  # names are a nicety: if the program fails for any reason, go on without
                 continue
             rows = [[part.strip() for part in line.split(",", fields.count(","))] for line in lines]
             rows = [row for row in rows if len(row) == fields.count(",") + 1 and _UUID.fullmatch(row[0])]
@@ -256,8 +256,8 @@ def _output(command: list[str], timeout_s: float) -> str:
     """Return what a program prints. Raises OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired."""
     if signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN:
         return subprocess.check_output(command, text=True, timeout=timeout_s)
-    # Then the kernel keeps no exit status of this process's children, and each would pass for 0. A shell does not
-    # ignore the signal, whatever it was started with, and can tell.
+    # With SIGCHLD ignored, the kernel keeps no exit status of this process's children, and each would pass for 0. A
+    # shell does not ignore the signal, even if it inherits that, and can print the status.
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
     shell = ["/bin/sh", "-c", f'"$@"; echo "{_STATUS}$?"', "sh", *command]
@@ -265,7 +265,7 @@ def _output(command: list[str], timeout_s: float) -> str:
         try:
             told, _ = running.communicate(timeout=timeout_s)
         except BaseException:
-            # The shell and the program, which would keep the pipe open.
+            # Both the shell and the program, which would keep the pipe open.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running.pid, signal.SIGKILL)
             raise
@@ -277,7 +277,7 @@ def _output(command: list[str], timeout_s: float) -> str:
 
 
 def _values(lines: Sequence[str]) -> list[str]:
-    """Return the lines that are a figure, or stand for one: the others are messages to people."""
+    """Return the lines that are a figure, or the reason why there is none; the others are messages to people."""
     return [line.strip() for line in lines if _VALUE.fullmatch(line.strip())]
 
 

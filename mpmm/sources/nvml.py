@@ -5,13 +5,13 @@ A sample takes well under a millisecond, knows single processes and sees MIG sli
 - A device that cannot be read has no figure; the others have theirs. After a failure NVML is shut down and initialised
   again, see `mpmm.sources.driver_library`.
 - Silence is not a measurement. In a container the driver may list nothing, or the pids of the host, which mean
-  nothing in here; where clients share a context (MPS) it may name the daemon in their place; under WSL it withholds
+  nothing in here; if clients share a context (MPS) it may list the daemon in their place; under WSL it withholds
   what each process takes. So the source measures processes once the driver has shown what one of ours takes, one of
-  those that the caller names or the one it is in, and until then nothing follows from its lists. When it withholds
-  that, refuses the lists, or names processes that do not exist here and none of ours, the source says that it cannot
-  measure them, until one of ours is shown.
-- A GPU that shares the host's memory (GB10, Jetson) has no memory of its own to tell, or takes the page cache for
-  used: total and use are then the host's, those of processes still the driver's; see `mpmm.sources.unified_memory`.
+  those that the caller names or the one it is in, and until then nothing follows from its lists. If it withholds
+  that, refuses the lists, or lists processes that do not exist here and none of ours, the source reports that it
+  cannot measure processes, until one of ours is shown.
+- A GPU that shares the host's memory (GB10, Jetson) reports no memory of its own, or counts the page cache as used:
+  then its total and use are the host's, those of processes still the driver's; see `mpmm.sources.unified_memory`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = ["NvmlSource"]
 MIG_ENABLED = 1  # NVML_DEVICE_MIG_ENABLE
 _COMPUTING = "nvmlDeviceGetComputeRunningProcesses"
 _DRAWING = "nvmlDeviceGetGraphicsRunningProcesses"
-# Those that share the context of an MPS daemon; libraries and drivers of some age do not have this list.
+# The processes that share the context of an MPS daemon; old libraries and drivers do not have this list.
 _SHARING = "nvmlDeviceGetMPSComputeRunningProcesses_v3"
 
 
 class _Door:
-    """The one place that calls pynvml: an NVMLError becomes None, and its text is kept in `error`.
+    """The only place that calls pynvml: an NVMLError becomes None, and its text is kept in `error`.
 
-    So does the error, of another kind, that pynvml raises for a function that is younger than the driver's library.
+    So does the error, of another type, that pynvml raises for a function that is newer than the driver's library.
     """
 
     def __init__(self, pynvml: ModuleType) -> None:
@@ -51,7 +51,7 @@ class _Door:
         self.error: str | None = None
 
     def ask_if_there(self, function: str, *arguments: Any) -> Any:
-        """Do as `ask`, but not again once it turned out that library or driver do not have the function."""
+        """Do what `ask` does, but not again once library or driver have turned out not to have the function."""
         if function not in self._missing and not hasattr(self._pynvml, function):
             self._missing.add(function)
         if function in self._missing:
@@ -76,8 +76,8 @@ class _Door:
 class _Session(LibrarySession):
     """An initialised NVML.
 
-    unified: the GPU, if there is only one and it shares the host's memory.
-    last: what each device, by its uuid, had in use the last time, MB, and the processes that were listed with that.
+    unified: uuid of the GPU, if there is only one and it shares the host's memory.
+    last: by uuid, the MB that each device had in use at the last sample, and the processes listed then.
     """
 
     door: _Door
@@ -109,15 +109,15 @@ class NvmlSource:
 
     @property
     def measures_processes(self) -> bool:
-        """Whether the driver has shown what a process of ours takes, and has not taken that back since."""
+        """Whether the driver has shown what a process of ours takes, and has not contradicted that since."""
         return self.process_knowledge is True
 
     @property
     def process_knowledge(self) -> bool | None:
-        """What the driver has shown of that: None until one of ours was listed, or should have been; see the module.
+        """Whether it has: None until one of ours was listed, or should have been; see the module.
 
-        False while it refuses the lists or withholds figures, and from when it names processes that do not exist here
-        until it shows one of ours.
+        False while the driver refuses the lists or withholds figures, and once it has listed processes that do not
+        exist here, until it shows one of ours.
         """
         return self._trust.knowledge
 
@@ -126,7 +126,7 @@ class NvmlSource:
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Read every device; one that fails has `used_mb` None. `server_pids`, and this process's, are ours."""
+        """Read every device; one that fails has `used_mb` None. `server_pids` and this process are ours."""
         session = self._sessions.usable()
         if session is None:
             return without_figures(self._devices, self._sessions.trouble)
@@ -141,7 +141,7 @@ class NvmlSource:
         self._sessions.close()
 
     def _judge(self, listings: Sequence[_Listing], ours: Collection[int]) -> None:
-        """Conclude from the lists of the devices that could be read whether, and how, the driver tells processes."""
+        """Conclude from the lists of the devices that could be read whether, and how, the driver shows processes."""
         if not listings:
             return
         figures = {pid for listing in listings for pid in listing.figures}
@@ -216,10 +216,10 @@ def _unit(door: _Door, uuid: str, handle: Any) -> Unit:
 
 @dataclass(frozen=True)
 class _Listing:
-    """The processes that the driver lists on a device. withheld: those whose memory it does not tell.
+    """The processes that the driver lists on a device. withheld: those without a figure.
 
-    is_told: the driver gives the list of those that compute, if it is empty perhaps. Only this list counts for that:
-        slices, for one, have none of processes that draw.
+    is_told: the driver returns the list of those that compute, even an empty one. Only this list counts here: MIG
+        slices, for one, have no list of processes that draw.
     sharing: those that share the context of an MPS daemon.
     """
 
@@ -232,7 +232,7 @@ class _Listing:
 def _read(
     session: _Session, device: DeviceInfo, unified: str | None, ours: Collection[int]
 ) -> tuple[DeviceSample, _Listing | None]:
-    """Return a device's sample and its list of processes, None if it cannot be read; unified: uuid of one that is."""
+    """Return a device's sample and its list of processes, None if it cannot be read; unified: see `_Session`."""
     taken_ns = time.monotonic_ns()
     door, handle = session.door, session.handles.get(device.uuid)
     if handle is None:
@@ -247,7 +247,7 @@ def _read(
 
     used_mb = whole_mb()
     listing = _processes(door, handle)
-    # Where all is as it was the last time, nothing has changed between the whole and its parts either.
+    # If all is as at the last sample, nothing has changed between the readings of the whole and its parts either.
     if used_mb is None or (used_mb, listing) != session.last.get(device.uuid):
         used_mb = larger_whole(used_mb, whole_mb())
     done_ns = time.monotonic_ns()
@@ -277,16 +277,16 @@ def _processes(door: _Door, handle: Any) -> _Listing:
             if process.usedGpuMemory is None:
                 withheld.add(process.pid)
             else:
-                # One that computes and draws is in both lists with the same memory: largest, not sum.
+                # A process that computes and draws is in both lists with the same memory: the largest, not the sum.
                 figures[process.pid] = max(figures.get(process.pid, 0.0), process.usedGpuMemory / MIB)
     return _Listing(figures, withheld - figures.keys(), is_told, sharing)
 
 
 def _take_off_shared(figures: dict[int, float], used_mb: float, clients: Collection[int]) -> None:
-    """Take off from an MPS daemon what is its clients': the driver may tell it for both.
+    """Subtract its clients' memory from an MPS daemon's: the driver may count it for both.
 
-    figures: changed. clients: those that are not the daemon for certain. The daemon is not marked as such; but what is
-        more than the whole device has in use is told twice, and the largest of the others is the one that has it all.
+    figures: changed. clients: processes that are certainly not the daemon. The daemon is not marked as such; but memory
+        beyond what the whole device has in use is counted twice, and the largest of the other processes has it all.
     """
     twice_mb = sum(figures.values()) - used_mb
     for pid in sorted(figures.keys() - set(clients), key=lambda pid: -figures[pid]):

@@ -1,4 +1,4 @@
-"""Which processes belong to a program: the one that was started, and what it has started in turn."""
+"""Which processes belong to a program: the one that was started, and those that it has started in turn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import psutil
 
 __all__ = ["is_ending", "is_stopped", "process_tree", "unrelated_to"]
 
-# Of the flags in /proc/PID/stat: the process is on its way out, which takes a while where it has mapped much.
+# A flag in /proc/PID/stat: the process is ending, which takes a while if it has mapped much memory.
 _PF_EXITING = 0x4
 
 
 def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
-    """Return `pid` and its living descendants, but for those in `without` and theirs.
+    """Return `pid` and its living descendants, except for those in `without` and theirs.
 
-    Children whose parent has ended are the system's, and not found. 0.1 ms for a few processes on Linux.
+    Children whose parent has ended belong to the system, and are not found. 0.1 ms for a few processes on Linux.
     """
     found: list[int] = []
     ahead = [pid]
@@ -31,7 +31,7 @@ def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
 def unrelated_to(pids: Iterable[int], roots: Collection[int]) -> set[int]:
     """Return those of `pids` that neither are among `roots` nor descend from one of them.
 
-    Asks for the parent of each process once, which is 15 µs on Linux; those of many processes are mostly the same.
+    Looks up the parent of each process once, which takes 15 µs on Linux; many processes mostly have the same parents.
     """
     belongs = dict.fromkeys(roots, True)
     found = set()
@@ -40,7 +40,7 @@ def unrelated_to(pids: Iterable[int], roots: Collection[int]) -> set[int]:
         ancestor: int | None = pid
         while ancestor is not None and ancestor not in belongs:
             passed.append(ancestor)
-            # Marked at once, so that even parents that change meanwhile, pids being used again, lead to an end.
+            # Marked at once, so that this ends even if parents change meanwhile, because pids are reused.
             belongs[ancestor] = False
             ancestor = _parent_of(ancestor)
         if ancestor is not None and belongs[ancestor]:
@@ -51,24 +51,24 @@ def unrelated_to(pids: Iterable[int], roots: Collection[int]) -> set[int]:
 
 
 def is_ending(pid: int) -> bool:
-    """Tell whether a process is being torn down by the kernel, or has only not been reaped; False if nobody can tell.
+    """Tell whether the kernel is tearing a process down, or the process only has to be reaped; False if unknown.
 
-    Its memory is on its way back then, and its locks are given up after that.
+    Then its memory is being freed, and its locks are released after that.
     """
     fields = _stat_of(pid)
     return bool(fields) and (fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING))
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether a signal has stopped a process; False if nobody can tell.
+    """Tell whether a signal has stopped a process; False if unknown.
 
-    One that is traced stops for a moment at each call to the kernel, which is another state.
+    A traced process stops for a moment at each system call, which is another state.
     """
     return _stat_of(pid)[:1] == [b"T"]
 
 
 def _stat_of(pid: int) -> list[bytes]:
-    """Return what /proc/PID/stat says from the state on, [] if nothing."""
+    """Return the fields of /proc/PID/stat from the state on, [] if it cannot be read."""
     try:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -76,8 +76,8 @@ def _stat_of(pid: int) -> list[bytes]:
 
 
 def _parent_of(pid: int) -> int | None:
-    """Return the pid of a process's parent, None for one that has none or that cannot be looked at."""
-    # By hand where that is possible, as psutil reads more, and takes ten times as long.
+    """Return the pid of a process's parent, None if it has none or cannot be read."""
+    # Without psutil if possible, which reads more and takes ten times as long.
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

@@ -39,12 +39,12 @@ class SelectedDevices:
 
     @property
     def measures_processes(self) -> bool:
-        """Whether the source does, at the moment."""
+        """Whether the source measures processes now."""
         return self._source.measures_processes
 
     @property
     def process_knowledge(self) -> bool | None:
-        """What the source has shown of that so far."""
+        """What the source has shown so far, see `mpmm.sources.base.process_knowledge`."""
         return process_knowledge(self._source)
 
     def devices(self) -> tuple[DeviceInfo, ...]:
@@ -52,7 +52,7 @@ class SelectedDevices:
         return self._devices
 
     def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:
-        """Return what the source says, see `mpmm.sources.visible_devices.server_setting`."""
+        """Return the source's answer, see `mpmm.sources.visible_devices.server_setting`."""
         return server_setting(self._source, uuids)
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:

@@ -1,4 +1,4 @@
-"""A time limit for calls that may hang: of a driver, a program, or a monitor of the caller's own."""
+"""A time limit for calls that may hang: of a driver, a program, or a caller's own monitor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class NoAnswerError(TimeoutError):
-    """There was no answer in time. No other call, nor a signal's handler, raises it."""
+    """There was no answer in time. Nothing else raises it, neither another call nor a signal handler."""
 
 
 def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
@@ -22,7 +22,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
 
     name: of the thread.
 
-    Raises NoAnswerError when there is no answer by then. One that comes later is dropped.
+    Raises NoAnswerError if there is no answer by then. A later answer is dropped.
     """
     answers: list[T] = []
     failures: list[BaseException] = []
@@ -37,7 +37,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
 
     try:
         start_thread(threading.Thread(target=work, name=name, daemon=True))
-    except RuntimeError:  # no thread is to be had: then an answer late is better than none
+    except RuntimeError:  # no thread can be started: a late answer is better than none
         return ask()
     if not answered.wait(timeout_s):
         raise NoAnswerError(f"no answer within {timeout_s:g} s")

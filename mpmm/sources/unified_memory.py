@@ -1,12 +1,12 @@
 """GPUs that have no memory of their own but use the host's: GB10 (DGX Spark), Jetson.
 
-Their driver does not tell memory ("Not Supported", `[N/A]`), or tells the host's, with its page cache counted as used,
-so that on a host which has read some files nothing seems to fit. There the total is the host's MemTotal, and what is
-free is its MemAvailable, both within what the control group of this process allows. What single processes take is
-still the driver's to say.
+Their driver reports no memory ("Not Supported", `[N/A]`), or the host's, with the page cache counted as used, so that
+on a host that has read some files nothing seems to fit. Here the total is the host's MemTotal, and free memory its
+MemAvailable, both within what the control group of this process allows. The driver still says what single processes
+take.
 
-Such a GPU is the only one of its host. Where there are more, one that does not tell its memory is left out, because
-several would share the same memory, and a board beside others is more likely to be sick.
+Such a GPU is the only one of its host. If there are more, one that does not report its memory is left out, because
+several would share the same memory, and a board beside others is more likely to be broken.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 
 __all__ = ["counts_page_cache", "is_host_total", "is_not_told", "unified_total_mb", "unified_used_mb"]
 
-# The driver's total and the kernel's are the same number; the two figures of what is free are read one after the other.
+# The driver's total and the kernel's are the same number; the two figures of free memory are read one after the other.
 _SAME_TOTAL = 0.005
 _SAME_FREE = 0.02
 
@@ -41,10 +41,10 @@ def counts_page_cache(total_mb: float, free_mb: float) -> bool:
 
 
 def unified_total_mb() -> float:
-    """Return the memory that there is for host and GPU together."""
+    """Return the memory that host and GPU have together."""
     return host_memory_mb()
 
 
 def unified_used_mb() -> float:
-    """Return how much of it is not available, whoever uses it."""
+    """Return how much of it is not available, whether host or GPU uses it."""
     return max(0.0, host_memory_mb() - host_memory_left_mb())

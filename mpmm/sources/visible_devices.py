@@ -16,14 +16,14 @@ _NUMBER = re.compile(r"[+-]?\d+")
 # How slices were named before they had uuids of their own: GPU, GPU instance, compute instance.
 _SLICE_OF_GPU = re.compile(r"MIG-(GPU-[^/]*)/(\d+)/(\d+)")
 
-# What NVIDIA's driver calls GPUs and slices of them; and what a source calls the n-th board whose uuid it cannot read.
+# Names that NVIDIA's driver gives to GPUs and slices; and a source's name for the n-th board if its uuid is unknown.
 _UUID = re.compile(r"(GPU|MIG)-.+")
 _NUMBERED = re.compile(r"gpu(\d+)")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Memory of its own: a whole GPU or one MIG slice.
+    """A device with memory of its own: a whole GPU or one MIG slice.
 
     total_mb: None = could not be read.
     instances: of a slice, the numbers of its GPU instance and compute instance, if known.
@@ -47,14 +47,14 @@ def visible_units(gpus: Sequence[Gpu], setting: str | None) -> list[Unit]:
     """Return the units that `setting` lets through, in its order.
 
     gpus: all boards in the driver's (PCI bus) order. Numbers in `setting` count in that order; CUDA does
-        the same with `CUDA_DEVICE_ORDER=PCI_BUS_ID`, and always where all boards are of one kind.
+        the same with `CUDA_DEVICE_ORDER=PCI_BUS_ID`, and always if all boards are of one kind.
     setting: None lets everything through, an empty text nothing. Otherwise numbers, or beginnings of
-        uuids (`GPU-…`, `MIG-…`), between commas. As in CUDA, the list ends before the first entry that
+        uuids (`GPU-…`, `MIG-…`), with commas between. As in CUDA, the list ends before the first entry that
         matches nothing (`-1`, say) or more than one thing, or is a uuid after numbers or the reverse; and
         a device that is named twice hides all of them.
 
     One process can use no more than one slice, and CUDA shows it the first. Here all are let through, and
-    a board in MIG mode stands for all of its slices: each is for other processes to use.
+    a board in MIG mode means all of its slices, because other processes can use the others.
     """
     if setting is None:
         return [unit for gpu in gpus for unit in gpu.units]
@@ -89,7 +89,7 @@ def _by_uuid(gpus: Sequence[Gpu], entry: str) -> tuple[Unit, ...] | None:
         found = [(unit,) for gpu in boards for unit in gpu.units if unit.instances == wanted]
     else:
         found = [gpu.units for gpu in gpus if gpu.uuid.startswith(entry)]
-        # A whole board's uuid is its unit's, too: looked for among slices only where no board fits.
+        # A whole board's uuid is its unit's, too: slices are searched only if no board fits.
         found = found or [(unit,) for gpu in gpus for unit in gpu.units if unit.uuid.startswith(entry)]
     return found[0] if len(found) == 1 else None
 
@@ -104,9 +104,9 @@ def devices_of(units: Sequence[Unit]) -> tuple[DeviceInfo, ...]:
 
 
 def visible_devices(uuids: Sequence[str]) -> str | None:
-    """Return what to set `CUDA_VISIBLE_DEVICES` to so that CUDA sees these devices; None where they are no GPUs.
+    """Return the `CUDA_VISIBLE_DEVICES` with which CUDA sees these devices; None if they are no GPUs.
 
-    Names are good in every process, however its own `CUDA_VISIBLE_DEVICES` restricts and numbers what it sees.
+    Names are valid in every process, however its own `CUDA_VISIBLE_DEVICES` restricts and numbers what it sees.
     """
     numbers = [_NUMBERED.fullmatch(uuid) for uuid in uuids]
     names = [number[1] if number else uuid for number, uuid in zip(numbers, uuids, strict=True)]
@@ -115,10 +115,10 @@ def visible_devices(uuids: Sequence[str]) -> str | None:
 
 
 def server_setting(source: object, uuids: Sequence[str]) -> tuple[str, str] | None:
-    """Return the variable, and its value, that show a model server these devices alone; None where they are no GPUs.
+    """Return the variable, and its value, that show a model server only these devices; None if they are no GPUs.
 
-    source: the memory source that knows the devices. One whose devices are not CUDA's has a method `server_setting` of
-    its own, which gets `uuids` and answers in its place.
+    source: the memory source that knows the devices. A source whose devices are not CUDA's has a method
+    `server_setting` of its own, which gets `uuids` and answers in its place.
     """
     own = getattr(source, "server_setting", None)
     if own is not None:
