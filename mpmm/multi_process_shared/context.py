@@ -45,7 +45,7 @@ attach_namespace: ContextVar[tuple[str, Path] | None] = ContextVar("mpmm_attach_
 
 @contextmanager
 def serving_for(*contexts: ServerContext) -> Iterator[None]:
-    """Give every model server that is started inside the block `contexts`, after those of outer blocks."""
+    """Give `contexts`, after those of outer blocks, to every model server that is started inside the block."""
     reset = server_context.set(server_context.get() + contexts)
     try:
         yield

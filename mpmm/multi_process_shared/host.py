@@ -40,7 +40,7 @@ from mpmm.text.printable import printable_logger
 __all__ = ["Host", "can_sleep", "declared_mb", "host_object", "public_methods"]
 
 logger = printable_logger(__name__)
-# A follower is started once a client is quiet for this long; in between requests it would cost each some 50 µs.
+# How long a client must be quiet before a follower is started; between two quick requests, that would cost some 50 µs.
 QUIET_MS = 5
 END_HOSTS_PRIORITY = LEAVE_PRIORITY + 10
 

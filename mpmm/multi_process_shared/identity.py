@@ -55,7 +55,7 @@ def check_identity(record: ServerRecord, constructor: Any) -> None:
 def _may_be(wanted: str, record: ServerRecord) -> bool:
     if _is_same(wanted, record.constructor) or any(_is_same(wanted, name) for name in record.types):
         return True
-    # A function may return an object of that class, and without `record.types` the object's class is not known.
+    # A function may make an object of a class, and without `record.types` the object's class is not known.
     return wanted.split()[0] != record.constructor.split()[0] and not (wanted.startswith("class ") and record.types)
 
 

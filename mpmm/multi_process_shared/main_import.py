@@ -1,4 +1,4 @@
-"""What a process must not do while it imports the program's main module to become a model server.
+"""Refuses what a process must not do while it imports the program's main module to become a model server.
 
 A model server imports the main module, like every process that `multiprocessing` spawns. A program that loads or
 acquires at module level does so again in its own server. That server would wait forever for the very tag that it is to

@@ -84,7 +84,7 @@ _server_lives_by: tuple[str, ...] | None = _inherited_locks()
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """What a life file says about the process that holds its lock.
+    """The text of a life file: the server that holds its lock.
 
     start_time belongs to pid, see start_time_of. ready: the server answers. leaving: it answers no more.
     """
@@ -204,7 +204,7 @@ class ServerRegistry:
 
     @property
     def root(self) -> Path:
-        """The folder in which the registry lies."""
+        """The folder that contains the registry's folder."""
         return self.directory.root
 
     @property
@@ -225,7 +225,7 @@ class ServerRegistry:
         return self._file(f"{digest_of(tag)}.life")
 
     def attach_marker(self, tag: str) -> Path:
-        """Path of the file which says that the tag's object is attached in every process."""
+        """Path of the file that says that the tag's object is attached in every process."""
         return self.path / f"{digest_of(tag)}.attach"
 
     def socket_name(self, tag: str, incarnation: str) -> str:

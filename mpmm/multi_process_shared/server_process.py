@@ -68,7 +68,7 @@ PROBE_INTERVAL_S = 1.0
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What a new server is to do. `contexts` and `constructor` are pickles, loaded after `environment` is set."""
+    """Instructions for a new server. `contexts` and `constructor` are pickles, loaded after `environment` is set."""
 
     root: str
     tag: str
@@ -132,7 +132,7 @@ class _Server:
         except BaseException as error:
             if os.getpid() != self.pid:
                 end_forked_child(error)
-            # What the constructor raises comes as a ServerStartError that has its text.
+            # An exception of the constructor comes as a ServerStartError that has its text.
             text = error.message if isinstance(error, ServerStartError) else _crash_text("the server", self.tag)
             self.tell(CRASHED, text)
             # The starter itself waits for the end of this process.

@@ -46,7 +46,7 @@ def end_server(
     if not lives:
         return False
     if record is None:
-        raise ModelServerError(f"the server of {tag!r} does not say which process it is", tag=tag, server_pid=None)
+        raise ModelServerError(f"the server of {tag!r} has not recorded its pid", tag=tag, server_pid=None)
     if incarnation not in (None, record.incarnation) or pid not in (None, record.pid):
         return False
     asked = False
@@ -112,7 +112,7 @@ def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
 
 
 def _signal(registry: ServerRegistry, record: ServerRecord, number: int) -> None:
-    """Send a signal to the process if it is still the one that the record means."""
+    """Send a signal to the process of a record if the same server still runs in it."""
     lives, now = registry.look(record.tag)
     if lives and now is not None and now.incarnation == record.incarnation and record.is_running():
         with suppress(ProcessLookupError):

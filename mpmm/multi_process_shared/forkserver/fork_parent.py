@@ -1,4 +1,4 @@
-"""What zygote and template have in common: they fork servers, note what these import, and pass on their exit codes."""
+"""The common part of zygote and template: they fork servers, note what these import, and pass on their exit codes."""
 
 from __future__ import annotations
 

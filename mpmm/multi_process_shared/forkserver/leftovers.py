@@ -1,4 +1,4 @@
-"""What an import leaves behind in a process besides code, and how servers that are forked afterwards deal with it.
+"""Leftovers of imports in a process besides code, and how servers that are forked afterwards deal with them.
 
 A server that imports a module itself has its own copy of everything. A server that is forked from a template that has
 imported the module would share it with all others. So the template checks itself before and after each import:

@@ -37,7 +37,7 @@ CONVERSATION_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class ForkOrder:
-    """What a requester orders: a server in an environment like its own.
+    """An order for a server in an environment like the requester's.
 
     preparation: of `multiprocessing.spawn`, for `__main__` and the like. preload_hooks: "module:function" each.
     Three descriptors follow it: for the server's report, its standard output and its standard error.
@@ -51,7 +51,7 @@ class ForkOrder:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the orders that one template can serve have in common."""
+    """The common properties of the orders that one template can serve."""
 
     sys_path: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]

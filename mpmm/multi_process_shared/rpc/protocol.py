@@ -1,7 +1,7 @@
 """The messages on a connection: one per request and one per answer, each a pickle and its large buffers.
 
-A request is `(token, name, args, kwargs)`. The token says which acquire the caller uses the object by; CONTROL means
-the server itself, which answers ACQUIRE, RELEASE, HARD_DELETE, SLEEP, WAKE_UP, GET, CALL and DROP. An answer is
+A request is `(token, name, args, kwargs)`. The token names the acquire by which the caller uses the object; CONTROL
+means the server itself, which answers ACQUIRE, RELEASE, HARD_DELETE, SLEEP, WAKE_UP, GET, CALL and DROP. An answer is
 `(RETURNED, value)` or `(RAISED, (pickled exception or None, one line, traceback))`.
 
 `rpc.pickling` decides which buffers are large and sent beside the pickle. The receiver gets them in memory of its own,

@@ -78,7 +78,7 @@ def create_shared_buffer() -> tuple[SharedBuffer, int]:
     """
     _check_limit()
     if sys.platform != "linux":
-        raise OSError("shared buffers need files that can be sealed, which Linux alone has")
+        raise OSError("shared buffers need files that can be sealed, which only Linux has")
     available = psutil.virtual_memory().available
     if available < LEAST_AVAILABLE_BYTES:
         raise OSError(f"{available / MIB:.0f} MB of memory are available, less than {LEAST_AVAILABLE_BYTES / MIB:.0f}")

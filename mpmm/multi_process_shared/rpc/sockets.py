@@ -138,7 +138,7 @@ def authenticate_client(connection: Connection, key: bytes) -> None:
     deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     for _ in handshake(connection, key):
         if not wait([connection], max(0.0, deadline - time.monotonic())):
-            raise TimeoutError("the client says nothing")
+            raise TimeoutError("the client does not answer")
 
 
 def handshake(connection: Connection, key: bytes) -> Iterator[None]:
