@@ -1,4 +1,4 @@
-"""What happens to descriptors and state when this process forks or ends: the only module for both.
+"""Takes care of descriptors and state when this process forks or ends: the only module for both.
 
 A forked child inherits every descriptor: a lock that is held through one would outlive its owner, and a
 peer would never see the end of a connection. So each descriptor of this package is registered here as
@@ -40,7 +40,7 @@ __all__ = [
 T = TypeVar("T")
 _LOG = printable_logger("mpmm")
 
-# Hold it only for what cannot block: every fork in this process waits for it.
+# Hold it only for calls that cannot block: every fork in this process waits for it.
 fork_guard = new_rlock()
 _descriptors: weakref.WeakSet[Any] = weakref.WeakSet()
 _child_hooks: list[tuple[int, Callable[[], None]]] = []
@@ -56,11 +56,11 @@ class ChildStep(IntEnum):
     MANAGER = 3  # which workers there are, and which thread may make one
     MONITOR = 4  # threads that sample
     LOOP = 5  # threads beside event loops
-    SERVERS = 6  # registries, connections and hosts, and the servers started
+    SERVERS = 6  # registries, connections, hosts, and the servers that this process has started
 
 
 def close_in_children(thing: T) -> T:
-    """Have `thing` closed in every child forked from now on; return it. Hold `fork_guard` from its making on."""
+    """Have `thing` closed in every child forked from now on; return it. Hold `fork_guard` since it was made."""
     with fork_guard:
         _descriptors.add(thing)
     return thing
@@ -98,7 +98,7 @@ def end_forked_child(error: BaseException | None) -> NoReturn:
 
     Otherwise the thread would go on in the child with its parent's work.
 
-    error: what that code raised, of which a SystemExit has the status; None if it returned.
+    error: the exception of that code (a SystemExit has the exit status); None if it returned.
     """
     from multiprocessing import util
 

@@ -12,7 +12,7 @@ _LIMITS = {
     errno.EAGAIN: ("processes and threads", resource.RLIMIT_NPROC, "-u"),
     errno.ENOMEM: ("memory", resource.RLIMIT_AS, "-v"),
 }
-# Python's text for EAGAIN when it starts a thread; it says nothing else about the cause.
+# Python's text for EAGAIN when it starts a thread: the only hint at the cause.
 _NO_THREAD = "can't start new thread"
 
 

@@ -1,7 +1,7 @@
 """How much device memory is in use, and how much a model takes.
 
     monitor.py           GPUMonitor: when to measure, and what was measured last
-    monitor_source.py    a monitor of the caller's own, in its place
+    monitor_source.py    a caller's own monitor, in its place
     sampler.py           the thread that measures, so that a source that hangs holds up no other thread
     samples.py           where the samples of all processes of a namespace are kept: in shared memory
     listed_pids.py       tells to whom the pids belong that a source lists

@@ -49,7 +49,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a copy of a model takes, in MB; measured: read from its process, not inferred. updated: Unix time.
+    """The MB that a copy of a model takes; measured: read from its process, not inferred. updated: Unix time.
 
     suspend_s, resume_s: how long it takes to suspend and to resume a copy; 0: unknown.
     """

@@ -83,7 +83,7 @@ class Footprints:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a copy takes in MB, and the standard deviation of that figure; 0: read from its process."""
+    """The MB that a copy takes, and the standard deviation of that figure; 0: read from its process."""
 
     mb: float
     sd_mb: float
@@ -180,8 +180,8 @@ def reconcile(old: Estimate | None, new: Estimate, smoothing_factor: float) -> E
     """Return the estimate of a model after the solution `new`; the more certain of the two figures counts for more.
 
     A solution that is at least as certain as the old figure moves it by `smoothing_factor`, as in Beam; a less certain
-    one by as much less as its variance is larger. So a figure that was read from a process (deviation 0) stays, and one
-    that was measured alone on the device yields to many good readings and not to a few poor ones.
+    one moves it less, by the ratio of the variances. So a figure that was read from a process (deviation 0) stays, and
+    one that was measured alone on the device yields to many good readings and not to a few poor ones.
     """
     floor = SOLUTION_SD * new.mb
     if old is None:

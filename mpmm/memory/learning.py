@@ -1,4 +1,4 @@
-"""What samples say about models: readings of whole devices become observations, those of servers become estimates.
+"""Learns about models from samples: readings of whole devices become observations, those of servers become estimates.
 
 The leader calls it after each sample that it has waited for, or that came late. Later, and without the lock, the
 estimators work out what the observations together say about each model; see `mpmm.memory.shared_estimator`.
@@ -18,7 +18,7 @@ __all__ = ["Learning"]
 
 
 class Learning:
-    """What one process has learnt from the samples of its namespace, as far as the next sample needs it."""
+    """Takes samples into a namespace's models, with what one process has to remember from sample to sample."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace

@@ -18,7 +18,7 @@ __all__ = ["ListedPids"]
 
 
 class ListedPids:
-    """What this process can tell about the pids in its samples."""
+    """This process's knowledge of the pids in its samples."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._namespace = namespace

@@ -215,7 +215,7 @@ class GPUMonitor(_BeamAttributes):
         _monitors.add(self)
 
     def _renew_threading(self) -> None:
-        """Set up locks and thread as new: at the start, and in a forked child, which has no thread and may
+        """Set up new locks and no thread: at the start, and in a forked child, which has no thread and may
         have inherited locks that no thread will ever release."""
         self._local.lock = new_lock()
         self._sampler.renew()

@@ -19,7 +19,7 @@ STOP_TIMEOUT_S = 10.0
 
 
 class MonitorProtocol(Protocol):
-    """What a caller's own monitor must offer to take the place of `GPUMonitor`; the same as for Beam."""
+    """The methods that a caller's own monitor needs to take the place of `GPUMonitor`; the same as for Beam."""
 
     def start(self) -> None:
         """Start measuring."""

@@ -51,8 +51,8 @@ class Placement:
 
         MPMM_LEASE_MB: how much it is, in MB. MPMM_DEVICES: its devices, as `CUDA_VISIBLE_DEVICES` takes them.
         MPMM_MEMORY_FRACTION: its share of the memory of each, rounded down, for engines that size themselves
-        (`gpu_memory_utilization` of vLLM). Unknown variables are missing; but a variable that the environment of this
-        process has for another share, as within `mpmm run`, is empty, lest the program take that value for its own.
+        (`gpu_memory_utilization` of vLLM). A variable without a known value is missing, or empty if the environment of
+        this process has it for another share, as within `mpmm run`: the program must not take that for its own.
         """
         known = {name: "" for name in SHARE_VARIABLES if name in os.environ}
         known |= {_DEVICES: visible_devices(self.uuids) or ",".join(self.uuids)}

@@ -107,7 +107,7 @@ class SharedSamples:
         namespace = self._namespace
         knows = process_knowledge(source)
         if knows is None:
-            # What others have seen of the same source still holds for a process that has not seen anything yet.
+            # Findings of other processes about the same source still hold for a process that has none of its own yet.
             knows = is_same and namespace.tables.header.source_measures_processes
         flags = (knows, frees_late(source), self._blind)
         namespace.transitions.members.lead(t, namespace.slot, name, flags, counts_named_only(source))

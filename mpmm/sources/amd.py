@@ -110,7 +110,7 @@ def _by_uuid(gpus: Sequence[AmdGpu], entry: str) -> AmdGpu | None:
 
 
 class _Door:
-    """The one place that calls amdsmi: a failure becomes None, and its text is kept in `error`."""
+    """The only place that calls amdsmi: a failure becomes None, and its text is kept in `error`."""
 
     def __init__(self, amdsmi: ModuleType) -> None:
         self._amdsmi = amdsmi
@@ -180,7 +180,7 @@ class AmdSource:
 
     @property
     def process_knowledge(self) -> bool | None:
-        """Whether it has: None as long as none of ours was listed, False if it lists only others, or refuses to."""
+        """Whether it has: None until one of ours is listed, False if it lists only others, or refuses the lists."""
         return self._trust.knowledge
 
     def server_setting(self, uuids: Sequence[str]) -> tuple[str, str] | None:

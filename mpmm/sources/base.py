@@ -1,4 +1,4 @@
-"""What a source of memory figures is: the devices it knows and how it measures them.
+"""The interface of a source of memory figures: the devices it knows and how it measures them.
 
 Every `_mb` in mpmm counts MiB (2**20 bytes), the unit that `nvidia-smi` prints. A figure that could not
 be read is None, never 0: 0 would mean that the device is empty, and admit every load.
@@ -223,7 +223,7 @@ class Measures(IntEnum):
 
 
 def what_it_measures(source: MemorySource) -> Measures:
-    """Return how much a source can measure now; one that may still turn out to measure processes counts as if it did."""
+    """Return how much a source can measure now; one that may yet turn out to measure processes counts as if it did."""
     if is_accounting_only(source):
         return Measures.NOTHING
     return Measures.DEVICES if process_knowledge(source) is False else Measures.PROCESSES

@@ -1,4 +1,4 @@
-"""What the sources that ask a driver's management library have in common: its sessions, and trust in its answers.
+"""Common parts of the sources that ask a driver's management library: its sessions, and trust in its answers.
 
 - A session is valid only in the process that has opened it. After a failure it is ended and another one opened, at
   most every `RETRY_S`, because a GPU that was reset, or a driver that was reloaded, is only found that way.
@@ -104,7 +104,7 @@ class Sessions(Generic[Session]):
 
 
 class ProcessTrust:
-    """What a library's lists of processes have shown so far."""
+    """Keeps track of what a library's lists of processes have shown so far."""
 
     def __init__(self) -> None:
         # All figures are withheld now; one of ours was seen; the pids are those of another namespace.

@@ -64,7 +64,7 @@ class HostMemorySource:
         return self._devices
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Read the USS of `server_pids`, and add them up if there is a budget; processes that are gone count nothing.
+        """Read the USS of `server_pids`, and add them up if there is a budget; processes that are gone count as 0.
 
         With a budget, `used_mb` is None if this process may not look at a living one at all.
         """

@@ -44,7 +44,7 @@ class SelectedDevices:
 
     @property
     def process_knowledge(self) -> bool | None:
-        """What the source has shown so far, see `mpmm.sources.base.process_knowledge`."""
+        """See `mpmm.sources.base.process_knowledge`."""
         return process_knowledge(self._source)
 
     def devices(self) -> tuple[DeviceInfo, ...]:

@@ -112,7 +112,7 @@ def _connected(folder: Path, key: bytes, deadline: float) -> Connection:
         try:
             return sockets.dial(folder, SOCKET, key)
         except (FileNotFoundError, ConnectionError, EOFError, AuthenticationError):
-            # A killed helper still accepts connections for a moment, and resets them. It has got no request.
+            # A killed helper still accepts connections for a moment, and resets them. It has not received the request.
             if time.monotonic() > deadline:
                 raise
         # The helper that was started here may have found another one, or may have been killed.
@@ -163,7 +163,7 @@ def main(folder: Path) -> int:
 
 
 def _is_deserted(alive: Path) -> bool:
-    """Tell whether no worker is left, each of which holds this lock shared."""
+    """Tell whether no worker is left; each of them holds this lock shared."""
     try:
         with closing(LockFile(alive, create=False)) as lock:
             return lock.try_exclusive()

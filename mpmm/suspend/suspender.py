@@ -43,7 +43,7 @@ _IN_HOST = (Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
 _MOVING = (Instance.SUSPENDING, Instance.RESUMING)
 # How often a thread that waits for another process's suspension or resume checks whether it has ended.
 LOOK_S = 0.01
-# How many times its limit a process has to report that the limit has passed, before the leader does.
+# A process may take this many times its limit to report that the limit has passed; then the leader does.
 GRACE = 1.5
 # How long the leader must have seen that a process has not reported it.
 OVERDUE_S = 1.0
@@ -258,7 +258,7 @@ class Suspender:
         return True
 
     def wake(self, handle: str, tag: str, note: Callable[[tuple[int, int]], None]) -> None:
-        """Resume the copy that has the handle which a loader of `tag` has returned, if it is suspended.
+        """Resume the copy of a handle that a loader of `tag` has returned, if that copy is suspended.
 
         A loader may return a handle again whose copy is suspended by then. note: called with a copy (row, generation)
         before this process begins to resume it, in case an exception ends this call. Raises SuspendError if it cannot
@@ -398,7 +398,7 @@ class Suspender:
                 # If this runs in the caller's thread, a signal handler may have raised it.
                 if threading.current_thread() is caller and not isinstance(error, Exception):
                     raise
-                # Kept, not raised: what a handler raises while the caller waits is no failure of the model.
+                # Kept, not raised: an exception of a handler while the caller waits is no failure of the model.
                 failures.append(error)
 
         limit, began = limit_s(task.mb), time.monotonic()

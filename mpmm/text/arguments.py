@@ -2,7 +2,7 @@
 
 Each returns the value in the plain form that the rest of the package works with, so that NumPy's scalars are as good as
 Python's, and raises InvalidArgumentError with a text that names the parameter, its value and the expected values. A
-bool does not count as a number, as it does in Python: `timeout_seconds=True` is a mistake.
+bool does not count as a number, although it is one in Python: `timeout_seconds=True` is a mistake.
 """
 
 from __future__ import annotations
