@@ -373,7 +373,7 @@ def test_nothing_is_restored_for_a_requester_that_is_gone(
         with socket.socket(fileno=os.dup(connection.fileno())) as ours:
             ours.shutdown(socket.SHUT_WR)
         os.kill(helper, signal.SIGCONT)
-        assert "nobody waits" in str(json.loads(connection.recv_bytes())["error"])
+        assert "no process waits" in str(json.loads(connection.recv_bytes())["error"])
     assert (gpus.checkpoints.state_of(pid), gpus.checkpoints.host_mb()) == (CHECKPOINTED, 600.0)
     assert two[1].call(acquire, "a", loads(gpus, "a")) == "a"
     assert (gpus.checkpoints.state_of(pid), problems(namespace)) == (RUNNING, [])

@@ -560,7 +560,7 @@ def test_constructors_that_may_mean_the_same_share_a_tag(first: Any, second: Any
 def test_a_class_of_the_same_name_in_another_module_is_another_one() -> None:
     namesake = type("Cats", (), {"__module__": "zoo", "says": lambda self: "hiss"})
     assert pets(Cats).says() == "meow"
-    with pytest.raises(InvalidArgumentError, match=r"class pets:Cats has made.*what class zoo:Cats makes"):
+    with pytest.raises(InvalidArgumentError, match=r"class pets:Cats has made.*one that class zoo:Cats makes"):
         pets(namesake)
     unload("pets")
 

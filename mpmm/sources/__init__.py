@@ -137,7 +137,7 @@ def _started(name: str, make: Callable[[], MemorySource]) -> MemorySource:
     pid, since = _starting.get(name, (0, 0.0))
     if pid == os.getpid() and time.monotonic() - since > START_TIMEOUT_S:
         # Another try would hang beside the first one, and hold up its caller for as long again.
-        raise unavailable(name, "its driver has hung since it was first asked")
+        raise unavailable(name, "its driver still hangs in the first call")
     _starting[name] = (os.getpid(), time.monotonic())
 
     def start() -> MemorySource:
