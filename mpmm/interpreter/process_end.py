@@ -1,9 +1,9 @@
-"""The end of the process: its threads find out that it has begun.
+"""The end of the process: tells its threads that it has begun.
 
-At the end of a process the exit hooks of this package leave all namespaces. The interpreter stops daemon threads only
-after that. If one of them asked for a model in between, it would join a namespace that the process leaves no more, or
-it would write a traceback, because it was told that the manager is closed. So it stands still instead, as a daemon
-thread does that waits for a lock or a queue.
+At the end of a process mpmm's exit hooks leave all namespaces. The interpreter stops daemon threads only after that. If
+a daemon thread asked for a model in between, it would join a namespace that the process no longer leaves, or it would
+print a traceback, because the manager is closed. So it stands still instead, like a daemon thread that waits for a lock
+or a queue.
 
 In a child of `multiprocessing` the exit hooks run before its other threads are joined: these go on as before.
 """
@@ -19,25 +19,25 @@ __all__ = ["is_last_to_run", "stand_still_in_daemon", "watch_for_end"]
 
 # Before the hooks that leave namespaces, which have 100.
 _PRIORITY = 1000
-# A thread that stands still does not wake up again: the process ends before that.
+# A thread that stands still never wakes up again: the process ends before that.
 _STAND_STILL_S = 3600.0
 _has_begun = False
 
 
 def watch_for_end() -> None:
-    """Note it when the end of this process begins; cheap when repeated."""
+    """Have the beginning of this process's end noted; cheap when repeated."""
     call_once_at_exit(_note, _PRIORITY)
 
 
 def stand_still_in_daemon() -> None:
-    """Do not return if the process ends and this is a daemon thread. Hold no lock that an exit hook may need."""
+    """Never return if the process is ending and this is a daemon thread. Hold no lock that an exit hook may need."""
     if _has_begun and threading.current_thread().daemon:
         while True:
             time.sleep(_STAND_STILL_S)
 
 
 def is_last_to_run() -> bool:
-    """Tell whether the process ends, and does not wait for this thread: nothing runs that could leave again."""
+    """Tell whether the process is ending without waiting for this thread, so that no later code could leave again."""
     thread = threading.current_thread()
     return _has_begun and (thread.daemon or thread is threading.main_thread())
 

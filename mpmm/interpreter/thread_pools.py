@@ -1,7 +1,7 @@
-"""A thread pool that goes on when the main thread has ended and others have not.
+"""A thread pool that keeps working when the main thread has ended and others have not.
 
-The interpreter closes all pools of `concurrent.futures` as soon as the main thread ends, although it waits for other
-threads after that, such as one that runs an event loop.
+The interpreter closes all pools of `concurrent.futures` as soon as the main thread ends, although it then waits for
+other threads, such as one that runs an event loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class ThreadPool:
-    """Runs functions in threads, `threads` of them at most at a time."""
+    """Runs functions in at most `threads` threads at a time."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._threads = threads
@@ -49,13 +49,13 @@ class ThreadPool:
                 if future.set_running_or_notify_cancel():
                     _fulfil(future, function, *args, **kwargs)
 
-        # The process waits for it at its end if it waits for this thread.
+        # Not a daemon if this thread is none: then the process waits for both at its end.
         start_thread(threading.Thread(target=work, name=self._name))
         return future
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            # Cannot be imported any more once the main thread has ended.
+            # Imported now, because it cannot be imported once the main thread has ended.
             from concurrent.futures import ThreadPoolExecutor
 
             self._pool = ThreadPoolExecutor(self._threads, self._name)
