@@ -309,7 +309,7 @@ class ClosedError(MpmmError, RuntimeError):
 
 
 class GreenThreadsError(MpmmError, RuntimeError):
-    """gevent or eventlet has replaced threads by greenlets, so a wait for a model would stop all greenlets at once.
+    """gevent or eventlet has replaced threads with greenlets, so a wait for a model would stop all greenlets at once.
 
     What to do: use threads, processes or an event loop.
     """

@@ -41,7 +41,7 @@ def test_where_gevent_has_replaced_threads_an_error_says_so(runtime_root: Path) 
     assert of_manager.startswith("ModelManager(namespace='green') cannot be used in pid ")
     assert of_object.startswith("the shared object 'green' cannot be used in pid ")
     for text in (of_manager, of_object):
-        assert "gevent has replaced threads by greenlets" in text
+        assert "gevent has replaced threads with greenlets" in text
         assert "--worker-class gthread" in text
     assert not (runtime_root / "green").exists()
 

@@ -50,3 +50,10 @@ def test_replaced_words_do_not_come_back() -> None:
     assert [hit for hit in hits if not re.search(KEPT.get(hit[0], r"\Z\A."), hit[1])] == []
     assert Counter(found for found, _ in hits).keys() == KEPT.keys(), "no exception is left over"
     assert not {path.stem for path in FILES} & {*MODULES.split()} - {"room"}, "`proxy.room` is the old public name"
+
+
+def test_sentences_of_the_package_name_their_actor() -> None:
+    """Not "Who waits …" or "Whoever takes the lock …", but "A request that waits …" and "The process that …"."""
+    headless = re.compile(r"\b(?:[Ww]hoever|[Nn]obody's|[Bb]y the way)\b|(?:^|[.;:] |# |\"\"\"|\* )Who [a-z]")
+    lines = [(path.relative_to(CHECKOUT), line) for path in FILES for line in path.read_text().splitlines()]
+    assert [f"{path}: {line}" for path, line in lines if path.parts[0] == "mpmm" and headless.search(line)] == []

@@ -32,7 +32,7 @@ def expect_real_threads(what: str) -> None:
         has_replaced = getattr(sys.modules.get(module), function, None)
         if has_replaced is not None and has_replaced(threads):
             raise GreenThreadsError(
-                f"{what} cannot be used in pid {os.getpid()}: {library} has replaced threads by greenlets (monkey "
+                f"{what} cannot be used in pid {os.getpid()}: {library} has replaced threads with greenlets (monkey "
                 "patching), so a wait for a model would stop all greenlets of the process, and with them the one that "
                 "has the model; use threads or processes (gunicorn --worker-class gthread, celery --pool threads or "
                 "prefork), or an event loop (model_async)"
