@@ -6,7 +6,8 @@ import pytest
 from row_changes import SECOND_NS, Cases, Operation, RowChanges, raised
 from row_changes import it as it  # the fixture
 
-from mpmm.shared_state.layout import Device, Instance
+from mpmm.shared_state.layout import Device, Header, Instance
+from mpmm.shared_state.transaction import Transaction
 
 CASES = Cases()
 
@@ -338,6 +339,19 @@ def nobody_measures_what_comes_back(it: RowChanges) -> Operation:
 """)
 def measure_a_worker(it: RowChanges) -> Operation:
     return lambda t: it.to.measurements.measure(t, 1, {0: 30.0, 2: 40.0})
+
+
+@CASES.case("""
+    member 1: MEASURED_MB=70 PEAK_MB=70
+""")
+def measure_a_worker_whose_reference_is_the_pid_of_the_one_that_measures(it: RowChanges) -> Operation:
+    """As in a container, whose pids are small."""
+
+    def measure(t: Transaction) -> None:
+        it.words[Header.LOCK_HOLDER] = 2
+        it.to.measurements.measure(t, 1, {0: 30.0, 2: 40.0})
+
+    return measure
 
 
 @CASES.case("""

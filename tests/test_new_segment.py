@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from dataclasses import astuple
 from pathlib import Path
@@ -35,6 +36,18 @@ def test_a_new_segment_says_whose_it_is_and_how_it_was_made(
         assert (words[Header.MAGIC], words[Header.VERSION]) == (MAGIC, LAYOUT_VERSION)
     finally:
         joined.leave()
+
+
+def test_a_segment_is_private_and_its_makers_whatever_the_umask_is(namespace: str) -> None:
+    for umask in (0o777, 0o000):
+        before = os.umask(umask)
+        try:
+            joined = Namespace.join(namespace)
+        finally:
+            os.umask(before)
+        mode = os.stat(joined.segment.path).st_mode
+        joined.leave()
+        assert stat.S_IMODE(mode) == 0o600
 
 
 def test_a_host_whose_memory_is_unknown_suspends_nothing(

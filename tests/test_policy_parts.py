@@ -166,9 +166,12 @@ def test_one_without_room_waits_for_what_may_make_some(pinned: bool, in_use: int
         assert wait.why.coming_mb == 700.0
 
 
-def test_one_that_runs_alone_on_two_devices_waits_for_leases_that_leave_no_room_for_its_share() -> None:
-    devices = [device(row, leased_mb=300.0) for row in range(2)]
-    leases = tuple(PlacedInstance(50 + row, B, row, 300.0) for row in range(2))
+@pytest.mark.parametrize("leased", [(0, 1), (0,), (1,)])
+def test_one_that_runs_alone_on_two_devices_waits_for_leases_that_leave_no_room_for_its_share(
+    leased: tuple[int, ...],
+) -> None:
+    devices = [device(row, leased_mb=300.0 if row in leased else 0.0) for row in range(2)]
+    leases = tuple(PlacedInstance(50 + row, B, row, 300.0) for row in leased)
     for need, waits in ((1000.0, False), (1500.0, True)):
         alone = view([model(A, need, known=False), model(B)], [ticket(1, A)], devices=devices, leases=leases)
         state = PlanState(alone)
@@ -329,6 +332,8 @@ def test_a_lease_goes_before_one_that_waits_if_no_end_of_leases_would_serve_that
             ([50.0] * 10, 100.0, True),
             ([50.0] * 10, 101.0, False),
         ),
+        # Whether or not the large one ends, it fits beside the others: which is not found out of more than ten.
+        *(([700.0, *[1.0] * 9], 500.0, True), ([700.0, *[1.0] * 10], 500.0, False)),
     ):
         asked = view([model(A, 300.0)], [late], devices=[device()])
         assert may_be_leased_before(asked, late, 300.0, device(), mb, held) is goes, (held, mb)

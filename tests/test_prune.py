@@ -19,6 +19,7 @@ from containers import NOBODY, as_root, can_unshare, run_unshared
 from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, wait_until
 
 from mpmm.cli import main
+from mpmm.multi_process_shared.registry import open_lock, registry_at
 from mpmm.shared_state import leftovers, prune, removal
 from mpmm.shared_state import namespace as namespace_module
 from mpmm.shared_state.layout import Header
@@ -407,3 +408,19 @@ def test_a_namespace_that_a_process_could_not_finish_is_pruned_and_one_in_the_ma
     assert not (runtime_root / "begun").exists()
     assert (runtime_root / "mine" / "work").exists()
     shutil.rmtree(runtime_root / "mine")
+
+
+def test_the_folder_of_the_registry_of_servers_is_no_namespace(runtime_root: Path) -> None:
+    registry = registry_at(runtime_root)
+    child = os.fork()
+    if child == 0:
+        registry.join()
+        # It dies just as it begins to remove the registry.
+        open_lock(registry.path / "lifecycle.lock")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert {path.name for path in registry.path.iterdir()} == {"lifecycle.lock", "alive.lock"}
+    assert leftovers.prune(runtime_root, dry_run=True) == leftovers.prune(runtime_root) == []
+    registry.join()
+    registry.leave()
+    assert not registry.path.exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import fields
 from enum import IntEnum
 from typing import Any
@@ -152,6 +152,25 @@ def test_an_event_without_a_reason_has_none_of_the_figures_of_the_event_that_was
     figures = [(one.kind, one.need_mb, one.free_mb, one.coming_mb, one.seconds, one.on) for one in events]
     assert figures[0] == ("waits", 1.0, 2.0, 3.0, 4.0, (0,))
     assert figures[-1] == ("queued", None, None, None, None, ())
+
+
+def test_events_that_were_rolled_back_are_not_shown_and_have_taken_the_places_of_the_oldest() -> None:
+    made = RandomTables(0)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            for _ in range(made.layout.events.capacity):
+                t.event(EventKind.WAITS, 1)
+        written = int(made.namespace.segment.words[Header.EVENTS])
+        shown = {}
+        for undone in (0, 1, 2):
+            with suppress(RuntimeError), made.namespace.transaction() as t:
+                for _ in range(undone):
+                    t.event(EventKind.QUEUED, 1)
+                raise RuntimeError
+            shown[undone] = [one.sequence for one in read_snapshot(made.namespace.name).events]
+        first = written - made.layout.events.capacity + 2
+        every = list(range(first, written + 1))
+    assert shown == {0: every, 1: every, 2: every[1:]}
 
 
 def test_of_why_a_waiter_waits_the_last_event_is_chosen_in_any_case() -> None:
