@@ -19,6 +19,8 @@ from mutating.tree_copy import Failure, TreeCopy
 from shared_workers import is_running
 
 FIRST, SECOND = "tests/test_a.py::test_first", "tests/test_a.py::test_second[x]"
+THIRD = "tests/test_a.py::test_third"
+ALL = [FIRST, SECOND, THIRD]
 ONE = "mpmm/policy/one.py"
 TWO_TESTS = """
 import os
@@ -346,6 +348,54 @@ def test_what_forks_do_not_notice_is_tried_in_a_copy(
     told = re.findall(rf"^\d+: {ONE}:(\d+), [^:]+: (.+)$", said, re.MULTILINE)
     assert sorted(told) == [(str(line), noticed.get(line, "SURVIVES")) for line in (1, 3, 4)]
     assert copied == in_copies
+
+
+@pytest.mark.parametrize(
+    ("way", "asked"),
+    [
+        # Of each line: what is asked in a fork and what in a copy.
+        ("both", {2: ([], ALL), 3: ([SECOND], [SECOND, FIRST, THIRD]), 4: (ALL, ALL)}),
+        ("forks", {2: (ALL, []), 3: ([SECOND], []), 4: (ALL, [])}),
+        ("copies", {2: ([], ALL), 3: ([], [SECOND, FIRST, THIRD]), 4: ([], ALL)}),
+    ],
+)
+def test_where_hardly_a_test_is_known_to_run_what_was_changed_the_others_are_asked_in_a_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str, asked: dict[int, tuple[list[str], list[str]]]
+) -> None:
+    """Of what a process has run that is killed in the end nothing is known."""
+    code = "def first(x):\n    x += x\n    x *= x\n    x -= x\n"
+    (tmp_path / ONE).parent.mkdir(parents=True)
+    (tmp_path / ONE).write_text(code)
+    found: dict[int, tuple[list[str], list[str]]] = {line: ([], []) for line in asked}
+
+    def note(now: str, tests: Sequence[str], place: int) -> None:
+        [line] = [line for line, was in enumerate(code.splitlines(), 1) if now.splitlines()[line - 1] != was]
+        found[line][place].extend(tests)
+
+    class Tree(FakeTree):
+        def fails(self, tests: list[str], seconds: float, longest_s: float) -> Failure | None:
+            note(self.files[ONE].decode(), tests, 1)
+            return None
+
+    class Forks(FakeTree):
+        def __init__(self, tree: FakeTree, tests: Sequence[str]) -> None:
+            """As that of forks."""
+
+        def fails(  # type: ignore[override]  # it takes new code, where that of a tree takes a change
+            self, new: NewCode, tests: list[str], *limits: float
+        ) -> Failure | None:
+            note(new.source, tests, 0)
+            return None
+
+    for module in (mutate, changes, covering):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(mutate, "TreeCopy", Tree)
+    monkeypatch.setattr(mutate, "ForkedTests", Forks)
+    monkeypatch.setitem(mutate.PARTS, "policy", (("mpmm/policy/*.py",), ("test_a",)))
+    kept = tmp_path / "map.json"
+    Covering({FIRST: 0.1, SECOND: 0.2, THIRD: 0.3}, {ONE: {3: [SECOND], 4: ALL}}).save(kept)
+    assert mutate.main(["policy", "--map", str(kept), "--changes", "all", "--way", way]) == 0
+    assert found == asked
 
 
 def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(

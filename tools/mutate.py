@@ -2,11 +2,11 @@
 
 PART is one of the parts below, or a file of `mpmm/`; all parts by default. The tests of the parts run once under
 coverage, without any change; `--map FILE` keeps what that finds for the next run. Then each change is tried: those
-tests run that run the changed lines, the quick ones first, until one fails; where none is known to run them, all tests
-of the part. They run in forks of a process that has collected them, which takes a tenth of the time. Programs that
-tests start run the code as it was there, so what no fork notices is tried once more in a copy of the tree, in a process
-of its own. `--way forks` leaves that out for all but what forks cannot change, and asks no more tests than those of
-`--test-seconds`; `--way copies` leaves the forks out.
+tests run that run the changed lines, the quick ones first, until one fails; where hardly any is known to run them, all
+tests of the part after these. They run in forks of a process that has collected them, which takes a tenth of the time.
+Programs that tests start run the code as it was there, so what no fork notices is tried once more in a copy of the
+tree, in a process of its own. `--way forks` leaves that out for all but what forks cannot change, and asks no more
+tests than those of `--test-seconds`; `--way copies` leaves the forks out.
 
 A test has noticed a change if it fails with it, fails with it again, and passes without it; if it does not, as on a
 busy machine, it is named as unconfirmed, and the tests after it are asked. What none notices is printed as a diff:
@@ -113,6 +113,9 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 WAYS = ("both", "forks", "copies")
 # Runs tests, which take so many seconds, and the longest of them so many, and says how they fail.
 Runner: TypeAlias = Callable[[Sequence[str], float, float], Failure | None]
+# Processes that are killed in the end leave no trace of what they have run: where so few tests are known to run what
+# was changed, others may.
+HARDLY_ANY = 2
 # Of tests that fail for other reasons than the change, so many are passed over: then the machine is at fault.
 MOST_UNCONFIRMED = 8
 
@@ -224,11 +227,12 @@ def _try_all(
             return
         tester = testers.get()
         try:
-            # Processes that are killed in the end leave no trace of what they have run.
-            witnesses = covering.witnesses(change, most_s, way != "forks")
-            if not witnesses:
-                witnesses = covering.all_of(tests_of[change.file], most_s if way == "forks" else math.inf)
-            outcome = tester.who_notices(change, witnesses)
+            known = covering.witnesses(change, most_s, way != "forks")
+            others: list[str] = []
+            if len(known) <= (0 if way == "forks" else HARDLY_ANY):
+                every = covering.all_of(tests_of[change.file], most_s if way == "forks" else math.inf)
+                others = [test for test in every if test not in known]
+            outcome = tester.who_notices(change, known, others)
         finally:
             testers.put(tester)
         with saying:
@@ -266,19 +270,23 @@ class Tester:
         if way != "copies":
             self._forks = stack.enter_context(ForkedTests(stack.enter_context(TreeCopy()), collected))
 
-    def who_notices(self, change: Change, witnesses: Sequence[str]) -> Outcome:
-        """Have tests run with a change, those first that are named first."""
+    def who_notices(self, change: Change, known: Sequence[str], others: Sequence[str] = ()) -> Outcome:
+        """Have tests run with a change, those first that are named first.
+
+        others: tests that are not known to run what was changed. Programs that they start may, but in no fork.
+        """
         original = (ROOT / change.file).read_bytes()
         changed = change.applied_to(original)
         try:
             compile(changed, change.file, "exec")
         except SyntaxError as error:
             return Outcome(f"no code ({error.msg})")
-        outcome = Outcome()
+        outcome, every = Outcome(), [*known, *others]
         if self._forks is not None:
+            in_forks = every if self._way == "forks" else known
             with suppress(UnfitError):
                 new = NewCode.of(change, original)
-                outcome = self._confirmed(witnesses, partial(self._forks.fails, new), partial(self._forks.fails, None))
+                outcome = self._confirmed(in_forks, partial(self._forks.fails, new), partial(self._forks.fails, None))
                 if outcome.noticed is not None or self._way == "forks":
                     return outcome
 
@@ -289,7 +297,7 @@ class Tester:
             finally:
                 self._tree.put(change.file, original)
 
-        return self._confirmed(witnesses, partial(fails_with, changed), partial(fails_with, original), outcome)
+        return self._confirmed(every, partial(fails_with, changed), partial(fails_with, original), outcome)
 
     def _confirmed(
         self, witnesses: Sequence[str], changed: Runner, unchanged: Runner, before: Outcome | None = None
