@@ -55,6 +55,25 @@ def test_a_registry_stays_without_clients_while_a_server_lives(registry: ServerR
     life.close()
 
 
+def test_one_that_leaves_a_registry_that_is_gone_lets_the_one_be_that_others_have_made_since(
+    registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others, unlock = ServerRegistry(registry.root), LockFile.unlock
+
+    def unlock_slowly(lock: LockFile) -> None:
+        unlock(lock)
+        monkeypatch.undo()
+        os.rename(registry.path, registry.root / "gone")
+        others.join()
+
+    monkeypatch.setattr(LockFile, "unlock", unlock_slowly)
+    registry.leave()
+    assert registry.path.exists()
+    assert not (registry.path / "lifecycle.lock").exists(), "nobody has begun to remove it"
+    others.leave()
+    assert not registry.path.exists()
+
+
 def test_of_two_that_leave_at_the_same_time_one_removes_the_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,7 +283,7 @@ class ServerRegistry:
         try:
             alive.unlock()
             # The last client to unlock finds the lock free here, or held by another one leaving, which does the rest.
-            if alive.is_current() and alive.try_exclusive() and alive.is_current():
+            if alive.try_exclusive() and alive.is_current():
                 self.remove_if_unused()
         finally:
             alive.close()
