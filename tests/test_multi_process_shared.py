@@ -262,10 +262,14 @@ def test_a_client_with_another_key_is_refused(path: str) -> None:
 def test_a_server_refuses_a_client_of_another_version_before_it_has_proved_anything() -> None:
     ours, theirs = socket.socketpair()
     with theirs, Connection(ours.detach()) as connection:
-        theirs.sendall((sockets.PROTOCOL_VERSION + 1).to_bytes(2, "big") + bytes(sockets.NONCE_BYTES - 2))
+        # As long as ever: of other lengths neither would come to know the other's version.
+        theirs.sendall((sockets.PROTOCOL_VERSION + 1).to_bytes(2, "big") + bytes(30))
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises(AuthenticationError, match="the client speaks version"):
             sockets.authenticate_client(connection, b"key")
+        answer = theirs.recv(1000)
+    assert answer[:2] == sockets.PROTOCOL_VERSION.to_bytes(2, "big")
+    assert len(answer) == 64
 
 
 def test_a_client_whose_time_is_over_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from harness import Process, Seat, wait_until
+from harness import NOBODYS_PID, Process, Seat, wait_until
 from session_stand_in import Session
 
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
@@ -173,6 +173,17 @@ def test_what_an_earlier_server_of_the_tag_had_is_not_taken_for_what_this_proces
     assert len(host.references) == 0
     handle.release(session)
     handle.unsafe_hard_delete()
+
+
+def test_what_is_lent_to_a_process_that_cannot_be_looked_at_is_kept_until_it_is_given_back(tmp_path: Path) -> None:
+    """As one in another container, whose pid is nobody's here."""
+    kept = References(tmp_path, ServerRecord("tag", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True))
+    for _ in range(2):
+        kept.portable((number for number in range(0)), NOBODYS_PID)
+    kept.forget_dead()
+    assert len(kept) == 2
+    kept.drop([1, 2])
+    assert len(kept) == 0
 
 
 def test_what_a_process_had_that_is_just_dying_is_kept_no_longer(

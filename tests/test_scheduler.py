@@ -50,6 +50,27 @@ def test_memory_that_comes_back_is_still_that_of_the_model_that_was_unloaded(
     assert (made.tables.tickets[ticket].reason, made.tables.tickets[ticket].other) == (Reason.RETURNING, expected)
 
 
+def test_a_waiter_is_told_again_if_it_waits_for_something_else_or_elsewhere(made: RandomTables) -> None:
+    ticket = enqueue(made, "a")
+    told = []
+    for reason, free_mb, devices in (
+        (Reason.IN_USE, 10.0, (0,)),
+        (Reason.IN_USE, 20.0, (0,)),
+        (Reason.IN_USE, 30.0, (0, 1)),
+        (Reason.UNLOADING, 40.0, (0, 1)),
+    ):
+        carry_out(made, Wait(ticket, reason, Why(reason, 100.0, free_mb, devices=devices)))
+        row = made.tables.tickets[ticket]
+        told.append((row.reason, row.free_mb, row.on))
+    assert told == [
+        (Reason.IN_USE, 10.0, [0]),
+        # Only the figures are others: most plans find nothing else that is new.
+        (Reason.IN_USE, 10.0, [0]),
+        (Reason.IN_USE, 30.0, [0, 1]),
+        (Reason.UNLOADING, 40.0, [0, 1]),
+    ]
+
+
 @pytest.mark.parametrize("reason", [Reason.EXTERNAL, Reason.PINNED, Reason.IN_USE])
 def test_people_are_told_of_a_wait_that_only_others_can_end(
     made: RandomTables, caplog: pytest.LogCaptureFixture, reason: Reason

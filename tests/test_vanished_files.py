@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,60 @@ def test_nobody_leads_by_a_lock_file_that_another_one_has_replaced(
     assert not leader.leading
     other.close()
     wait_until(lambda: leader.leading, "it leads by the new file")
+
+
+@contextmanager
+def joining(namespace: str) -> Iterator[Namespace]:
+    """Be a member for the length of a `with` block."""
+    joined = Namespace.join(namespace)
+    try:
+        yield joined
+    finally:
+        joined.leave()
+
+
+def test_a_file_is_missed_that_a_living_member_holds_and_none_of_a_dead_one(namespace: str, runtime_root: Path) -> None:
+    def die_as_member() -> bool:
+        Namespace.join(namespace)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    with joining(namespace) as joined:
+        child = os.fork()
+        if child == 0:
+            os._exit(1 - in_child(die_as_member))
+        os.waitpid(child, 0)
+        assert [member.alive for member in read_snapshot(namespace).members] == [True, False]
+        (runtime_root / namespace / "m1.lock").unlink()
+        assert read_snapshot(namespace).missing_files == ()
+        Path(joined.member_lock_path(joined.slot)).unlink()
+        assert read_snapshot(namespace).missing_files == ("m0.lock",)
+
+
+@pytest.mark.parametrize("gone", ["segment", "alive.lock", "folder"])
+def test_a_process_begins_to_join_anew_if_what_it_has_joined_is_removed_meanwhile(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    is_in_place = MemberFiles.is_in_place
+    looks: list[bool] = []
+
+    def look_after_removal(files: MemberFiles) -> bool:
+        if not looks:
+            if gone == "segment":
+                os.unlink(files._segment.path)
+            elif gone == "folder":
+                shutil.rmtree(runtime_root / namespace)
+            else:
+                (runtime_root / namespace / gone).unlink()
+        looks.append(is_in_place(files))
+        return looks[-1]
+
+    monkeypatch.setattr(MemberFiles, "is_in_place", look_after_removal)
+    with joining(namespace) as joined:
+        assert looks == [False, True]
+        assert [member.pid for member in read_snapshot(namespace).members] == [os.getpid()]
+        assert read_snapshot(namespace).missing_files == ()
+        assert joined.segment.is_current()
 
 
 @pytest.mark.parametrize("name", ["alive.lock", "m0.lock", "token", "leader.lock"])

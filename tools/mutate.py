@@ -77,6 +77,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
             *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
             *("test_transitions", "test_twins", "test_core", "test_core_use", "test_display_names", "test_suspension"),
+            "test_reentrance",
             *("test_left_asleep", "test_declared_sizes", "test_unloads", "test_keep_alive", "test_cli"),
             *("test_crash_points", "test_call_crash_points"),
         ),
