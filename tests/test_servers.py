@@ -462,16 +462,20 @@ def test_a_child_that_a_call_forks_ends_with_the_call(
     wait_until(lambda: said in capfd.readouterr().err, "the child has said why it ended")
 
 
-@pytest.mark.parametrize("closed", [(), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize(("closed", "opened"), [((), 0), ((1,), 0), ((2,), 0), ((0, 1, 2), 0), ((1, 2), 2)], ids=str)
 def test_where_its_starter_has_no_standard_stream_a_server_has_none_of_its_descriptors(
-    tmp_path: Path, start_method: str, closed: tuple[int, ...]
+    tmp_path: Path, start_method: str, closed: tuple[int, ...], opened: int
 ) -> None:
-    """A daemon has closed its own: then those of the next files are called 0, 1 and 2, such as locks of mpmm."""
-    script, answer = tmp_path / "program.py", tmp_path / "answer"
+    """A daemon has closed its own: then those of the next files are called 0, 1 and 2, such as locks of mpmm.
+
+    opened: so many files its program opens before that.
+    """
+    script, answer, own = tmp_path / "program.py", tmp_path / "answer", tmp_path / "own"
     script.write_text(
         textwrap.dedent(
             f"""
             import os
+            files = [open({str(own)!r}, "a") for _ in range({opened})] if __name__ == "__main__" else []
             from pathlib import Path
             from mpmm.multi_process_shared import MultiProcessShared, unload
             class Speaks:
@@ -502,6 +506,7 @@ def test_where_its_starter_has_no_standard_stream_a_server_has_none_of_its_descr
     assert answer.read_text() == repr(([7, 7], streams, [True] * 3))
     assert files[1].read_text() == ("" if 1 in closed else "printed\nwritten")
     assert files[2].read_text() == ("" if 2 in closed else "written")
+    assert not opened or own.read_text() == ""
 
 
 def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from mpmm.interpreter.fork_hooks import fork_guard
 from mpmm.interpreter.main_module import is_main_importable
 from mpmm.interpreter.sigpipe import without_sigpipe
+from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 from mpmm.multi_process_shared.server_process import ServerPlan, run_server
 
 __all__ = ["SpawnedServer", "call_this_process", "main", "preparation_for"]
@@ -129,6 +130,9 @@ class _SpawnedPopen(popen_fork.Popen):
 
 def main(order_fd: int, report_fd: int) -> None:
     """Be the server, in a process that was just started for it."""
+    # If the starter had files of its own under the numbers of standard streams, this process has none there, and its
+    # pipes would get these numbers.
+    keep_standard_descriptors()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

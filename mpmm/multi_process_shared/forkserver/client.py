@@ -195,7 +195,7 @@ def _has_pidfd() -> bool:
 
 def _send_streams(connection: Connection, report: Connection) -> None:
     """Send the descriptors of the server's report and of its standard output and error."""
-    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
         fds = [report.fileno(), 1 if _is_stream(1) else null, 2 if _is_stream(2) else null]
         with sockets.duplicate(connection.fileno()) as ours:
