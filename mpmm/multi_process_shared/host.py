@@ -450,7 +450,7 @@ def host_object(
     shared: Any,
     life: LockFile,
     at_hard_delete: Callable[[], None] | None = None,
-) -> Host:
+) -> None:
     """Serve `shared` from this process, which holds the tag's life lock `life`; `record` becomes its text.
 
     at_hard_delete: called when a client hard-deletes the object, after its files are removed; need not return.
@@ -467,7 +467,6 @@ def host_object(
         # Otherwise this process would go on with an object that no other process knows of.
         host.end()
         raise
-    return host
 
 
 def end_all_hosts(but: LockFile | None = None) -> None:
