@@ -291,6 +291,21 @@ def test_what_an_exception_keeps_from_being_done_after_a_transaction_is_done_at_
     assert (made, lock.may_be_abandoned) == (["wake-up"], False)
 
 
+def test_calls_after_a_transaction_are_forgotten_once_they_are_made_or_it_is_undone(lab: Lab) -> None:
+    lock, made = lab.namespace.lock, list[str]()
+    with pytest.raises(KeyError), lab.namespace.transaction() as t:
+        t.after.append(lambda: made.append("of the undone one"))
+        raise KeyError
+    with lab.namespace.transaction():
+        pass
+    with lab.namespace.transaction() as t:
+        t.after.append(lambda: made.append("of the last one"))
+    assert not lock.may_be_abandoned
+    for _ in range(2):
+        lock.finish_calls()
+    assert made == ["of the last one"]
+
+
 def test_who_has_news_is_woken_and_nobody_else(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     held, ends = lab.active("a"), lab.active("b")
     _, called_up, granted = (lab.ticket("a") for _ in range(3))

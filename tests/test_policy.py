@@ -185,6 +185,15 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Wait(1, Reason.LEASED), Wait(2, Reason.BEHIND)],
     ),
+    "whoever else has just begun to wait": (
+        view(
+            [model(A, 850), model(C, 850), replace(model(B, 100), lease=True)],
+            [ticket(1, A, waited=2.0), ticket(2, C, waited=1.9), ticket(3, B)],
+            devices=[device(reserved_mb=600, leased_mb=600)],
+            leases=(PlacedInstance(7, D, 0, 600),),
+        ),
+        [Wait(1, Reason.LEASED), Wait(2, Reason.LEASED), Wait(3, Reason.BEHIND)],
+    ),
     "but one that leaves it room when the others have ended, and not two if they do not": (
         view(
             [model(A, 750), replace(model(B, 100), lease=True), replace(model(C, 100), lease=True)],

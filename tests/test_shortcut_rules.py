@@ -260,6 +260,12 @@ def head_in_a_hurry(made: RandomTables, t: Transaction, model: int) -> None:
     block(made, t, Reason.IN_USE, urgency=0)
 
 
+def head_that_preloads(made: RandomTables, t: Transaction, model: int) -> None:
+    """The head of the queue is a preload, which a newcomer comes before."""
+    hold(made, t, model)
+    block(made, t, Reason.IN_USE, urgency=0, preload=1)
+
+
 def head_without_memory(made: RandomTables, t: Transaction, model: int) -> None:
     """The head of the queue waits for whatever may come free, and wants another model than a newcomer."""
     hold(made, t, model)
@@ -312,12 +318,12 @@ def wait_for_leases(made: RandomTables, t: Transaction, *reasons: Reason) -> Non
         made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, cause=Cause(reason))
 
 
-def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int) -> None:
+def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int, preload: int = 0) -> None:
     """Let somebody wait at the head of the queue, for another model."""
     other = made.transitions.models.claim(t, "other", b"other")
     made.transitions.estimates.estimate(t, other, 100.0, measured=True)
-    cause = Cause(reason)
-    ticket = made.transitions.tickets.enqueue(t, other, 2, 1, 100.0, LONGEST_NS, cause=cause, urgency=urgency)
+    asked = (other, 2, 2 if preload else 1, 100.0, LONGEST_NS, preload)
+    ticket = made.transitions.tickets.enqueue(t, *asked, cause=Cause(reason), urgency=urgency)
     made.transitions.tickets.block(t, ticket)
 
 
@@ -349,6 +355,7 @@ def test_a_newcomer_leaves_an_idle_copy_to_one_that_was_called_up_just_now(calle
     "arrange",
     [
         *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry, head_without_memory),
+        head_that_preloads,
         *(drained_device, drained_device_beside_a_load, drained_device_beside_an_idle_copy),
         copy_beside_which_the_last_loader_made_an_object,
     ],
