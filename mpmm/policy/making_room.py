@@ -99,8 +99,7 @@ def is_delayed_by_loads(state: PlanState, ticket: TicketView, share_mb: float) -
 
     Instances in use can make room, too. If these are enough, a load beside them does not matter.
     """
-    loading = state.loads_begun or any(one.loading for one in state.view.busy)
-    if not loading:
+    if not state.begun and not any(one.loading for one in state.view.busy):
         return False
     in_use = [one for one in state.view.busy if not one.loading]
     in_use += [

@@ -74,9 +74,8 @@ class PlanState:
         # Devices where something starts quietly, so that idle instances are used, but nothing is loaded or unloaded:
         # device -> its model.
         self.quiet = {device.device: device.steady for device in view.devices if device.steady is not None}
-        # The devices where this plan loads or unloads something, and whether it loads anything.
+        # The devices where this plan loads or resumes something.
         self.begun: set[int] = set()
-        self.loads_begun = False
         # The answers that later waiters with the same request get, too; cleared as soon as something else is planned.
         self.repeated_waits: dict[tuple[object, ...], Wait] = {}
         # Whether requests wait for leases to end, so that not every further lease is granted; these waiters, and how
@@ -234,7 +233,6 @@ class PlanState:
     ) -> Load:
         """Let a waiter load on these devices, and reserve the memory there."""
         self.repeated_waits.clear()
-        self.loads_begun = True
         self.begun.update(device.device for device in devices)
         share_mb = need_mb / len(devices)
         for device in devices:
@@ -268,7 +266,6 @@ class PlanState:
         """Evict idle instances for a waiter, which becomes the head of the line if `first`."""
         for instance in instances:
             self.idle[instance.model].remove(instance)
-            self.begun.update(instance.devices)
         if first:
             self.head = ticket
         return Evict(ticket.row, tuple(instance.row for instance in instances), why, first)
