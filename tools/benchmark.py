@@ -1,18 +1,18 @@
-"""What mpmm costs, beside Beam's own manager in the same run.
+"""Measure what mpmm costs, next to Beam's own manager in the same run.
 
-    python tools/benchmark.py                        every row, some minutes
+    python tools/benchmark.py                        every row, takes some minutes
     python tools/benchmark.py warm-pair hand-over    these rows
-    python tools/benchmark.py --list                 the rows there are
+    python tools/benchmark.py --list                 list the rows
 
 Every row is measured `--repeats` times for each implementation, in turn: each time in a process and a runtime
-directory of its own, without a GPU. What such a process leaves behind is ended, and reported. A row that fails says
-why, and the others go on. Shown are the median of all values, or the worst where the row is about that, and the
-99th percentile as their tail; `ratio` is how many times better mpmm is; n/a is what Beam cannot do. The machine is
-shared with whatever else runs on it, so only ratios mean something there; `--busy` keeps some of its processors busy
+directory of its own, without a GPU. Processes and files that it leaves behind are removed and reported. A row that
+fails says why, and the others continue. The table shows the median of all values, or the worst where the row is about
+that, and the 99th percentile as their tail; `ratio` is how many times better mpmm is; n/a marks what Beam cannot do.
+Other programs share the machine, so only the ratios can be compared between runs; `--busy` keeps some processors busy
 on purpose.
 
-`must` and `reach` are what mpmm is asked for and where the limit seems to lie, on a machine with two processors; the
-last column says which of the two it meets, or `short`. It is information: the exit code does not depend on figures.
+`must` is what mpmm is required to reach and `reach` where the limit seems to lie, on a machine with two processors;
+the last column says which of the two it meets, or `short`. The exit code does not depend on the figures.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ ROWS = {
     )
     for row in module.ROWS
 }
-# All processes of one measurement have it in their environment, whoever forked or spawned them.
+# All processes of one measurement inherit it in their environment, however they were started.
 MARK = "MPMM_BENCHMARK"
 RESULT, RUNTIME_FOLDER = "result.json", "run"
 SHARED_MEMORY = Path("/dev/shm")
-# Model servers, and the process that they are forked from, notice that nobody needs them within this time.
+# Within this time, model servers and the process that forks them notice that no process needs them.
 LEAVE_TIMEOUT_S = 8.0
 
 
 @dataclass
 class Result:
-    """What became of a row. `values` by implementation and figure; `problems` by implementation."""
+    """The result of a row: `values` by implementation and figure, `problems` by implementation."""
 
     row: Row
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Result:
             mine.setdefault(name, []).extend(values)
 
     def summaries(self, name: str) -> dict[str, Summary]:
-        """Return the summaries of a figure, by implementation, as far as there are values."""
+        """Return the summaries of a figure by implementation, omitting those without values."""
         figure = next(figure for figure in self.row.figures if figure.name == name)
         return {
             implementation: summarise(figure, values[name])
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in ROWS.values():
             print(f"{row.name:18}{row.description}")
         return 0
-    # So that an end by signal cleans up like every other.
+    # A process ended by SIGTERM cleans up as well.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began = time.monotonic()
     about = {**machine(), "seed": options.seed, "repeats": options.repeats, "busy": options.busy}
@@ -125,12 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure mpmm beside Beam's own model manager.")
+    parser = argparse.ArgumentParser(description="Measure mpmm next to Beam's own model manager.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows to measure, see --list (default: all)")
-    parser.add_argument("--list", action="store_true", help="list the rows and end")
+    parser.add_argument("--list", action="store_true", help="list the rows and exit")
     parser.add_argument("--only", choices=IMPLEMENTATIONS, help="measure one implementation only")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each implementation (some rows take fewer)")
-    parser.add_argument("--seed", type=int, default=1, help="for data, and for who comes first (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="for the data, and for which implementation runs first (default: 1)"
+    )
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="keep N processors busy meanwhile")
     parser.add_argument("--json", action="store_true", help="print everything once more as JSON, on the last line")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures (needs the extra 'plot')")
@@ -141,7 +143,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name not in ROWS:
             parser.error(f"there is no row {name!r}; there are {', '.join(ROWS)}")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        # Said now, not after ten minutes.
+        # Report it now, not after ten minutes of measuring.
         parser.error("--plot needs matplotlib; try: pip install 'mpmm[plot]'")
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}: expected 1 or more")
@@ -149,12 +151,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_row(row: Row, options: argparse.Namespace) -> Result:
-    """Measure a row as often as asked, the implementations in turn. What goes wrong is in the result."""
+    """Measure a row as often as asked, the implementations in turn. Problems are part of the result."""
     result = Result(row)
     wanted = [name for name in row.implementations if options.only in (None, name)]
     turns = random.Random(options.seed)
     for repeat in range(min(options.repeats, row.repeats_at_most or options.repeats)):
-        # Neither always comes first: the second one finds warm caches, or a machine that is still cleaning up.
+        # Shuffled, because the second one finds warm caches, or a machine that is still cleaning up.
         for implementation in turns.sample(wanted, len(wanted)):
             problems = result.problems.setdefault(implementation, [])
             if not problems:
@@ -169,12 +171,12 @@ def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[st
     mark = uuid.uuid4().hex
     problems = []
     measured: Measured = {}
-    # Short, because the paths of Unix sockets are.
+    # A short prefix, because paths of Unix sockets must be short.
     with tempfile.TemporaryDirectory(prefix="mpmm-b", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         roots = (folder / RUNTIME_FOLDER, Path(root_below(str(folder))))
         for root in roots:
-            # mpmm removes no folder with a file of others in it; and the folder's identity is part of segments' names.
+            # mpmm does not remove a folder with files of others, and segment names contain the folder's identity.
             root.mkdir(mode=0o700)
             (root / ".keep").touch()
         environment = {
@@ -194,7 +196,7 @@ def measure(row: Row, implementation: str, seed: int) -> tuple[Measured, list[st
             else:
                 problems.append(f"ended with exit code {code}: {_last_words(folder / 'log')}")
         except subprocess.TimeoutExpired:
-            problems.append(f"given up after {row.timeout_s:.0f} s")
+            problems.append(f"aborted after {row.timeout_s:.0f} s")
         finally:
             if child.poll() is None:
                 child.kill()
@@ -211,7 +213,7 @@ def _last_words(log: Path) -> str:
 
 
 def end_processes(mark: str) -> list[str]:
-    """Wait for the marked processes to leave, kill those that stay, and return what is to be said about them."""
+    """Wait for the marked processes to exit, kill those that stay, and return a line about each of these."""
     deadline = time.monotonic() + LEAVE_TIMEOUT_S
     while (left := marked_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -234,7 +236,7 @@ def marked_processes(mark: str) -> list[psutil.Process]:
 
 
 def remove_namespaces(root: Path) -> list[str]:
-    """Remove the namespaces that killed processes have left below a root; return what is to be said."""
+    """Remove the namespaces that killed processes have left below a root; return a line about each."""
     prefix = segment_name(root, "")
     left = sorted(file for file in SHARED_MEMORY.iterdir() if file.name.startswith(prefix))
     for file in left:

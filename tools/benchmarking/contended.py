@@ -1,8 +1,8 @@
-"""Rows about processes that want the same copy: how many uses they make in all, how long each waits, how it wakes.
+"""Rows about processes that want the same copy: how often they use it in all, how long each waits, how fast it wakes.
 
-Held for no time, what counts is how a copy gets from hand to hand; held for 2 or 10 ms, how long it lies idle between
-two holders. A waiter that has slept for 150 ms is compared with a bare futex that wakes in the same processes, because
-the processor itself is slow for a moment then.
+If the copy is held for no time, the rows measure the hand-over; if it is held for 2 or 10 ms, how long it lies idle
+between two holders. A waiter that has slept for 150 ms is compared with a bare futex that wakes the same processes,
+because the processor itself is slow for a moment after such a sleep.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ROWS"]
 MODEL = "model"
 CROWD = 16
 CROWD_S = 2.0
-# How long before a common start it is announced.
+# How long in advance a common start is announced.
 NOTICE_S = 0.2
 WAKES = 20
 ASLEEP_S = 0.15
@@ -32,9 +32,9 @@ ONE_COPY = Stage(idle=(MODEL,), total_mb=1000.0, need_mb=800.0, used_mb=800.0)
 
 
 def together(task: Task, stage: Stage, count: int, hold_s: float = 0.0) -> Measured:
-    """Let so many processes acquire and release the model over and over, for a fixed time.
+    """Let `count` processes acquire and release the model over and over, for a fixed time.
 
-    Return the pairs per second of all together, and the seconds of an acquire, 99th percentile.
+    Return the total pairs per second, and the 99th percentile of the seconds per acquire.
     """
     modules(task.implementation)
 
@@ -69,12 +69,12 @@ def together(task: Task, stage: Stage, count: int, hold_s: float = 0.0) -> Measu
 
 
 def crowd(task: Task) -> Measured:
-    """Measure many processes with a copy for each."""
+    """Measure many processes, each with a copy of its own."""
     return together(task, Stage(idle=(MODEL,) * CROWD), CROWD)
 
 
 def contended(count: int, hold_s: float = 0.0) -> Callable[[Task], Measured]:
-    """Return what measures so many processes with one copy for all."""
+    """Return the measurement of `count` processes that share one copy."""
     return lambda task: together(task, ONE_COPY, count, hold_s)
 
 
@@ -82,7 +82,7 @@ class Word:
     """A futex word that forked processes share."""
 
     def __init__(self) -> None:
-        # Kept, because the word lies in it.
+        # Kept alive, because the word lies in it.
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._word = ctypes.c_uint64.from_buffer(self._memory)
 
@@ -94,7 +94,7 @@ class Word:
             wait_for_change(lambda: self._word.value, ctypes.addressof(self._word), seen, 1.0)
 
     def set(self, value: int) -> None:
-        """Change the word and wake who waits."""
+        """Change the word and wake all waiters."""
         from mpmm.shared_state.futex import wake_all
 
         self._word.value = value
@@ -102,7 +102,7 @@ class Word:
 
 
 def wake(task: Task) -> Measured:
-    """Measure a release until the waiter's acquire returns, and a bare futex, each after the waiter has slept."""
+    """Measure from a release to the return of the waiting acquire, and a bare futex, each after the waiter slept."""
     modules(task.implementation)
     word = Word()
 
@@ -159,7 +159,7 @@ def _figures(must: float | None, reach: float | None, p99_ms: float | None = Non
 ROWS = (
     Row(
         "crowd",
-        f"acquire and release in {CROWD} processes on one model, a copy for each, {CROWD_S:.0f} s",
+        f"acquire and release in {CROWD} processes on one model, one copy per process, {CROWD_S:.0f} s",
         (
             Figure("in all", "pairs/s", must=80_000, reach=150_000, more_is_better=True),
             Figure("p99", "ms", must=2, reach=1),
@@ -176,7 +176,7 @@ ROWS = (
     _contended_row(16, 0.01, _figures(None, None)),
     Row(
         "wake",
-        f"release until the waiter's acquire returns that has slept for {1000 * ASLEEP_S:.0f} ms, and a bare futex",
+        f"from release to the return of an acquire that slept for {1000 * ASLEEP_S:.0f} ms, and a bare futex",
         (Figure("acquire", "ms"), Figure("bare futex", "ms")),
         wake,
         implementations=(MPMM,),

@@ -1,4 +1,4 @@
-"""Rows about the processor time of processes that do nothing: they wait, or are merely attached."""
+"""Rows about the processor time of processes that do nothing but wait or stay attached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarking.stage import Stage, attach, make_handle, modules, set_up, simu
 __all__ = ["ROWS"]
 
 WAITERS, ATTACHED = 32, 16
-# Processes come to rest before their time is taken.
+# How long processes settle down before their time is measured.
 SETTLE_S = 1.5
 WATCH_S = 10.0
 MODEL = "model"
@@ -27,7 +27,7 @@ _CPUCLOCK_SCHED = 2
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used, with all its threads, and programs that it has run."""
+    """Return the processor time of a process: all its threads, and the programs that it has run."""
     times = psutil.Process(pid).cpu_times()
     programs = float(times.children_user + times.children_system)
     if sys.platform == "linux":
@@ -36,9 +36,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def share_of_a_core() -> float:
-    """Watch this process and all that it started for a while; return what part of one processor they used together.
+    """Watch this process and its descendants for WATCH_S; return what part of one processor they used together.
 
-    With them, because who waits may have others wait for it: a manager's server, say, or a leader.
+    Descendants count, because a waiting process may have others wait for it, such as a manager's server or a leader.
     """
     time.sleep(SETTLE_S)
     pids = [os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))]
@@ -48,7 +48,7 @@ def share_of_a_core() -> float:
 
 
 def waiting(task: Task) -> Measured:
-    """Measure processes that wait in the queue for a copy which this process holds. There is no memory for another.
+    """Measure processes that wait in the queue for a copy that this process holds, without memory for another.
 
     Once with a manager that has nothing to poll, and once with one that polls a GPU.
     """
@@ -77,13 +77,13 @@ def _share_of_waiting(task: Task, stage: Stage) -> float:
         share = share_of_a_core()
         manager.release_model(MODEL, handle)
     if task.is_mpmm:
-        # Its background thread would count in the next stage. What Beam's manager server has polls nothing here.
+        # Its background thread would count in the next stage. Beam's manager server polls nothing here.
         manager.shutdown()
     return share
 
 
 def attached(task: Task) -> Measured:
-    """Measure attached processes, one of them the leader, which polls the memory of a model server."""
+    """Measure attached processes, one of which is the leader and polls the memory of a model server."""
 
     def work(number: int, connection: Connection) -> None:
         connection.recv()
@@ -108,7 +108,7 @@ def attached(task: Task) -> Measured:
 ROWS = (
     Row(
         "waiting-cpu",
-        f"processor time of {WAITERS} processes that wait in the queue, and of the manager, {WATCH_S:.0f} s",
+        f"processor time of {WAITERS} processes waiting in the queue, and of the manager, {WATCH_S:.0f} s",
         (
             Figure("nothing to poll", "%", must=1, reach=0.25),
             Figure("polling a GPU", "%", must=1, reach=0.25),

@@ -1,4 +1,4 @@
-"""Processes for rows that need several: told what to do and heard through a pipe each."""
+"""Processes for rows that need several; each gets its orders and answers through a pipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["Crew", "sleep_until"]
 
-# Guard against a hang; measures nothing.
+# Guards against a hang; measures nothing.
 HEAR_TIMEOUT_S = 60.0
 LEAVE_TIMEOUT_S = 5.0
 
@@ -26,10 +26,10 @@ class _Trouble:
 class Crew:
     """`count` processes that run `work(number, connection)`. Leaving the `with` block ends them.
 
-    Fork a crew before this process has threads or a manager: each of them then makes its own way, as workers do.
-    start_method: "spawn" has each start an interpreter of its own, and `work` and what it imports pickled.
-    A process ends by returning from `work`; what it waits for with `connection.recv()` comes at the latest when the
-    block is left, as None.
+    Fork a crew before this process has threads or a manager, so that each process makes its own, as workers do.
+    start_method: with "spawn", each starts an interpreter of its own, and `work` is pickled.
+    A process ends by returning from `work`. At the end of the block each one receives None, so that a
+    `connection.recv()` returns at the latest then.
     """
 
     def __init__(self, count: int, work: Callable[[int, Connection], None], start_method: str = "fork") -> None:
@@ -65,7 +65,7 @@ class Crew:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of all."""
+        """The process ids."""
         return [process.pid for process in self._processes if process.pid is not None]
 
     def tell(self, message: object, number: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Crew:
             connection.send(message)
 
     def has_spoken(self, number: int) -> bool:
-        """Return whether `hear` would not have to wait."""
+        """Return whether `hear` would return at once."""
         return self._connections[number].poll()
 
     def hear(self, number: int) -> Any:
@@ -96,7 +96,7 @@ class Crew:
 
 
 def sleep_until(monotonic_s: float) -> None:
-    """Sleep until `time.monotonic()`, which is the same in all processes of a host, says so: a start for many."""
+    """Sleep until a time of `time.monotonic()`, a clock that all processes of a host share: a common start."""
     time.sleep(max(0.0, monotonic_s - time.monotonic()))
 
 

@@ -1,4 +1,4 @@
-"""Rows about the memory source and who polls it, on simulated GPUs (see `simulated_gpu`)."""
+"""Rows about the memory source and the leader that polls it, on simulated GPUs (see `simulated_gpu`)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ GPUS, PROCESSES = 8, 4
 POLLS = 200
 KILLS, MEMBERS = 20, 6
 POLL_INTERVAL_S = 0.5
-# How often who watches looks at the age of the last sample, and what it gives up after.
+# How often the row looks at the age of the last sample, and when it gives up.
 LOOK_S, DEADLINE_S = 0.002, 20.0
 
 
 def poll(task: Task) -> Measured:
-    """Measure the processor time of a poll, the simulated driver's included, for each device."""
+    """Measure the processor time of a poll per device, including that of the simulated driver."""
     gpus = simulate_gpus(task.folder, *[16384.0] * GPUS)
 
     def work(number: int, connection: Connection) -> None:
@@ -40,7 +40,7 @@ def poll(task: Task) -> Measured:
         crew.hear_all()
         source = NvmlSource()
         sampled = cpu_seconds_per_device(lambda: source.sample(()))
-        # The background thread would poll, too.
+        # So rarely that the background thread does not poll meanwhile.
         manager = ModelManager(namespace=NAMESPACE, memory_source="nvml", poll_interval=3600.0)
         worker: Any = manager._connected()
         published = cpu_seconds_per_device(worker.figures.sample_source)
@@ -50,7 +50,7 @@ def poll(task: Task) -> Measured:
 
 
 def cpu_seconds_per_device(action: Any) -> list[float]:
-    """Return the processor time of this thread in each of many calls, per device."""
+    """Return this thread's processor time in each of POLLS calls, per device."""
     seconds = []
     for _ in range(POLLS):
         began = time.thread_time()
@@ -60,7 +60,7 @@ def cpu_seconds_per_device(action: Any) -> list[float]:
 
 
 def leaders_killed(task: Task) -> Measured:
-    """Kill one leader after the other; measure the longest time without a sample each time."""
+    """Kill one leader after another; measure the longest time without a sample after each."""
     simulate_gpus(task.folder, 16384.0)
     moments = task.random()
 
@@ -78,14 +78,14 @@ def leaders_killed(task: Task) -> Measured:
             if number >= MEMBERS:
                 time.sleep(moments.uniform(0.0, POLL_INTERVAL_S))
                 gaps.append(gap_after_kill())
-            # Only now, because who attaches leads at once if nobody does.
+            # Only now, because a process that attaches becomes leader at once if there is none.
             crew.tell("attach", number)
             crew.hear(number)
     return {"": gaps}
 
 
 def gap_after_kill() -> float:
-    """Kill the leader, and return the age of its last sample in the moment when there was another one."""
+    """Kill the leader, and return the age of its last sample when the next leader's first one arrives."""
     snapshot = read_snapshot(NAMESPACE, events=False)
     leader = next(member.pid for member in snapshot.members if member.slot == snapshot.leader)
     os.kill(leader, signal.SIGKILL)
@@ -104,14 +104,14 @@ def gap_after_kill() -> float:
 ROWS = (
     Row(
         "poll-nvml",
-        f"processor time of a poll by NVML, a device; {GPUS} simulated ones with {PROCESSES} processes on each",
+        f"processor time per device of a poll by NVML; {GPUS} simulated devices with {PROCESSES} processes on each",
         (Figure("sample", "ms", must=0.3, reach=0.1), Figure("and published", "ms", must=0.3, reach=0.1)),
         poll,
         implementations=(MPMM,),
     ),
     Row(
         "leader-killed",
-        f"longest time without a sample, {KILLS} leaders killed one after the other, {MEMBERS} members, a poll every "
+        f"longest time without a sample, {KILLS} leaders killed one after another, {MEMBERS} members, a poll every "
         f"{POLL_INTERVAL_S} s",
         (Figure("", "s", must=1.0 + POLL_INTERVAL_S, reach=2 * POLL_INTERVAL_S, of_worst=True),),
         leaders_killed,

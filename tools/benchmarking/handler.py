@@ -1,4 +1,4 @@
-"""A model handler for RunInference whose model does nothing. Imported where Beam is, and by model servers."""
+"""A model handler for RunInference whose model does nothing. Workers and model servers import it; it needs Beam."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["TrivialHandler", "TrivialModel"]
 
 
 class TrivialModel:
-    """Predicts each number to be itself."""
+    """Predicts each number as itself."""
 
     def predict(self, batch: Sequence[int]) -> list[int]:
         """Return the batch."""
@@ -28,5 +28,5 @@ class TrivialHandler(ModelHandler):  # type: ignore[misc]  # Beam is untyped whe
     def run_inference(
         self, batch: Sequence[int], model: TrivialModel, inference_args: dict[str, Any] | None = None
     ) -> Iterable[int]:
-        """Ask the model, or the proxy of one."""
+        """Ask the model, or a proxy of it."""
         return model.predict(batch)

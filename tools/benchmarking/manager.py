@@ -1,7 +1,7 @@
 """Rows about acquire_model and release_model.
 
-Where several processes take part, the one that forks them sets the stage. With Beam it has the manager then, and the
-others call it; with mpmm it is merely one that is attached.
+Where a row uses several processes, the one that forks them sets the stage. With Beam it then hosts the manager, which
+the others call; with mpmm it is just one more attached process.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from benchmarking.stage import Stage, attach, make_handle, modules, set_up, warm
 __all__ = ["ROWS"]
 
 MODEL, OTHER, SLOW = "model", "other", "slow"
-# How long before a common start it is announced.
+# How long in advance a common start is announced.
 NOTICE_S = 0.2
 IDLE_MODELS = 500
 KNOWN_MODELS = 100
 HAND_OVERS = 60
-# The one who is about to wait says so before he calls; after so long he does wait.
+# The next holder says that it is about to acquire; after this long it does wait.
 QUEUEING_S = {"after 2 ms": 0.002, "after 10 ms": 0.01}
 LONG_LOAD_S = 3.0
 LOADS, LOAD_S = 4, 2.0
 
 
 def warm_pair(task: Task) -> Measured:
-    """Measure pairs in one process."""
+    """Measure pairs of acquire and release in one process."""
     manager = set_up(task, Stage(idle=(MODEL,)))
     seconds = warm_pair_seconds(manager, MODEL, 2000)
     return {"p50": seconds, "p99": [percentile(seconds, 0.99)]}
@@ -76,10 +76,10 @@ def release_among_known(task: Task) -> Measured:
 
 
 def hand_over(task: Task) -> Measured:
-    """Measure from a release in one process to the return of the acquire that waits for it in another.
+    """Measure from a release in one process to the return of the waiting acquire in another.
 
-    There is memory for one copy. The two processes take turns in holding it. The longer they sleep before that, the
-    more of what they need has left the processors' caches, and the deeper the processors sleep.
+    There is memory for one copy, and the two processes take turns in holding it. The longer they sleep before that, the
+    more of their data has left the processors' caches, and the deeper the processors sleep.
     """
     modules(task.implementation)
     stage = Stage(idle=(MODEL,), total_mb=1000.0, need_mb=800.0, used_mb=800.0)
@@ -102,7 +102,7 @@ def hand_over(task: Task) -> Measured:
         set_up(task, stage)
         crew.tell("attach")
         crew.tell("acquire", 0)
-        # That it is about to acquire, and that it has.
+        # It is about to acquire, and then it has.
         crew.hear(0)
         crew.hear(0)
         turn = 0
@@ -146,7 +146,7 @@ def beside_load(task: Task) -> Measured:
 
 
 class _SlowLoader:
-    """A loader that takes its time; a class, because Beam has it pickled."""
+    """A loader that takes `seconds`; a class, because Beam pickles it."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -203,13 +203,13 @@ ROWS = (
     ),
     Row(
         "release-known",
-        f"release with {KNOWN_MODELS} models known, NNLS behind it",
+        f"release with {KNOWN_MODELS} models known, whose sizes NNLS estimates",
         (Figure("", "µs", must=30, reach=15),),
         release_among_known,
     ),
     Row(
         "hand-over",
-        "release in one process until the waiting acquire in another returns",
+        "from a release in one process to the return of the waiting acquire in another",
         tuple(Figure(name, "µs", must=150, reach=60) for name in QUEUEING_S),
         hand_over,
     ),

@@ -21,9 +21,9 @@ BATCH_SIZE = 8
 def run_inference_batch(task: Task) -> Measured:
     """Measure what the model manager adds to a batch of RunInference.
 
-    Beam's DoFn of RunInference is driven as a worker drives it: set up once, then a call for each batch. With the
+    RunInference's DoFn is driven as a worker drives it: set up once, then called for each batch. With the
     manager, a batch is an acquire, access to the model's server, the model's own call in that server, and a
-    release. What the same batch takes with the model in the process, without any manager, is taken off.
+    release. The time of the same batch with the model in the process, without any manager, is subtracted.
     """
     modules(task.implementation)
     if task.is_mpmm:

@@ -1,4 +1,4 @@
-"""How the benchmark's figures are shown: a table for the terminal, JSON, a picture; and the machine they are of."""
+"""Show the benchmark's figures as a table, JSON or a picture, and describe the machine that they were measured on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarking.rows import BEAM, IMPLEMENTATIONS, MPMM, Figure, Row, Summary,
 
 __all__ = ["as_json", "header", "machine", "plot", "row_lines"]
 
-# Returns the summaries of a figure, which is given by its name, by implementation.
+# Takes a figure's name; returns its summaries by implementation.
 Summaries = Callable[[str], Mapping[str, Summary]]
 Problems = Mapping[str, list[str]]
 
@@ -26,7 +26,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on: the machine, how busy it is now, and versions."""
+    """Return what the figures depend on: the machine, its current load, and versions."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -50,12 +50,12 @@ def _processor() -> str:
 
 
 def header() -> str:
-    """Return the table's first line."""
+    """Return the table's header line."""
     return _COLUMNS.format("row", "unit", "mpmm", "tail", "Beam", "tail", "ratio", "must", "reach", "stands")
 
 
 def row_lines(row: Row, summaries: Summaries, problems: Problems) -> list[str]:
-    """Return the lines of the table that a row fills: one for each figure, and one for each problem."""
+    """Return a row's lines of the table: one for each figure, and one for each problem."""
     lines = []
     for figure in row.figures:
         found = summaries(figure.name)
@@ -111,7 +111,7 @@ def as_json(results: Iterable[tuple[Row, Summaries, Problems]], about: Mapping[s
 
 
 def plot(results: Iterable[tuple[Row, Summaries]], about: Mapping[str, Any], file: Path) -> None:
-    """Draw how many times better than Beam mpmm is, how its figures stand to their targets, and how costs grow.
+    """Draw how many times better than Beam mpmm is, how its figures compare with their targets, and how costs grow.
 
     The first two are ratios, so figures of all units can stand on one axis. Raises ImportError without matplotlib.
     """
@@ -142,7 +142,7 @@ def plot(results: Iterable[tuple[Row, Summaries]], about: Mapping[str, Any], fil
 
 
 class _Line:
-    """One figure as it is drawn: what it is called, what was measured."""
+    """One figure as it is drawn: its title and its measured values."""
 
     def __init__(self, row: Row, figure: Figure, found: Mapping[str, Summary]) -> None:
         self.title = f"{_title(row, figure)} ({figure.unit})"
@@ -175,18 +175,18 @@ def _draw_ratios(against_beam: Any, against_must: Any, lines: Sequence[_Line]) -
     against_must.set_title("mpmm against its limit (must = 1); green: reach; line: to the tail", fontsize=9)
     for axes in (against_beam, against_must):
         axes.set_xscale("log")
-        # The same in both, so that a figure is at the same height; the first one on top.
+        # The same limits in both, so that a figure is at the same height; the first one on top.
         axes.set_ylim(max(len(lines), 1) - 0.5, -0.5)
         axes.axvline(1.0, color="tab:red", linewidth=1)
         axes.grid(axis="x", alpha=0.3)
-        # Room for the texts.
+        # Make room for the texts.
         axes.margins(x=0.3)
 
 
 def _draw_growth(axes: Any, curves: Iterable[tuple[Row, Summaries]]) -> None:
     """Draw the series of figures that have a size, a curve for each row."""
     for row, summaries in curves:
-        # The axis is logarithmic: it has no place for 0.
+        # 0 has no place on a logarithmic axis.
         points = [
             (figure.size, found[MPMM].value)
             for figure in row.figures
@@ -201,7 +201,7 @@ def _draw_growth(axes: Any, curves: Iterable[tuple[Row, Summaries]]) -> None:
 
 
 def _share_of_must(figure: Figure, value: float, times: float | None) -> float | None:
-    """Return a cost as part of what it may be, or what a rate must be as part of what it is: good up to 1."""
+    """Return a cost divided by its limit, or for a rate the required one divided by the measured one: good up to 1."""
     if figure.against_beam:
         return figure.must / times if figure.must and times else None
     if not figure.must or not value:
@@ -218,7 +218,7 @@ def _title(row: Row, figure: Figure) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number with three digits that count."""
+    """Return a number with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""What a row of the benchmark is, and how the values of its repeats become figures."""
+"""Rows of the benchmark, and how the values of their repeats become figures."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = [
 MPMM, BEAM = "mpmm", "beam"
 IMPLEMENTATIONS = (MPMM, BEAM)
 
-# Values by the name of their figure. Times are in seconds, whatever unit the figure is shown in.
+# Values by the name of their figure. Times are in seconds, in whatever unit the figure is shown.
 Measured = Mapping[str, Sequence[float]]
 
-# What a second, or a bare number, is multiplied by to be shown in a unit.
+# The factor from seconds, or from a bare number, to a unit.
 _SCALES = {"µs": 1e6, "ms": 1e3, "%": 1e2}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement: of which implementation, in which folder of its own, with which seed."""
+    """One measurement: its implementation, its own folder, and its seed."""
 
     implementation: str
     folder: Path
@@ -55,13 +55,13 @@ class Task:
 class Figure:
     """One line of the table.
 
-    name: what it is called within its row; empty for the row's only one.
+    name: its name within its row; empty for the row's only one.
     unit: "µs", "ms", "s", "%", "pairs/s" or "×".
-    must, reach: what mpmm is asked for and what seems to be the limit, in `unit`; for information.
+    must, reach: the required value and the limit that seems possible, in `unit`; for information.
     of_worst: the worst value is the figure, not the median.
     more_is_better: most figures are costs; a rate is not.
     against_beam: `must` and `reach` are about the ratio to Beam, not about mpmm's own value.
-    size: this is one of a series, the cost among so many of something.
+    size: set for a figure of a series: the cost among this number of models, waiters and so on.
     """
 
     name: str
@@ -78,9 +78,9 @@ class Figure:
 class Row:
     """Something that is measured, in a process of its own for each implementation and repeat.
 
-    implementations: those that can do it at all.
+    implementations: those that can do it.
     repeats_at_most: bound on the repeats of a row that takes long.
-    timeout_s: after so long a measurement is given up.
+    timeout_s: seconds after which a measurement is aborted.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Row:
 class Summary:
     """One implementation's values of a figure, in the figure's unit.
 
-    value: what stands for all of them and is compared: the median, or the worst where the figure says so.
+    value: the value that is compared: the median, or the worst where the figure says so.
     tail: the 99th percentile on the bad side; with less than a hundred values, the worst.
     """
 
@@ -114,7 +114,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summarise(figure: Figure, values: Sequence[float]) -> Summary:
-    """Summarise the values of all repeats, of which there must be one at least."""
+    """Summarise the values of all repeats; there must be at least one."""
     scale = _SCALES.get(figure.unit, 1.0)
     scaled = [value * scale for value in values]
     median = statistics.median(scaled)
@@ -126,7 +126,7 @@ def summarise(figure: Figure, values: Sequence[float]) -> Summary:
 
 
 def ratio(figure: Figure, ours: Summary | None, beams: Summary | None) -> float | None:
-    """Return how many times better mpmm is; None where that says nothing, because one of the two is missing or 0."""
+    """Return how many times better mpmm is; None if one of the two is missing or 0."""
     if ours is None or beams is None:
         return None
     better, worse = (beams.value, ours.value) if figure.more_is_better else (ours.value, beams.value)
@@ -134,7 +134,7 @@ def ratio(figure: Figure, ours: Summary | None, beams: Summary | None) -> float 
 
 
 def stands(figure: Figure, ours: Summary | None, times: float | None) -> str:
-    """Return where mpmm stands: "reach", "must", "short" of both, or "" where nothing was asked or measured."""
+    """Return what mpmm reaches: "reach", "must", "short" of both, or "" where nothing was required or measured."""
     got = times if figure.against_beam else ours.value if ours else None
     if got is None:
         return ""

@@ -1,12 +1,12 @@
-"""Rows about what a warm pair costs among more and more models, copies, members and waiters. mpmm only.
+"""Rows about the cost of a warm pair among more and more models, copies, members and waiters. mpmm only.
 
 models: each other tag has one idle copy.
 copies: all are idle copies of the tag that is acquired.
-members: rows of the members table with a lock that lives. A thousand processes would need their time to come and go,
-    and 5 GB; so a few processes join a hundred times each, below the manager and without its background thread. What
-    that thread costs is the row `attached-cpu`.
-waiters: threads of one other process, each in the queue for a copy that a further thread of that process keeps. Their
-    model is said to be larger than the device after it was loaded, so that nobody is evicted for them, and
+members: rows of the members table whose lock is held. A thousand processes would take long to start and end, and need
+    5 GB; so a few processes join a hundred times each, below the manager and without its background thread. The row
+    `attached-cpu` measures what that thread costs.
+waiters: threads of one other process, each in the queue for a copy that another thread of that process keeps. After
+    the load, their model's estimate is set above the device's size, so that no model is evicted for them, and
     `max_overtake_seconds` is set so high that they never hold up others.
 """
 
@@ -118,7 +118,7 @@ def _row(what: str, sizes: Sequence[int], cost: Callable[[Task, int], float]) ->
     figures = (*(Figure(f"{size}", "µs", size=size) for size in sizes), Figure(growth, "×"))
     return Row(
         f"scaling-{what}",
-        f"warm pair among so many {what}",
+        f"warm pair among that number of {what}",
         figures,
         measure,
         implementations=(MPMM,),

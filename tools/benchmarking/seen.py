@@ -1,7 +1,7 @@
-"""Rows about being looked at: what `mpmm inspect` takes in a crowded namespace, and what the events cost. mpmm only.
+"""Rows about observation: how long `mpmm inspect` takes in a crowded namespace, and what events cost. mpmm only.
 
-The crowd is made by one process, below the manager: rows of members with a lock file that is held for each, copies in
-every state, and waiters with a reason each.
+One process makes the crowd, below the manager: rows of members whose lock files it holds, copies in every state, and
+waiters, each with a reason.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MEMBERS, MODELS, INSTANCES, WAITERS = 500, 200, 1000, 2000
 NAMESPACE = "crowd"
 INSPECTIONS = 15
 MODEL = "model"
-# In turns, so that what the machine does meanwhile meets both alike.
+# In turns, so that other load on the machine affects both alike.
 ROUNDS, PAIRS = 60, 100
 
 
 @contextmanager
 def crowded(root: Path) -> Iterator[str]:
-    """Make a namespace with so many members, models, copies and waiters; leave it in the end."""
+    """Make a namespace with MEMBERS, MODELS, INSTANCES and WAITERS; leave it in the end."""
     from mpmm.policy.view import Reason
     from mpmm.shared_state.events import Cause
     from mpmm.shared_state.layout import Member
@@ -73,9 +73,9 @@ def crowded(root: Path) -> Iterator[str]:
 
 
 def inspect(task: Task) -> Measured:
-    """Measure `mpmm inspect` as a program, what the interpreter takes to start and end taken off."""
+    """Measure `mpmm inspect` as a program, without the time in which the interpreter starts and ends."""
     root = Path(os.environ["MPMM_RUNTIME_DIR"])
-    # Compiled, as an installed package is, whatever the surroundings say.
+    # Compiled as an installed package is, whatever the environment says.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(task.folder / "compiled")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with crowded(root) as namespace:
@@ -95,7 +95,7 @@ def _seconds(arguments: Sequence[str], environment: dict[str, str]) -> float:
 
 
 def _copies(namespace: str, root: Path) -> list[float]:
-    """Return the seconds that copying takes, which is all that is ever done under the lock."""
+    """Return the seconds that copying takes, the only thing ever done under the lock."""
     from mpmm.shared_state.segment import Segment, segment_name
 
     segment = Segment.open(segment_name(root, namespace))
@@ -111,12 +111,12 @@ def _copies(namespace: str, root: Path) -> list[float]:
 
 
 def events(task: Task) -> Measured:
-    """Compare acquires and pairs with those of a process that writes no events."""
+    """Compare acquires and pairs with those made while no events are written."""
     from mpmm.shared_state.core import CORE_VARIABLE
     from mpmm.shared_state.layout import Header
     from mpmm.shared_state.transaction import Transaction
 
-    # What the compiled core writes cannot be left out.
+    # The events that the compiled core writes cannot be left out.
     os.environ[CORE_VARIABLE] = "python"
     manager = set_up(task, Stage(idle=(MODEL,)))
     write, append = Transaction.next_event, Transaction.event

@@ -26,7 +26,7 @@ class Echo:
     """The shared object."""
 
     def echo(self, value: Any) -> Any:
-        """Return what came."""
+        """Return the argument."""
         return value
 
 
@@ -39,10 +39,10 @@ def acquire_echo(task: Task, tag: str = TAG) -> Any:
 
 
 def acquire_live(task: Task) -> Measured:
-    """Measure acquire() of a tag with a server, in processes that have never used it, and again in the same.
+    """Measure acquire() of a tag with a server, in processes that have never used it, and then again in these.
 
-    A forked process has its parent's memory, of which it copies page by page what it touches; a started one, as
-    Beam's workers are, runs all code for the first time.
+    A forked process copies its parent's memory page by page as it touches it; a spawned one, like Beam's workers,
+    runs all code for the first time.
     """
     modules(task.implementation)
 
@@ -68,7 +68,7 @@ def acquire_live(task: Task) -> Measured:
 
 
 def _come(task: Task, number: int, connection: Connection) -> None:
-    """Be a process that has not used the tag yet."""
+    """Run as a process that has not used the tag yet."""
     modules(task.implementation)
     connection.send(timed(lambda: acquire_echo(task), 1 + LATER_ACQUIRES, warm_up=0))
     connection.recv()
@@ -89,7 +89,7 @@ def big_echo(task: Task) -> Measured:
 
 
 def batch_echo(task: Task) -> Measured:
-    """Measure a batch of arrays there and back, as images come."""
+    """Measure a batch of arrays of image size there and back."""
     proxy = acquire_echo(task)
     generator = np.random.default_rng(task.seed)
     batch = [generator.integers(0, 256, BATCH_ITEM_BYTES, dtype=np.uint8) for _ in range(BATCH)]
@@ -97,7 +97,7 @@ def batch_echo(task: Task) -> Measured:
 
 
 def _echo_seconds(proxy: Any, value: Any, count: int) -> list[float]:
-    """Time `count` echoes, after two that are looked at. Raises ValueError when what comes back differs."""
+    """Time `count` echoes, after two that are compared. Raises ValueError if an echo differs."""
     for _ in range(2):
         if not np.array_equal(proxy.echo(value), value):
             raise ValueError("the echo differs from what was sent")

@@ -1,8 +1,8 @@
-"""The ground that rows stand on: an implementation's modules, a manager as a worker gets it, models that take nothing.
+"""The setting of the rows: an implementation's modules, a manager as a worker gets it, models that take no memory.
 
-Beam's manager is reached as its workers reach it, through a `MultiProcessShared` proxy; mpmm's attaches in place
-under the same call. Neither looks at a real device: mpmm goes by its accounts, Beam by a monitor whose figures stand
-still, as they do for Beam on a machine without a GPU; or both poll a simulated one.
+A row reaches Beam's manager as Beam's workers do, through a `MultiProcessShared` proxy; with the same call, mpmm's
+attaches in this process. Neither looks at a real device: mpmm uses its own accounts and Beam a monitor with constant
+figures, as it has on a machine without a GPU; or both poll a simulated one.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ __all__ = [
     "warm_pair_seconds",
 ]
 
-# Model n of those that are known from observations takes n + 1 times as much.
+# Observed model n takes n + 1 times this.
 OBSERVED_MB = 10.0
 
 
 def modules(implementation: str) -> tuple[Any, Any]:
     """Return the implementation's model_manager and multi_process_shared.
 
-    Beam's manager imports torch, of which it uses one function; where torch is missing a stand-in takes its place.
+    Beam's manager imports torch for one function; where torch is missing, a stand-in takes its place.
     """
     if implementation == MPMM:
         manager, shared = import_module("mpmm.model_manager"), import_module("mpmm.multi_process_shared")
-        # Imported at their first use, else; a program would have imported them by name.
+        # Otherwise imported at their first use; a program would have imported them by name.
         _ = manager.ModelManager, shared.MultiProcessShared
         return manager, shared
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
@@ -61,12 +61,12 @@ def modules(implementation: str) -> tuple[Any, Any]:
 
 
 def make_handle() -> str:
-    """The loader of a model that takes nothing; every copy has a handle of its own."""
+    """Load a model that takes no memory; every copy has a handle of its own."""
     return uuid.uuid4().hex
 
 
 class SteadyMonitor:
-    """Takes the place of the GPU monitor of either manager: the same figures at all times."""
+    """Replaces the GPU monitor of either manager and always returns the same figures."""
 
     def __init__(self, used_mb: float, total_mb: float) -> None:
         self._stats = (used_mb, used_mb, total_mb)
@@ -90,16 +90,16 @@ class SteadyMonitor:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a row wants to find when it begins.
+    """The state in which a row begins.
 
-    idle: tags of the idle copies; a tag that stands there twice has two.
-    known: further tags whose size is known, so that nobody runs alone to be measured.
+    idle: tags of the idle copies; a tag that is listed twice has two.
+    known: further tags whose size is known, so that no model runs alone to be measured.
     total_mb, need_mb: size of the device, and of each model.
-    used_mb: what Beam's monitor says is in use, the copies of `idle` included.
-    observed: so many models, `observed-0` and on, are known from observations, and more of them lead to solutions.
-        A manager without a device makes none, so mpmm's gets the monitor then, too.
-    polls_gpu: the manager measures the GPU that `simulate_gpus` has made, as each implementation does by itself.
-    name: tells the stages of one row apart.
+    used_mb: what Beam's monitor reports as in use, including the copies of `idle`.
+    observed: the number of models, `observed-0` and on, that are known from observations; further observations lead to
+        new solutions. A manager without a device solves nothing, so mpmm's gets the monitor then, too.
+    polls_gpu: the manager measures the GPU that `simulate_gpus` has made, in the way of each implementation.
+    name: distinguishes the stages of one row.
     """
 
     idle: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class Stage:
 
 
 def attach(task: Task, stage: Stage, **settings: Any) -> Any:
-    """Return this process's access to the manager of a stage; whoever comes first makes it.
+    """Return this process's access to the manager of a stage; the first process makes it.
 
     settings: further parameters of mpmm's manager.
     """
@@ -143,7 +143,7 @@ def set_up(task: Task, stage: Stage, **settings: Any) -> Any:
     manager = attach(task, stage, **settings)
     if task.is_mpmm:
         _observe(manager._estimator, stage)
-        # All before the first release: a manager that has seen a short hold would rather wait than load a copy more.
+        # All before the first release: a manager that has seen a short hold would wait rather than load another copy.
         held = [(tag, manager.acquire_model(tag, make_handle)) for tag in stage.idle]
         for tag, handle in held:
             manager.release_model(tag, handle)
@@ -151,7 +151,7 @@ def set_up(task: Task, stage: Stage, **settings: Any) -> Any:
 
 
 def simulate_gpus(folder: Path, *totals_mb: float) -> SimulatedGpus:
-    """Make GPUs that this process, and those forked from it, find by NVML and by nvidia-smi."""
+    """Make GPUs that this process, and those forked from it, find through NVML and nvidia-smi."""
     built = build(folder / "driver")
     built.load()
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
