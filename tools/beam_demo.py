@@ -1,18 +1,18 @@
-"""The main job of mpmm, run for real: eight models, one Beam pipeline, four workers, memory for half of the models.
+"""Run mpmm's main job for real: eight models, one Beam pipeline, four workers, memory for half of the models.
 
     python tools/beam_demo.py              on mpmm
     python tools/beam_demo.py --stock      the same pipeline on Beam's own model manager
     python tools/beam_demo.py --compare    both, and the ratio of their times
     python tools/beam_demo.py --small      three small models, 200 elements, three workers
 
-The first run trains the models (scikit-learn, on data sets that come with it) into a cache folder. Then
+The first run trains the models (scikit-learn, on the data sets that it ships) into a cache folder. Then
 a second process runs the pipeline (demo/pipeline.py) and this one watches it: it shows the progress,
 measures the memory of the model servers, and checks at the end that every element was predicted exactly
 once by each model, that the memory budget was kept, and that nothing was left behind. The exit code is 0
-only if all of this is so.
+only if all of this holds.
 
-Beam's own manager imports torch, of which it uses one function for the GPU. Where torch is not
-installed, a stand-in of a few lines is put in its place, for the run of `--stock` alone.
+Beam's own manager imports torch for one GPU function. Where torch is not installed, the `--stock` run
+uses a stand-in of a few lines.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SERVER_BASE_MB = 150
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
     options = parse(arguments)
-    # So that an end by signal cleans up like every other.
+    # A process ended by SIGTERM cleans up as well.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     models = choose_models(options)
     say(f"{len(models)} models, kept in {options.cache}")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; `--small` only changes what was not given."""
+    """Read the command line; `--small` only changes the defaults."""
     parser = argparse.ArgumentParser(description="One Beam pipeline over many models, on mpmm or on Beam's manager.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--stock", action="store_true", help="run on Beam's own model manager")
@@ -69,11 +69,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--interleaved",
         action=argparse.BooleanOptionalAction,
-        help="let every worker go from model to model, not all of them to the same one (default: with --small)",
+        help="let each worker use all models by turns, not one model after another for all (default: with --small)",
     )
     parser.add_argument("--budget", type=float, help="memory budget in MB (default: about half of all models)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "mpmm-demo", help="cache folder")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a run is given up")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a run is aborted")
     parser.add_argument("--json", action="store_true", help="print everything once more as JSON, on the last line")
     options = parser.parse_args(arguments)
     options.cache = options.cache.expanduser().resolve()
@@ -115,7 +115,7 @@ def run(manager: str, models: list[DemoModel], files: dict[str, Path], options: 
         plan.manager_args = {
             "memory_source": "host",
             "memory_budget_mb": budget_mb,
-            # No model takes half of it. Else one that nobody has measured yet would be given the room of all others.
+            # No model takes half of the budget. Without this, a model not measured yet would be given all of it.
             "default_estimate_mb": budget_mb / 2,
         }
         say(f"\nmpmm: {options.workers} workers, a budget of {budget_mb:.0f} MB for models and their servers")
@@ -134,7 +134,7 @@ def run(manager: str, models: list[DemoModel], files: dict[str, Path], options: 
 
 
 def default_budget_mb(files: dict[str, Path], small: bool) -> float:
-    """Return about half of what all the models hold if each is loaded once; for small ones, more than is needed."""
+    """Return about half of the memory of all models, each loaded once; with `small`, more than they need."""
     together = sum(file.stat().st_size / MIB + SERVER_BASE_MB for file in files.values())
     return float(round(together * 4 if small else together / 2))
 
@@ -158,7 +158,7 @@ def check_predictions(report: RunReport, folder: Path) -> None:
 
 
 def print_report(report: RunReport) -> None:
-    """Print what became of a run, for people."""
+    """Print the result of a run for people."""
     say(f"\n  {'model':24}{'predictions':>14}{'accuracy':>10}{'loads':>8}{'reuses':>8}{'evictions':>11}{'size':>10}")
     for model in report.models:
         size = "-" if model.size_mb is None else f"{model.size_mb:.0f} MB"

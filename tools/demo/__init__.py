@@ -1,1 +1,1 @@
-"""The pipeline of `beam_demo.py`: what is to run, the models, the pipeline itself, and who watches it."""
+"""The pipeline of `beam_demo.py`: the plan of a run, the models, the pipeline itself, and its watcher."""

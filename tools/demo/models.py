@@ -1,7 +1,6 @@
-"""The models of the demo: what they are trained on, how, and where they are kept.
+"""The models of the demo: their training data, recipes, and files.
 
-The big ones are big because the half of the data set that they are trained on is multiplied by adding
-noise to it.
+The big ones are big because their half of the data set is multiplied by adding noise.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from demo.plan import load_halves
 class DemoModel:
     """One model: its name (also its tag at the model manager), its data set and how to make it.
 
-    training_rows: so many rows, drawn from the training half and blurred by `noise` standard
+    training_rows: number of rows drawn from the training half and blurred by `noise` standard
     deviations; 0 trains on the half as it is.
     """
 
@@ -79,17 +78,17 @@ def train(model: DemoModel) -> Any:
 
 
 def model_file(model: DemoModel, cache: Path) -> Path:
-    """Return where the trained model is kept. Another scikit-learn, or another recipe, gets another file."""
+    """Return the trained model's file. Another scikit-learn version, or another recipe, gets another file."""
     fingerprint = [sklearn.__version__, np.__version__, model.data_set, model.training_rows, model.noise]
     recipe = json.dumps([*fingerprint, repr(model.make())])
     return cache / "models" / f"{model.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.joblib"
 
 
 def train_missing(models: Iterable[DemoModel], cache: Path, report: Callable[[str], None]) -> dict[str, Path]:
-    """Train those models that are not in the cache yet; return the file of each.
+    """Train the models that are not in the cache yet; return the file of each.
 
-    A file appears under its name only when it is complete, so a run that is interrupted here spoils
-    nothing, and two runs at once do the work twice and agree.
+    A file appears under its name only when it is complete, so an interrupted run leaves no broken file, and two
+    runs at once do the work twice with the same result.
     """
     files = {model.name: model_file(model, cache) for model in models}
     (cache / "models").mkdir(parents=True, exist_ok=True)

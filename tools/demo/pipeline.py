@@ -2,15 +2,14 @@
 
     PYTHONPATH=tools python tools/demo/pipeline.py PLAN.json
 
-What makes it run on mpmm is `mpmm.beam.install()` and, in `model_manager_args`, where memory is counted
-and how much there is. On Beam's own manager it runs without both.
+Two things make it run on mpmm: `mpmm.beam.install()`, and `model_manager_args` with the memory source and the
+budget. On Beam's own manager it runs without both.
 
-Every prediction is appended to a file of its worker process, so that it can be counted while the
-pipeline runs, and checked afterwards: the files are the proof that each element went through each model
-exactly once.
+Every worker process appends its predictions to a file of its own, so that they can be counted while the
+pipeline runs, and checked afterwards: the files prove that each model predicted each element exactly once.
 """
 
-# Beam is typed in part; where it is not, strictness would only complain about Beam.
+# Beam is only partly typed; elsewhere strictness would complain about Beam alone.
 # mypy: disable-error-code="no-untyped-call,attr-defined,misc"
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from demo.plan import RECORD, RECORDS_SUFFIX, Plan, load_halves
 
 
 class Record(beam.DoFn):
-    """Append predictions to this process's file: one small write each, so none is ever seen in halves."""
+    """Append predictions to this process's file: one small write each, so no reader sees half of one."""
 
     def __init__(self, model_number: int, folder: str) -> None:
         self._model_number = model_number
@@ -48,7 +47,7 @@ class Record(beam.DoFn):
 
 
 def keyed_features(data_set: str, count: int) -> Iterator[tuple[str, int, Any]]:
-    """Yield `count` elements of a data set's second half, from the start again when it is used up."""
+    """Yield `count` elements of a data set's second half, starting over at its end."""
     _, _, features, _ = load_halves(data_set)
     for element in range(count):
         yield data_set, element, features[element % len(features)]
@@ -57,9 +56,9 @@ def keyed_features(data_set: str, count: int) -> Iterator[tuple[str, int, Any]]:
 def build(pipeline: Any, plan: Plan) -> None:
     """Write the pipeline: each model takes the elements of its data set.
 
-    Elements are spread over the workers by a Reshuffle, which also ends a stage: what follows it up to the
-    next one runs as a whole in each worker. One for all models makes every worker go from model to model;
-    one for each makes all workers use the same model, one model after the other.
+    A Reshuffle spreads the elements over the workers and also ends a stage: everything up to the next one runs as
+    a whole in each worker. With one Reshuffle for all models, every worker goes from model to model; with one for
+    each, all workers use the same model, one model after another.
     """
     from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
     from apache_beam.ml.inference.sklearn_inference import ModelFileType, SklearnModelHandlerNumpy
@@ -93,7 +92,7 @@ def build(pipeline: Any, plan: Plan) -> None:
 
 
 def main() -> None:
-    """Run the pipeline of the plan, and leave the seconds that it took in `seconds` beside it."""
+    """Run the pipeline of the plan, and write the seconds that it took to `seconds` in the plan's folder."""
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 

@@ -1,7 +1,7 @@
-"""What the demo's two programs agree on: the plan of a run, the data sets, and how a prediction is written down.
+"""What the demo's two programs share: the plan of a run, the data sets, and the format of a prediction.
 
-The data sets are four small ones that come with scikit-learn. Each is split in two halves: models are
-trained on the first and the pipeline predicts the second, so the accuracies are real ones.
+The data sets are four small ones that scikit-learn ships. Each is split in two halves: models are
+trained on the first and the pipeline predicts the second, so the accuracies are real.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ DATA_SETS: dict[str, Callable[..., Any]] = {
     "iris": load_iris,
 }
 
-# One prediction: which model, which element of its data set, what it said.
+# One prediction: the model, the predicted label, and the element of the model's data set.
 RECORD = np.dtype([("model", "<u2"), ("label", "<i2"), ("element", "<u4")])
 RECORDS_SUFFIX = ".predictions"
 
 
 @dataclass
 class Plan:
-    """Everything that the pipeline needs to know; travels as JSON.
+    """Everything that the pipeline needs to know; stored as JSON.
 
-    models: name, data set and file of each; elements: how many of each data set; interleaved: every worker goes
-    from model to model, instead of one model after the other for all workers; manager_args: `model_manager_args`
+    models: name, data set and file of each; elements: their number by data set; interleaved: every worker goes
+    from model to model, instead of one model after another for all workers; manager_args: `model_manager_args`
     for mpmm, or None for Beam's own manager.
     """
 

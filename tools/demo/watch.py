@@ -1,7 +1,7 @@
-"""Runs the demo's pipeline in a process of its own and watches it: progress, memory, and what it leaves behind.
+"""Run the demo's pipeline in a process of its own and watch it: progress, memory, and what it leaves behind.
 
-Processes are found by a mark in their environment, which every child inherits, so that those of Beam's
-own manager, of mpmm, and orphans of both are seen alike.
+The watcher finds processes by a mark in their environment, which every child inherits. So it sees those of Beam's
+own manager, those of mpmm, and orphans of both alike.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ TOOLS = Path(__file__).resolve().parent.parent
 MARK = "MPMM_DEMO_RUN"
 MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
-# The namespace to which Beam's tag for its manager leads.
+# The namespace that follows from Beam's tag for its manager.
 NAMESPACE = "mps.model_manager"
-# Model servers notice that they are no longer needed, and leave, within this time.
+# Within this time, model servers notice that they are no longer needed, and exit.
 LEAVE_TIMEOUT_S = 15.0
-# Reading a big process's unique memory takes the kernel milliseconds; the models are to have the processors.
+# Reading a big process's unique memory takes the kernel milliseconds, which the models should have.
 SAMPLE_INTERVAL_S = 0.4
 TORCH_STAND_IN = '''"""Stands in for torch in Beam's own model manager, which calls torch.cuda.empty_cache() only."""
 
@@ -47,7 +47,7 @@ class cuda:
 
 @dataclass
 class ModelReport:
-    """What became of one model. Beam's own manager counts nothing: loads, reuses, evictions, size_mb are None then."""
+    """The result of one model. Beam's own manager counts nothing: loads, reuses, evictions, size_mb are None then."""
 
     name: str
     data_set: str
@@ -63,11 +63,11 @@ class ModelReport:
 
 @dataclass
 class RunReport:
-    """What became of one run.
+    """The result of one run.
 
     seconds: the pipeline's own time, from its start to the end of its last worker.
-    peak_held_mb: unique memory of all model servers together, as this program has measured it from outside;
-    peak_sampled_mb: as mpmm's leader has measured it.
+    peak_held_mb: unique memory of all model servers together, measured by this program from outside;
+    peak_sampled_mb: measured by mpmm's leader.
     """
 
     manager: str
@@ -100,7 +100,7 @@ class Watcher:
     def _make_environment(self, identity: str) -> dict[str, str]:
         environment = dict(os.environ)
         environment[MARK] = identity
-        # Whatever Beam leaves in its temporary folder stays in the run's folder and goes with it.
+        # What Beam leaves in its temporary folder is removed with the run's folder.
         environment["TMPDIR"] = str(self._folder / "tmp")
         search = [str(TOOLS)]
         if self._view is not None:
@@ -116,14 +116,14 @@ class Watcher:
         return environment
 
     def run(self) -> RunReport:
-        """Run the pipeline and return what was seen; problems are in the report, not raised."""
+        """Run the pipeline and return the report, which also holds the problems; none is raised."""
         report = self._report
         if self._view is not None:
             self._view.join()
         try:
             with open(self._folder / "log", "w", encoding="utf-8") as log:
                 command = [sys.executable, str(TOOLS / "demo" / "pipeline.py"), str(self._folder / "plan.json")]
-                # The working directory comes first on the workers' import path: an empty one hides nothing.
+                # The working directory comes first on the workers' import path: an empty one hides no module.
                 child = subprocess.Popen(
                     command, env=self._environment, cwd=self._folder / "tmp", stdout=log, stderr=subprocess.STDOUT
                 )
@@ -162,7 +162,7 @@ class Watcher:
             report.most_servers = max(report.most_servers, servers)
             now = time.monotonic()
             if now - started > self._timeout_s:
-                report.problems.append(f"given up after {self._timeout_s:.0f} s")
+                report.problems.append(f"aborted after {self._timeout_s:.0f} s")
                 return
             if now - shown >= 1.5:
                 shown = now
@@ -180,7 +180,7 @@ class Watcher:
 
 
 class SharedStateView:
-    """What mpmm's shared state says of the run. This process is a member, so that the state outlives the workers."""
+    """The run as mpmm's shared state shows it. This process is a member, so that the state outlives the workers."""
 
     def __init__(self, manager_args: dict[str, Any]) -> None:
         from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, default_root
@@ -190,7 +190,7 @@ class SharedStateView:
         self._segment = SHARED_MEMORY / "none"
         self.root = default_root()
         if (self.root / NAMESPACE).exists():
-            # Another pipeline of this user runs, or has crashed: its budget is not ours, so keep away from it.
+            # Another pipeline of this user runs or has crashed. Its budget differs, so use another runtime directory.
             self.root = Path(tempfile.mkdtemp(prefix="mpmm-demo-"))
             say(f"  the namespace {NAMESPACE} is in use; this run has its own, below {self.root}")
         self._root_is_ours = not self.root.exists() or not any(self.root.iterdir())
@@ -216,7 +216,7 @@ class SharedStateView:
         )
 
     def leave(self, report: RunReport) -> None:
-        """Read the counters, then leave: the last one out unloads everything."""
+        """Read the counters, then leave: the last process to leave unloads everything."""
         snapshot = self._snapshot()
         self._manager.shutdown()
         counted = {model.tag: model for model in snapshot.models}
@@ -248,11 +248,11 @@ class Processes:
         self._marked: dict[psutil.Process, bool] = {}
 
     def alive(self) -> list[psutil.Process]:
-        """Return those that run now, zombies left out."""
+        """Return those that run now, without zombies."""
         seen: dict[psutil.Process, bool] = {}
         for process in psutil.process_iter():
             try:
-                # Reading the environment of every process of the machine each time would be most of the work.
+                # Remembered: reading every process's environment each time would be most of the work.
                 known = self._marked.get(process)
                 seen[process] = process.environ().get(MARK) == self._mark if known is None else known
             except psutil.Error:
@@ -261,7 +261,7 @@ class Processes:
         return [process for process, marked in seen.items() if marked and _runs(process)]
 
     def model_servers(self) -> list[psutil.Process]:
-        """Return those that are neither a worker of Beam, nor the program that runs the pipeline, nor a helper."""
+        """Return those that are neither a Beam worker, nor the program that runs the pipeline, nor a helper."""
         others = ("sdk_worker_main", "demo/pipeline.py", "resource_tracker")
         servers = []
         for process in self.alive():
@@ -273,7 +273,7 @@ class Processes:
         return servers
 
     def held_mb(self) -> tuple[int, float]:
-        """Return how many model servers run and what would come free if all ended: their unique memory, in MB."""
+        """Return the number of model servers, and the MB that would be freed if all ended: their unique memory."""
         servers, held = self.model_servers(), 0.0
         for process in servers:
             with contextlib.suppress(psutil.Error):
@@ -281,14 +281,14 @@ class Processes:
         return len(servers), held
 
     def wait_until_gone(self, timeout_s: float) -> list[psutil.Process]:
-        """Wait until none is left, and return those which are still there after the time-out."""
+        """Wait until none is left, and return those that still run after the timeout."""
         deadline = time.monotonic() + timeout_s
         while (left := self.alive()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return left
 
     def end(self) -> None:
-        """End whatever is left: asked first, then killed."""
+        """Terminate the remaining processes; kill those that stay."""
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
                 process.terminate()
@@ -305,7 +305,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _is_in_use(path: Path) -> bool:
-    """Whether a living process has the file, or one below the folder, open or mapped: then it is somebody else's."""
+    """Tell whether a living process has the file, or one below the folder, open or mapped: another program uses it."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             names = [file.path for file in process.open_files()]
@@ -316,5 +316,5 @@ def _is_in_use(path: Path) -> bool:
 
 
 def say(text: str) -> None:
-    """Print at once: a progress line that waits in a buffer is none."""
+    """Print at once: progress must not wait in a buffer."""
     print(text, flush=True)
