@@ -1,24 +1,24 @@
-"""Does mpmm do on a real GPU what it should? `python tools/gpu_check.py [--only CHECK,…] [--minutes 5] [--device 0]`
+"""Check mpmm on a real GPU: `python tools/gpu_check.py [--only CHECK,…] [--minutes 5] [--device 0]`
 
 Needs mpmm, installed or on PYTHONPATH, and torch with CUDA; with `--simulated` it runs on a simulated GPU, to test this
-tool. Several processes load models of 1 to 8 GB, tensors of CUDA in a module, into model servers, through mpmm, and one
-table says
+tool. Several processes load models of 1 to 8 GB, modules with CUDA tensors, into model servers through mpmm, and one
+table shows
 
-    figures      what NVML says of a process beside what torch says, and of the device beside all of its processes
-    attribution  what mpmm accounts for a copy, and estimates after one load, beside NVML's figure of its process
-    learning     what it believes of a model that ran out of memory at its first load and was loaded at its second
-    isolation    what it estimates where it sees the whole device alone, as without NVML
-    recovery     how long after an unload the device's memory is back
+    figures      NVML's figure of a process next to torch's, and of the device next to the sum of its processes
+    attribution  what mpmm accounts for a copy, and estimates after one load, next to NVML's figure of its process
+    learning     the estimate of a model whose first load ran out of memory and whose second succeeded
+    isolation    the estimates if mpmm sees only the whole device, as without NVML
+    recovery     how long after an unload the device's memory is free again
     turns        some minutes of loads and evictions in turn, by several processes, with more models than memory
-    suspend      the driver's checkpoints: how long models take to host memory and back, what is accounted for them,
-                 models that are suspended for each other in turn, and what the helper process leaves behind if killed
+    suspend      the driver's checkpoints: how long models take to host memory and back, what mpmm accounts for them,
+                 models that are suspended for each other in turn, and what a killed helper process leaves behind
     pipeline     models behind Beam's RunInference, where Apache Beam is installed
 
-with what is expected of each. The exit code is 0 when all of it is met.
+with the expected values. The exit code is 0 if all of them are met.
 
 NVML counts what the driver reserves as used (480 MB on the H100), and CUDA counts it neither as used nor as part of the
-device. So their figures of a device differ by that, which is told and not judged. What is judged is what can be had:
-NVML's figure less all processes must be what it was on the empty device.
+device. The check reports this difference without judging it. It does judge that NVML's figure less all processes is the
+same as on the empty device.
 
 One run on an NVIDIA H100 80GB HBM3 (driver 580.159.04, NVML, 16 processors, torch 2.11, Apache Beam 2.77), everything
 expected met, with `--minutes 0.7` of turns and `--suspend-minutes 0.8`:
@@ -81,7 +81,7 @@ from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.nvml import NvmlSource
 
 SIMULATED_MB, SIMULATED_RESERVED_MB, SIMULATED_LINGER_S = 24576.0, 400.0, 0.2
-# Together the models of the turns take so much more than may be used.
+# The models of the turns together, as a multiple of the memory that may be used.
 CROWDING = 1.6
 RECOVERIES = 5
 # Models, workers, elements.
@@ -90,7 +90,7 @@ PIPELINE_TIMEOUT_S = 300.0
 
 
 class WholeDevice:
-    """NVML as a source that cannot tell single processes."""
+    """NVML as a source that does not measure single processes."""
 
     name = "nvml, whole devices only"
     measures_processes = False
@@ -105,7 +105,7 @@ class WholeDevice:
         return self._source.devices()
 
     def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Measure, and forget who takes what."""
+        """Measure, without the figures of processes."""
         return tuple(DeviceSample(s.index, s.used_mb, s.taken_ns) for s in self._source.sample(server_pids))
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class WholeDevice:
 
 
 def check_figures_and_attribution(check: Check) -> None:
-    """Load a model of each size, one beside the other as long as they fit; compare what everybody says of them."""
+    """Load models of each size until the device is full; compare NVML's, CUDA's, torch's and mpmm's figures."""
     empty_mb = check.used_mb()
     overheads, differences, accounted, estimated = [], [], [], []
     tensors_mb = total_mb = 0.0
@@ -141,10 +141,10 @@ def check_figures_and_attribution(check: Check) -> None:
                 estimated.append(abs((model.estimate_mb or 0.0) / process_mb - 1))
         grown_mb = check.used_mb() - empty_mb
     worst = max(differences, key=abs)
-    # No expectation: NVML's figure has the driver's reserve in it, and CUDA's has not.
+    # No expectation: NVML's figure includes the driver's reserve, and CUDA's does not.
     check.say("figures", "device, NVML less CUDA", f"{worst:+.0f} MB at most")
     if not overheads:
-        check.say("figures", "single processes", "not told by NVML here")
+        check.say("figures", "single processes", "not listed by NVML here")
         check.say("attribution", "of copies", "not possible")
         return
     is_context = 0 <= min(overheads) <= max(overheads) <= CONTEXT_AT_MOST_MB
@@ -160,10 +160,10 @@ def check_figures_and_attribution(check: Check) -> None:
 
 
 def check_learning(check: Check) -> None:
-    """Let an unknown model run out of memory beside another one; see what is believed of it after its second turn."""
+    """Let an unknown model run out of memory next to another; check its estimate after its second load."""
     mb = round(check.device.total_mb / 2)
     loaders = {tag: check.loader(mb) for tag in ("first", "second")}
-    # Both are taken for so little that they are let in together, and take more than there is.
+    # The estimates of both are so small that they load together, and need more memory than there is.
     with ModelManager(namespace="learning", memory_source="nvml", default_estimate_mb=mb / 8) as manager:
         for tag in ("first", "second"):
             before_mb = settled_mb(check)
@@ -186,7 +186,7 @@ def check_learning(check: Check) -> None:
 
 
 def check_isolation(check: Check) -> None:
-    """Have unknown models measured alone, by the whole device; compare the estimates with what their process takes."""
+    """Have unknown models measured alone, by the whole device; compare the estimates with their processes' memory."""
     errors = []
     with ModelManager(namespace="isolation", memory_source=WholeDevice()) as manager:
         for number, mb in enumerate(check.sizes_mb()[:3]):
@@ -206,7 +206,7 @@ def check_isolation(check: Check) -> None:
 
 
 def check_recovery(check: Check) -> None:
-    """Unload a model some times; see how long it takes until its memory is back."""
+    """Unload a model several times; measure how long it takes until its memory is free again."""
     seconds = []
     mb = check.sizes_mb()[0]
     for _ in range(2 if check.options.quick else RECOVERIES):
@@ -224,7 +224,7 @@ def check_recovery(check: Check) -> None:
 
 @dataclass
 class Turns:
-    """What one process of the turns has done. `waits_s` of acquires; `errors` in words."""
+    """What one process of the turns has done. `waits_s` of acquires; `errors` as text."""
 
     waits_s: list[float] = field(default_factory=list)
     out_of_memory: int = 0
@@ -232,11 +232,11 @@ class Turns:
 
 
 def take_turns(connection: Connection, sizes_mb: Sequence[float], gpus: SimulatedGpus | None, seed: int) -> None:
-    """Use one model after another, until told to stop; in a process of its own."""
+    """Use one model after another until told to stop; runs in a process of its own."""
     done = Turns()
     chance = random.Random(seed)
     weights = [1 / (1 + number) for number in range(len(sizes_mb))]
-    # Nothing is known beforehand, so each model is taken for more than any takes.
+    # The models are unknown at first, so the default estimate is above the size of each.
     unknown_mb = max(sizes_mb) + CONTEXT_AT_MOST_MB
     with ModelManager(
         namespace="turns", memory_source="nvml", default_estimate_mb=unknown_mb, wait_timeout_seconds=120.0
@@ -258,14 +258,14 @@ def take_turns(connection: Connection, sizes_mb: Sequence[float], gpus: Simulate
 
 
 def check_turns(check: Check) -> None:
-    """Let several processes load and evict in turn, and watch the device meanwhile."""
+    """Let several processes load and evict models in turn, and watch the device meanwhile."""
     sizes_mb = crowd(check)
     options = check.options
     arguments = [(sizes_mb, check.gpus, options.seed + number) for number in range(options.processes)]
     with at_work(take_turns, *arguments) as connections:
         highest_mb, began = 0.0, time.monotonic()
         end = began + 60 * options.minutes
-        # On a busy machine the device may not be full by then.
+        # On a busy machine, the device may not be full at the end.
         while (now := time.monotonic()) < end or (now < end + PATIENCE_S and not read_snapshot("turns").evictions):
             highest_mb = max(highest_mb, check.used_mb())
             time.sleep(PAUSE_S)
@@ -293,7 +293,7 @@ def check_turns(check: Check) -> None:
 
 
 def check_pipeline(check: Check) -> None:
-    """Run models behind RunInference; count predictions, loads, and what ran out of memory."""
+    """Run models behind RunInference; count predictions, loads, and loads that ran out of memory."""
     if importlib.util.find_spec("apache_beam") is None:
         check.say("pipeline", "with Beam", "not possible: apache-beam is not installed")
         return
@@ -326,7 +326,7 @@ def check_pipeline(check: Check) -> None:
 
 
 def crowd(check: Check) -> list[float]:
-    """Return the sizes of models that together take `CROWDING` times what may be used."""
+    """Return the sizes of models that together take `CROWDING` times the memory that may be used."""
     there = check.sizes_mb()
     sizes_mb: list[float] = []
     while sum(sizes_mb) < CROWDING * 0.9 * check.device.total_mb:
@@ -348,7 +348,7 @@ CHECKS: dict[str, Callable[[Check], None]] = {
 
 
 def chosen_checks(text: str) -> list[Callable[[Check], None]]:
-    """Return the checks of a list of names, in their order. Raises ArgumentTypeError for a name that there is not."""
+    """Return the checks of a list of names, in the order of CHECKS. Raises ArgumentTypeError for an unknown name."""
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in CHECKS]
     if unknown:
@@ -357,26 +357,31 @@ def chosen_checks(text: str) -> list[Callable[[Check], None]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 1 when something expected was not met, 2 where the checks cannot run."""
+    """Run the command line; return 1 if an expected value was not met, 2 if the checks cannot run."""
     parser = argparse.ArgumentParser(description="Check mpmm on a real GPU, with torch.")
     parser.add_argument(
-        "--only", type=chosen_checks, metavar="CHECK[,CHECK]", help=f"of {', '.join(CHECKS)} (default: all)"
+        "--only", type=chosen_checks, metavar="CHECK[,CHECK]", help=f"any of {', '.join(CHECKS)} (default: all)"
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="how long models are loaded in turn (default: 5)")
-    parser.add_argument("--processes", type=int, default=6, help="that use them (default: 6)")
+    parser.add_argument("--processes", type=int, default=6, help="processes that use them (default: 6)")
     parser.add_argument(
-        "--suspend-minutes", type=float, default=2.0, help="how long models are suspended in turn at most (default: 2)"
+        "--suspend-minutes",
+        type=float,
+        default=2.0,
+        help="at most this long, models are suspended in turn (default: 2)",
     )
-    parser.add_argument("--suspend-turns", type=int, default=200, help="and how often at most (default: 200)")
-    parser.add_argument("--device", default="0", help="its number, or the uuid of it or of a slice (default: 0)")
-    parser.add_argument("--seed", type=int, default=1, help="for who wants which model when (default: 1)")
+    parser.add_argument("--suspend-turns", type=int, default=200, help="and at most this often (default: 200)")
+    parser.add_argument(
+        "--device", default="0", help="the device's number, or the uuid of a device or slice (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="for the order in which processes use models (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the table as JSON instead")
     parser.add_argument("--simulated", action="store_true", help="run on a simulated GPU, to test this tool")
     parser.add_argument(
-        "--quick", action="store_true", help="fewer and smaller steps of everything but turns, to test this tool"
+        "--quick", action="store_true", help="fewer and smaller steps in all checks but turns, to test this tool"
     )
     options = parser.parse_args(arguments)
-    # The table is what is to be seen.
+    # The output is the table, without log lines.
     logging.getLogger("mpmm").setLevel(logging.ERROR)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpmm-g", ignore_cleanup_errors=True)))
@@ -387,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif importlib.util.find_spec("torch") is None:
             print("gpu_check needs torch with CUDA; --simulated does without", file=sys.stderr)
             return 2
-        # All processes see this one device, as their first.
+        # All processes see only this device, as their first.
         os.environ["CUDA_VISIBLE_DEVICES"] = options.device
         try:
             source = NvmlSource()
@@ -416,7 +421,7 @@ def simulate(folder: Path) -> tuple[SimulatedGpus, Build]:
 
 
 def run(check: Check) -> None:
-    """Run the checks one after the other; one that fails as such says so, and the others go on."""
+    """Run the checks one after another; if one raises, report that and continue with the others."""
     device = check.device
     check.say("device", "name", f"{device.name}, {device.total_mb:.0f} MB")
     check.say("device", "used by others", f"{check.used_mb():.0f} MB")

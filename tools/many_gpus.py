@@ -1,8 +1,9 @@
-"""Many models on several simulated GPUs: what `placement` makes of it.
+"""Run many models on several simulated GPUs, and show how `placement` spreads them.
 
 Processes acquire models of 150 to 750 MB at random, popular ones more often, each in a model server that takes its
-memory where `CUDA_VISIBLE_DEVICES` sends it. Told for each device: the most that was ever in use, by the device's own
-record, the mean share of its limit that was accounted for, and the loads; and how far apart the devices are.
+memory where `CUDA_VISIBLE_DEVICES` sends it. The output shows for each device the most memory ever in use, by the
+device's own record, the mean share of its limit that was accounted for, and the loads; and how far apart the devices
+are.
 
     tools/many_gpus.py              24 models, 32 processes; 1, 2 and 8 GPUs, one of which is cut into two slices
 """
@@ -31,7 +32,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=30.0)
     options = parser.parse_args()
-    # Not at the top: every model server imports this module once more, as its `__main__`.
+    # Not at the top: every model server imports this module again, as its `__main__`.
     from devices.many_gpus_crew import Setting, measure
     from devices.simulated_gpu import SimulatedGpus, build
 

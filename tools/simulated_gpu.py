@@ -1,4 +1,4 @@
-"""Simulated GPUs by hand, and their names for other programs: `python tools/simulated_gpu.py FOLDER MB …`."""
+"""Make simulated GPUs by hand: `python tools/simulated_gpu.py FOLDER MB …`. Other programs import their names here."""
 
 from __future__ import annotations
 

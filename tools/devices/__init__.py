@@ -1,1 +1,1 @@
-"""Simulated devices, and the models that take memory of them: see `simulated_gpu` and `declared`."""
+"""Simulated devices, and the models that take their memory: see `simulated_gpu` and `declared`."""

@@ -1,8 +1,8 @@
-"""What `workload.py` loads: model servers that declare memory on a simulated device, which counts for itself.
+"""The models of `workload.py`: servers that declare memory on a simulated device, which counts on its own.
 
-Memory is declared, not taken: an allocation is a file `<pid>_<MB>_<number>` in one folder, and is gone when its
-process is. The device knows nothing of any model manager. It adds up, at every allocation, what is loaded or being
-loaded at that moment, and that is the only moment at which the sum can rise.
+Memory is declared, not taken: an allocation is a file `<pid>_<MB>_<number>` in one folder, and ends with its process.
+The device knows nothing of any model manager. At every allocation, the only moment at which the sum can rise, it adds
+up what is loaded or being loaded.
 
 `DeclaredDevice` is a memory source itself. `DeclaredGpu` keeps the same count over a simulated GPU
 (`simulated_gpu.py`), which the manager measures through NVML or nvidia-smi as it would a real one.
@@ -33,7 +33,7 @@ _numbers = itertools.count()
 
 
 class CountingDevice(Protocol):
-    """A device as the models and the run see it, whatever the manager sees of it. Can be pickled."""
+    """A device as the models and the run see it, independently of the manager. Can be pickled."""
 
     total_mb: float
 
@@ -76,9 +76,9 @@ def _note(counts_fd: int, enough: bool) -> None:
 
 
 class DeclaredDevice:
-    """The device, for those who allocate, and as a memory source for the manager. Can be pickled.
+    """The device, for the models that allocate and as a memory source for the manager. Can be pickled.
 
-    answer_s: a sample takes so long, and its figure is from the beginning of that time.
+    answer_s: how long a sample takes; its figure is from the beginning of that time.
     """
 
     name = "declared"
@@ -94,7 +94,7 @@ class DeclaredDevice:
         self._count = _AllocationCount(folder)
 
     def allocate(self, mb: float) -> None:
-        """Declare memory of this process, for as long as it lives; note whether that was more than there is."""
+        """Declare memory of this process, for as long as it lives; note whether there was enough."""
         with self._count.alone() as note:
             (self._allocations / f"{os.getpid()}_{mb}_{next(_numbers)}").touch()
             note(sum(self.by_process().values()) <= self.total_mb)
@@ -124,7 +124,7 @@ class DeclaredDevice:
         return (DeviceSample(0, sum(found.values()), taken, found if self.measures_processes else {}),)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class DeclaredGpu:
@@ -136,7 +136,7 @@ class DeclaredGpu:
         self._count = _AllocationCount(folder)
 
     def allocate(self, mb: float) -> None:
-        """See `CountingDevice`. Raises MemoryError when there is less free."""
+        """See `CountingDevice`. Raises MemoryError if less is free."""
         with self._count.alone() as note:
             try:
                 self._gpus.allocate(mb)
@@ -163,14 +163,14 @@ class DeclaredModel:
         self._inference_s = inference_s
 
     def infer(self) -> int:
-        """Work for a while."""
+        """Sleep for the time of an inference; return the pid."""
         time.sleep(self._inference_s)
         return os.getpid()
 
 
 @dataclass(frozen=True)
 class Loader:
-    """A loader of one model; the same for both implementations but for the module that starts its servers."""
+    """A loader of one model; only the module that starts its servers differs between the implementations."""
 
     shared_module: str
     device: CountingDevice

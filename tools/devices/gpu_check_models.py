@@ -1,9 +1,9 @@
-"""What `gpu_check.py` loads: model servers that hold memory of a GPU, and say themselves how much.
+"""The models of `gpu_check.py`: servers that hold GPU memory, and report how much.
 
-With torch a model is a module with blocks of CUDA memory as its parameters. On a simulated GPU it declares its memory,
-and some more for what a CUDA context takes, as a real process would have it.
+With torch, a model is a module with blocks of CUDA memory as its parameters. On a simulated GPU it declares its memory
+and that of a CUDA context, which a real process would have.
 
-A model with a seed has weights of which every strip differs from the others, and each use compares all of them with
+In a model with a seed, every strip of the weights differs from the others, and each use compares all of them with
 what was written there.
 """
 
@@ -24,9 +24,9 @@ __all__ = ["CONTEXT_MB", "CheckedModel", "Figures", "Loader", "WrongWeightsError
 MIB = 2**20
 # Parameters are cut into blocks, as those of real models are.
 BLOCK_MB = 256
-# On a simulated GPU: what a process takes beside its tensors, and how long work takes.
+# On a simulated GPU: what a process takes besides its tensors.
 CONTEXT_MB = 300.0
-# Of a model with a seed: numbers that are written, and compared, at a time. 16 MB.
+# How many weights of a model with a seed are written, and compared, at a time: 16 MB.
 STRIP = 2**23
 GRAPH_SIDE = 64
 LOAD_S, INFERENCE_S = 0.05, 0.003
@@ -34,7 +34,7 @@ LOAD_S, INFERENCE_S = 0.05, 0.003
 
 @dataclass(frozen=True)
 class Figures:
-    """What a process says of itself: tensors, all that torch has taken for them, and what CUDA says of the device."""
+    """A process's own report: its tensors, what torch has reserved for them, and the device's use according to CUDA."""
 
     pid: int
     tensors_mb: float
@@ -52,10 +52,10 @@ class CheckedModel(Protocol):
         """Return the process's own figures."""
 
     def capture(self) -> None:
-        """Capture a CUDA graph that reads some weights; of a model with a seed."""
+        """Capture a CUDA graph that reads some weights; only for a model with a seed."""
 
     def replay(self) -> bool:
-        """Tell whether the graph still yields what it did at first."""
+        """Tell whether the graph still yields its first result."""
 
 
 class WrongWeightsError(Exception):
@@ -81,17 +81,17 @@ class TorchModel:
             self._pattern = torch.randint(-30000, 30000, (STRIP,), generator=random, dtype=torch.int16, device="cuda")
             for number, strip in enumerate(self._strips()):
                 strip.copy_(self._pattern[: len(strip)]).add_(number)
-            # So that a later use takes no more memory.
+            # Now, so that later uses take no more memory.
             self.infer()
         torch.cuda.synchronize()
 
     def _strips(self) -> Iterator[Any]:
-        """Yield the weights in parts, as whole numbers: as floats some of them would not equal themselves."""
+        """Yield the weights in parts, as integers: as floats, some would be NaN and not equal themselves."""
         for block in self._module.parameters():
             yield from block.data.view(self._torch.int16).split(STRIP)
 
     def infer(self) -> int:
-        """Read a part of every block, with a seed all of it, and see that it is what was written there."""
+        """Compare a part of every block, with a seed all of it, with what was written there."""
         if self._pattern is not None:
             wrong = self._torch.zeros((), dtype=self._torch.int64, device="cuda")
             for number, strip in enumerate(self._strips()):
@@ -115,7 +115,7 @@ class TorchModel:
             return strip[: GRAPH_SIDE**2].view(GRAPH_SIDE, GRAPH_SIDE).float() @ self._input
 
         self._expected = work().cpu()
-        # What a library sets up at its first call must not happen while a graph is captured.
+        # A library must not do its setup of the first call while a graph is captured.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -152,7 +152,7 @@ class SimulatedModel:
         time.sleep(LOAD_S)
 
     def infer(self) -> int:
-        """Take a moment; with a seed, see that all memory is on the device."""
+        """Take a moment; with a seed, check that all memory is on the device."""
         time.sleep(INFERENCE_S)
         if self._seed is not None:
             self._gpus.checkpoints.await_running()
@@ -165,7 +165,7 @@ class SimulatedModel:
         """Nothing to capture."""
 
     def replay(self) -> bool:
-        """See `CheckedModel`; a graph is launched by a call that a locked process does not make."""
+        """See `CheckedModel`; a locked process cannot make the call that launches a graph."""
         self._gpus.checkpoints.await_running()
         return True
 
@@ -179,7 +179,7 @@ class SimulatedModel:
 class Loader:
     """A loader of a model of `mb`, with torch or on simulated GPUs; a call starts a server and returns its handle.
 
-    load_s: what a load takes at least, as if the weights were read from somewhere.
+    load_s: the least time that a load takes, as if the weights were read from a disk.
     """
 
     mb: float

@@ -1,12 +1,12 @@
-"""The pipeline of `gpu_check.py`: models on a GPU behind RunInference, with mpmm for Beam's model manager.
+"""The pipeline of `gpu_check.py`: models on a GPU behind RunInference, with mpmm as Beam's model manager.
 
     python -c 'from devices.gpu_check_pipeline import main; main()' PLAN
 
-PLAN is a `PipelinePlan` as JSON. What is loaded, and what runs out of memory at that, is written to a file of the
-plan's, one line each, because the namespace is gone when the pipeline has ended.
+PLAN is a `PipelinePlan` as JSON. Each load, and each one that runs out of memory, adds a line to the plan's record,
+because the namespace no longer exists when the pipeline has ended.
 """
 
-# Beam is typed in part; where it is not, strictness would only complain about Beam.
+# Beam is only partly typed; elsewhere strictness would complain about Beam alone.
 # mypy: disable-error-code="no-untyped-call,attr-defined,misc"
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOADED, PREDICTED, RAN_OUT = "loaded", "predicted", "ran out"
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """Each of `elements` numbers goes through each model. gpus: where the simulated GPUs are, None for a real one."""
+    """Each model predicts each of `elements` numbers. gpus: folder of the simulated GPUs, None for a real one."""
 
     sizes_mb: list[float]
     workers: int
@@ -46,11 +46,11 @@ class PipelinePlan:
     gpus: str | None
 
     def as_json(self) -> str:
-        """Return the plan as it goes on a command line."""
+        """Return the plan as an argument for the command line."""
         return json.dumps(asdict(self))
 
     def note(self, what: str) -> None:
-        """Add a line to the record; a small write at the end of a file is not cut in two by another one."""
+        """Add a line to the record; another process's append cannot split so small a write."""
         with open(self.record, "ab", buffering=0) as record:
             record.write(f"{what}\n".encode())
 
@@ -63,7 +63,7 @@ class CheckedHandler(ModelHandler):
         self._mb = mb
 
     def load_model(self) -> CheckedModel:
-        """Load; in the model's server."""
+        """Load the model; runs in its server."""
         gpus = None if self._plan.gpus is None else SimulatedGpus(Path(self._plan.gpus))
         try:
             model = Loader(self._mb, gpus).make()
@@ -77,12 +77,12 @@ class CheckedHandler(ModelHandler):
     def run_inference(
         self, batch: Sequence[int], model: CheckedModel, inference_args: dict[str, Any] | None = None
     ) -> Iterable[PredictionResult]:
-        """Work on the weights once, and predict the process that has done so."""
+        """Work on the weights once, and predict the pid of the process that has done so."""
         pid = model.infer()
         return [PredictionResult(number, pid) for number in batch]
 
     def batch_elements_kwargs(self) -> dict[str, int]:
-        """Return that batches are all of one size."""
+        """Make all batches the same size."""
         return {"min_batch_size": BATCH, "max_batch_size": BATCH}
 
 
@@ -93,7 +93,7 @@ class Note(beam.DoFn):
         self._plan = plan
 
     def process(self, prediction: PredictionResult) -> None:
-        """Note one; it was made by another process than this one."""
+        """Note a prediction if another process than this one made it."""
         if prediction.inference != os.getpid():
             self._plan.note(PREDICTED)
 

@@ -1,7 +1,7 @@
-"""The check `suspend` of `gpu_check.py`: models that the driver's checkpoints move to host memory, and back.
+"""The check `suspend` of `gpu_check.py`: the driver's checkpoints move models to host memory and back.
 
-Everything goes through mpmm. At most 80 % of the device is used. Where the driver may hang the host when a process ends
-that was resumed, nothing of this is done, since a process may end by itself.
+Everything goes through mpmm, and uses at most 80 % of the device. With a driver that may hang the host when a resumed
+process ends, the check is skipped, since a process may end at any time.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ from mpmm.suspend.driver import HAZARDOUS_BRANCHES, driver_branch
 __all__ = ["check_suspend"]
 
 MIB = 2**20
-# Of the device, and of the host memory that is free.
+# The shares of the device, and of the free host memory, that the check may use.
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.8
-# On the host a process grows by more than it had on the device.
+# On the host, a process grows by more than it had on the device.
 HOST_GROWTH = 1.3
 SIZES_MB, SIZES_SIMULATED_MB, SIZES_QUICK_MB = (1024.0, 8192.0, 32768.0), (1024.0, 4096.0, 8192.0), (1024.0,)
 ROUNDS = 3
-# On a simulated GPU a checkpoint and a restore move so much in a second.
+# Rates of a checkpoint and of a restore on a simulated GPU.
 RATES_MB_S, RATES_QUICK_MB_S, RATES_KILL_MB_S = (2300.0, 6000.0), (8000.0, 16000.0), (1500.0, 1500.0)
-# What the figures of a device and of processes may differ by.
+# How far the figures of a device, and those of host memory, may differ.
 NEAR_MB, NEAR = 50.0, 0.02
 HOST_NEAR_MB, HOST_NEAR = 1024.0, 0.1
 BOOKS_S = 3.0
-# Models of the turns, and how many of them fit beside each other.
+# The number of models that are used in turn, and how many of them fit together.
 CROWD, FITTING = 6, 3.5
 CROWD_QUICK, FITTING_QUICK, TURNS_QUICK, USERS, USERS_QUICK = 4, 2.5, 8, 4, 2
 TURN_MB, TURN_QUICK_MB = 512.0, 256.0
-# Loads that take long, as those of real weights do, and so many times as long as a suspension and a resume, as far as
-# those are known: else it does not pay to suspend.
+# Loads take long, as those of real weights do: at least TURN_LOADS times as long as a suspension and a resume, where
+# those are known, since otherwise suspending does not pay.
 TURN_LOADS = 6.0
 TURN_LOAD_S, TURN_LOAD_QUICK_S = 6.0, 1.5
-# Of the copies that were evicted, so many are to be suspended.
+# The share of the evicted copies that must be suspended.
 SUSPENDED_SHARE = 0.8
-# Of the helper, in each direction, and how often it is tried at most.
+# How often the helper is killed in each direction, and how many tries each kill has.
 KILLS, KILLS_QUICK, KILL_TRIES = 3, 1, 3
 KILL_MB, KILL_QUICK_MB = 3072.0, 256.0
 
 
 def check_suspend(check: Check) -> None:
-    """Run the parts of this check, one after the other."""
+    """Run the parts of this check one after another."""
     branch = driver_branch()
     if check.gpus is None and branch in HAZARDOUS_BRANCHES:
         check.say("suspend", "not run", f"driver {branch} may hang the host when a resumed process ends")
@@ -79,14 +79,14 @@ def check_suspend(check: Check) -> None:
 
 
 def set_rates(check: Check, rates_mb_s: tuple[float, float]) -> None:
-    """Let the simulated driver move so much in a second."""
+    """Set the rates at which the simulated driver suspends and resumes."""
     if check.gpus is not None:
         check.gpus.checkpoints.set_rates(*rates_mb_s)
 
 
 @contextmanager
 def checkpoints(check: Check) -> Iterator[None]:
-    """Let processes that start meanwhile find the simulated driver's checkpoint calls; the other checks do without."""
+    """Let processes that start in this block find the simulated driver's checkpoint calls; other checks do without."""
     if check.gpus is None or check.built is None:
         yield
         return
@@ -99,7 +99,7 @@ def checkpoints(check: Check) -> Iterator[None]:
 
 
 def new_manager(namespace: str, budget_mb: float, slack: float = 1.0 - DEVICE_SHARE) -> ModelManager:
-    """Return a manager that suspends by checkpoints, whatever the driver."""
+    """Return a manager that suspends by checkpoints with any driver."""
     return ModelManager(
         namespace=namespace,
         memory_source="nvml",
@@ -122,7 +122,7 @@ def whole_mb(check: Check, mb: float) -> float:
 
 
 def fits(check: Check, mb: float) -> bool:
-    """Tell whether there is room for a model on the device, and in the host's memory."""
+    """Tell whether a model fits on the device, and into the host's memory."""
     need_mb = whole_mb(check, mb)
     on_device = need_mb < DEVICE_SHARE * check.device.total_mb - check.used_mb()
     # Nothing of a simulated GPU takes memory of the host.
@@ -130,7 +130,7 @@ def fits(check: Check, mb: float) -> bool:
 
 
 def copy_of(namespace: str, tag: str) -> InstanceInfo:
-    """Return the one copy of a model. Raises LookupError when there is none."""
+    """Return the only copy of a model. Raises LookupError if there is none."""
     for copy in read_snapshot(namespace).instances:
         if copy.tag == tag and copy.seat_of is None:
             return copy
@@ -138,7 +138,7 @@ def copy_of(namespace: str, tag: str) -> InstanceInfo:
 
 
 def host_mb_of(check: Check, pid: int) -> float:
-    """Return the host memory of a process; on a simulated GPU with all that it has moved there."""
+    """Return the host memory of a process; on a simulated GPU, including what it has moved there."""
     moved_mb = 0.0 if check.gpus is None else check.gpus.checkpoints.host_mb_of(pid)
     return float(psutil.Process(pid).memory_info().rss) / MIB + moved_mb
 
@@ -148,7 +148,7 @@ def host_mb_of(check: Check, pid: int) -> float:
 
 @dataclass
 class Rounds:
-    """What the rounds of one model have shown. Figures in MB are of the last round."""
+    """The results of the rounds of one model. Figures in MB are from the last round."""
 
     suspends_s: list[float] = field(default_factory=list)
     resumes_s: list[float] = field(default_factory=list)
@@ -163,10 +163,10 @@ class Rounds:
 
 
 def check_rounds(check: Check, empty_mb: float) -> tuple[float, float]:
-    """Suspend and resume a model of each size by hand; compare what everybody says of it.
+    """Suspend and resume a model of each size by hand; compare the accounts, NVML and the process's own memory.
 
-    Return what a process takes of the device beside its weights, and the seconds that a small one takes to host memory
-    and back, as far as they are known.
+    Return what a process takes of the device besides its weights, and the seconds that a small one takes to host memory
+    and back, where they are known.
     """
     sizes_mb = SIZES_MB if check.gpus is None else SIZES_QUICK_MB if check.options.quick else SIZES_SIMULATED_MB
     contexts_mb, moved_s = [], []
@@ -183,7 +183,7 @@ def check_rounds(check: Check, empty_mb: float) -> tuple[float, float]:
 
 
 def report_rounds(check: Check, manager: ModelManager, mb: float, empty_mb: float) -> tuple[float, float]:
-    """Do the rounds of one size, and say what came of them; return what `check_rounds` does, of this one."""
+    """Do and report the rounds of one size; return what `check_rounds` does, for this size."""
     tag, loader = "model", Loader(mb, check.gpus, seed=round(mb))
     handle = manager.acquire_model(tag, loader, expect_mb=whole_mb(check, mb))
     model = loader.served(handle)
@@ -227,7 +227,7 @@ def report_rounds(check: Check, manager: ModelManager, mb: float, empty_mb: floa
 def one_round(
     check: Check, manager: ModelManager, loader: Loader, model: CheckedModel, pid: int, empty_mb: float, found: Rounds
 ) -> bool:
-    """Suspend, look, resume, use; return False when it could not be suspended or resumed."""
+    """Suspend, compare, resume, use; return False if the model could not be suspended or resumed."""
     tag = "model"
     began = time.monotonic()
     suspended = manager.suspend(tag)
@@ -236,7 +236,7 @@ def one_round(
         reason = next(model.unsuspendable for model in read_snapshot("suspend").models if model.tag == tag)
         found.wrong.append(f"not suspended ({reason})")
         return False
-    # Polled, as a figure may be late.
+    # Polled, because the figure may be late.
     deadline = time.monotonic() + 1.0
     while check.used_mb() > empty_mb + NEAR_MB and time.monotonic() < deadline:
         time.sleep(PAUSE_S)
@@ -269,7 +269,7 @@ def one_round(
 
 
 def device_books(check: Check, tag: str, pid: int) -> tuple[float, float | None]:
-    """Return what is accounted for a copy on the device, and what NVML says, which is read at every poll."""
+    """Return the accounted memory of a copy on the device and NVML's, once they agree or BOOKS_S have passed."""
     deadline = time.monotonic() + BOOKS_S
     while True:
         booked_mb, taken_mb = copy_of("suspend", tag).mb, check.sample([pid]).process_mb.get(pid)
@@ -286,9 +286,9 @@ def report_device_books(
     after: tuple[float, float | None],
     suspended_mb: float,
 ) -> None:
-    """Say what was accounted for a copy on the device, and taken: (accounted, by NVML) before, suspended, and after."""
+    """Report a copy's memory on the device: (accounted, by NVML) before and after, and accounted while suspended."""
     if before[1] is None or after[1] is None:
-        check.say("suspend", f"{what} accounted, device", "single processes are not told by NVML here")
+        check.say("suspend", f"{what} accounted, device", "NVML does not list single processes here")
         return
     off = max(abs(before[0] / before[1] - 1), abs(after[0] / after[1] - 1))
     text = f"{before[0]:.0f}, {suspended_mb:.0f}, {after[0]:.0f} MB: {off:.2%} off"
@@ -297,7 +297,7 @@ def report_device_books(
 
 
 def as_seconds(seconds: Sequence[float]) -> str:
-    """Return the median, and the first one, which may have started the helper."""
+    """Return the median as text, and the first one, which may include the helper's start."""
     if not seconds:
         return "never"
     return f"{statistics.median(seconds):.3f} s, the first time {seconds[0]:.3f} s"
@@ -329,7 +329,7 @@ class Crowd:
 
 @dataclass
 class Uses:
-    """What one process of the turns has done."""
+    """What one of the processes that use models in turn has done."""
 
     waits_s: list[float] = field(default_factory=list)
     out_of_memory: int = 0
@@ -362,7 +362,7 @@ def use_in_turn(connection: Connection, crowd: Crowd, seed: int) -> None:
 
 
 def crowd_of(check: Check, empty_mb: float, context_mb: float, moved_s: float) -> Crowd:
-    """Return models of which some fit into what the namespace may use of the device, and all into the host."""
+    """Return models of which some fit into the namespace's share of the device, and all into host memory."""
     quick = check.options.quick
     mb, load_s = (TURN_QUICK_MB, TURN_LOAD_QUICK_S) if quick else (TURN_MB, TURN_LOAD_S)
     models, fitting = (CROWD_QUICK, FITTING_QUICK) if quick else (CROWD, FITTING)
@@ -377,7 +377,7 @@ def crowd_of(check: Check, empty_mb: float, context_mb: float, moved_s: float) -
 
 
 def check_turns(check: Check, empty_mb: float, context_mb: float, moved_s: float) -> None:
-    """Let several processes use models in turn that are suspended for each other."""
+    """Let several processes use, in turn, models that are suspended for each other."""
     options, crowd = check.options, crowd_of(check, empty_mb, context_mb, moved_s)
     if crowd.budget_mb < crowd.models * crowd.whole_mb:
         check.say("suspend", "in turn", "not possible: too little host memory")
@@ -403,7 +403,7 @@ def check_turns(check: Check, empty_mb: float, context_mb: float, moved_s: float
     check.say("suspend", "in turn", what)
     counts = f"{len(waits_s)}, {snapshot.evictions}, {snapshot.suspends}, {snapshot.resumes}"
     check.say("suspend", "uses, evicted, suspended, resumed", counts, "some", snapshot.resumes > 0)
-    # What is being suspended at the end has not ended.
+    # Suspensions that still run are not counted yet.
     moving = sum(copy.state == "suspending" for copy in snapshot.instances)
     unloaded = snapshot.evictions - snapshot.suspends - moving
     few = snapshot.evictions > 0 and unloaded <= (1 - SUSPENDED_SHARE) * snapshot.evictions
@@ -429,7 +429,7 @@ def check_turns(check: Check, empty_mb: float, context_mb: float, moved_s: float
 
 @dataclass
 class Kills:
-    """What became of the copies whose helper was killed."""
+    """The fate of the copies whose helper was killed."""
 
     kills: int = 0
     same: int = 0
@@ -460,7 +460,7 @@ def check_kills(check: Check, empty_mb: float) -> None:
                     break
         text = f"{found.kills}: {found.same} served on, {found.anew} loaded anew"
         check.say("suspend", "helper killed while it moves", text, str(2 * kills), found.kills == 2 * kills)
-        check.say("suspend", "longest until it was decided", f"{found.longest_s:.2f} s")
+        check.say("suspend", "longest time to recover", f"{found.longest_s:.2f} s")
         check.say("suspend", "wrong after that", str(len(found.wrong)), "0", not found.wrong)
         for wrong in found.wrong[:3]:
             check.say("suspend", "wrong", wrong)
@@ -472,7 +472,7 @@ def check_kills(check: Check, empty_mb: float) -> None:
 
 
 def typical_times(check: Check, manager: ModelManager, tag: str, loader: Loader) -> dict[str, float]:
-    """Return the seconds that a suspension and a resume of a model take, with a helper that runs already."""
+    """Return the seconds that a suspension and a resume of a model take when the helper already runs."""
     use(check, manager, tag, loader)
     manager.suspend(tag)
     found = {}
@@ -487,7 +487,7 @@ def typical_times(check: Check, manager: ModelManager, tag: str, loader: Loader)
 def kill_helper(
     check: Check, manager: ModelManager, tag: str, loader: Loader, what: str, killed_at_s: float, found: Kills
 ) -> None:
-    """Have a model suspended or resumed, kill the helper in the middle of that, and see what is there afterwards."""
+    """Have a model suspended or resumed, kill the helper in the middle, and check the model afterwards."""
     pid = use(check, manager, tag, loader)
     if what == "resume" and manager.suspend(tag) != 1:
         found.wrong.append(f"{tag} could not be suspended")
@@ -509,7 +509,7 @@ def kill_helper(
     worker.join(3 * limit_s(loader.mb) + PATIENCE_S)
     found.longest_s = max(found.longest_s, time.monotonic() - began)
     if worker.is_alive():
-        found.wrong.append(f"{what} has not come to an end")
+        found.wrong.append(f"{what} has not ended")
         return
     try:
         now = use(check, manager, tag, loader)
@@ -523,7 +523,7 @@ def kill_helper(
 
 
 def kill_suspended(check: Check, manager: ModelManager, tag: str, loader: Loader, empty_mb: float) -> None:
-    """Kill a server that is suspended; nothing of it may be left, on the device or the host."""
+    """Kill a suspended server; none of its memory may be left, on the device or the host."""
     pid = use(check, manager, tag, loader)
     before_mb = host_memory_left_mb()
     if manager.suspend(tag) != 1:
@@ -546,13 +546,13 @@ def kill_suspended(check: Check, manager: ModelManager, tag: str, loader: Loader
 
 
 def use(check: Check, manager: ModelManager, tag: str, loader: Loader) -> int:
-    """Use a model; return the pid of its server. Raises what that raises."""
+    """Use a model; return the pid of its server. Errors of the use propagate."""
     with manager.model(tag, loader, expect_mb=whole_mb(check, loader.mb)) as handle:
         return loader.served(handle).infer()
 
 
 def quietly(call: Callable[[str], int], tag: str) -> None:
-    """Suspend or resume; what that raises shows in what becomes of the model."""
+    """Suspend or resume, ignoring errors: the model's later state shows them."""
     with suppress(Exception):
         call(tag)
 
@@ -566,7 +566,7 @@ def state_of(tag: str) -> str | None:
 
 
 def await_state(tag: str, state: str, worker: threading.Thread) -> bool:
-    """Wait until a copy is in a state; return False when the thread that moves it has ended before that."""
+    """Wait until a copy is in a state; return False if the thread that moves it ends before that."""
     while worker.is_alive():
         if state_of(tag) == state:
             return True
@@ -575,7 +575,7 @@ def await_state(tag: str, state: str, worker: threading.Thread) -> bool:
 
 
 def awaited_mb(check: Check, empty_mb: float) -> float:
-    """Return what is used on the device, once that is hardly more than on the empty one, or does not come down."""
+    """Return the MB used on the device once they are at most NEAR_MB above `empty_mb`, or after PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S
     while (used_mb := check.used_mb()) > empty_mb + NEAR_MB and time.monotonic() < deadline:
         time.sleep(PAUSE_S)
@@ -583,7 +583,7 @@ def awaited_mb(check: Check, empty_mb: float) -> float:
 
 
 def helper_pid() -> int | None:
-    """Return the pid of the helper of the namespace; None if there is none now."""
+    """Return the pid of the namespace's helper; None if none runs."""
     folder = str(Path(os.environ[RUNTIME_DIR_VARIABLE]) / "suspend-kills")
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []

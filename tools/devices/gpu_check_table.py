@@ -21,7 +21,7 @@ __all__ = ["CONTEXT_AT_MOST_MB", "PATIENCE_S", "PAUSE_S", "Check", "Row", "as_li
 _CONTEXT = multiprocessing.get_context("spawn")
 
 SIZES_MB = tuple(1024.0 * gigabytes for gigabytes in (3, 1, 6, 2, 8, 4, 5, 7))
-# What a process takes of the device beside what torch knows of.
+# What a process takes of the device besides the memory that torch knows of.
 CONTEXT_AT_MOST_MB = 1500.0
 PAUSE_S = 0.005
 PATIENCE_S = 30.0
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass
 class Check:
-    """What the checks share: the device, where figures come from, models of which sizes, and the lines so far.
+    """What the checks share: the device, the source of its figures, the models' sizes, and the lines so far.
 
     gpus, built: the simulated GPU and its programs; None for a real one.
     """
@@ -53,14 +53,14 @@ class Check:
     rows: list[Row] = field(default_factory=list)
 
     def sample(self, pids: Sequence[int] = ()) -> DeviceSample:
-        """Measure the device. Raises RuntimeError when it cannot be read."""
+        """Measure the device. Raises RuntimeError if it cannot be read."""
         (sample,) = self.source.sample(pids)
         if sample.used_mb is None:
             raise RuntimeError(f"the device cannot be read: {sample.trouble}")
         return sample
 
     def used_mb(self) -> float:
-        """Return what is used on the device."""
+        """Return the MB used on the device."""
         used_mb = self.sample().used_mb
         assert used_mb is not None
         return used_mb
@@ -70,7 +70,7 @@ class Check:
         return Loader(mb, self.gpus)
 
     def sizes_mb(self) -> list[float]:
-        """Return sizes of models of which each fits three times."""
+        """Return the model sizes that fit three times."""
         return [mb for mb in SIZES_MB if 3 * mb < 0.85 * self.device.total_mb] or [self.device.total_mb / 8]
 
     def say(self, check: str, figure: str, value: str, expected: str = "", met: bool | None = None) -> None:
@@ -87,7 +87,7 @@ def as_line(row: Row) -> str:
 
 
 def settled_mb(check: Check) -> float:
-    """Wait until the device's figure stands still; return it."""
+    """Wait until the device's figure no longer changes, at most PATIENCE_S; return it."""
     figures = [check.used_mb()]
     deadline = time.monotonic() + PATIENCE_S
     still = 0
@@ -100,10 +100,10 @@ def settled_mb(check: Check) -> float:
 
 @contextmanager
 def at_work(work: Callable[..., None], *arguments: Sequence[Any]) -> Iterator[list[Connection]]:
-    """Have a process of its own for each of `arguments` call `work`; yield once they have said that they are there.
+    """Start a process that calls `work` for each of `arguments`; yield once each has reported that it is ready.
 
-    What `work` is given first is its end of a connection, the other of which is yielded. At the end of the block the
-    processes are waited for, and ended if that takes too long.
+    `work` gets one end of a connection as its first argument; the block gets the other ends. At the end of the block,
+    processes that do not end within PATIENCE_S are killed.
     """
     processes: list[tuple[Any, Connection]] = []
     try:

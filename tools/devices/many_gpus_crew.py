@@ -1,4 +1,4 @@
-"""The processes of `many_gpus`, and what is to be seen of them on the devices."""
+"""The processes of `many_gpus`, and their traces on the devices."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """How many, and for how long; hold_s: mean time for which a copy is held.
+    """The numbers of models and processes, and the run's length; hold_s: mean time for which a copy is held.
 
-    acquires: so many are made at least, however long a busy machine takes.
+    acquires: the least number of acquires, however long a busy machine takes for them.
     """
 
     models: int = 24
@@ -39,10 +39,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, by device. reasons: of placements.
+    """The results, by device. reasons: why copies were placed where they are, with counts.
 
-    highest: the most that was in use, by the device's own record; mean: what copies on it and loads in progress are
-    accounted for with. Both in shares of its limit.
+    highest: the most that was in use, by the device's own record; mean: what the accounts have for its copies and the
+    loads in progress. Both as shares of its limit.
     """
 
     highest: tuple[float, ...]
@@ -54,19 +54,19 @@ class Report:
 
     @property
     def spread(self) -> float:
-        """By how much more the fullest device was accounted for than the emptiest, in the mean."""
+        """The difference between the means of the fullest and the emptiest device."""
         return max(self.mean) - min(self.mean)
 
 
 def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -> Report:
-    """Let processes use the models, in an environment in which these GPUs are found."""
+    """Let processes use the models; the environment must lead them to these GPUs."""
     fork = multiprocessing.get_context("fork")
     began, done = fork.Barrier(setting.processes + 1), fork.Barrier(setting.processes + 1)
     acquires = fork.Value("q", 0)
     started_s = fork.Value("d", 0.0)
 
     def progress() -> float:
-        """Return the share of the run that is over, by the clock and by what was done."""
+        """Return the share of the run that is over, by the clock and by the acquires made."""
         by_clock: float = (time.monotonic() - started_s.value) / setting.seconds
         by_work: float = acquires.value / setting.acquires if setting.acquires else by_clock
         return min(by_clock, by_work)
@@ -85,7 +85,7 @@ def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -
     def work(number: int) -> None:
         with new_manager() as manager:
             if number == 0:
-                # What is not known is taken for more than it is, and placed accordingly.
+                # Learn the sizes first: an unknown model counts as LARGEST_MB, and is placed accordingly.
                 for model in range(setting.models):
                     with manager.model(f"model{model}", Loads(gpus, model)):
                         pass
@@ -107,7 +107,7 @@ def measure(gpus: SimulatedGpus, setting: Setting, namespace: str, root: Path) -
         worker.start()
     units = gpus.units()
     limits = [gpus.total_mb(unit) * (1 - SLACK) for unit in units]
-    # Nobody passes the barrier before this process does.
+    # No worker passes the barrier before this process does.
     started_s.value = time.monotonic()
     began.wait()
     looks = _look(namespace, root, progress)
@@ -141,9 +141,9 @@ def _name(reason: int) -> str:
 
 
 def _look(namespace: str, root: Path, progress: Callable[[], float]) -> list[Counter[int]]:
-    """Return the MB accounted for on each device, by row, again and again; not of the first half, in which they fill.
+    """Return the MB accounted for on each device, by row, every LOOK_S in the second half; in the first, they fill.
 
-    Not what is in use: a load that a busy machine draws out would make its device look empty.
+    The memory in use would mislead: a load that a busy machine draws out makes its device look empty.
     """
     looks = []
     while (over := progress()) < 1:

@@ -1,4 +1,4 @@
-"""The models of `many_gpus`: in servers of their own, which take memory of a simulated GPU. Quick to import."""
+"""The models of `many_gpus`, in servers of their own that take memory of a simulated GPU. Quick to import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALLEST_MB, LARGEST_MB = 150.0, 750.0
 
 
 def size_mb(model: int) -> float:
-    """Return what a model takes."""
+    """Return a model's size."""
     return SMALLEST_MB + (LARGEST_MB - SMALLEST_MB) * (model * 7 % 24) / 23
 
 
@@ -27,19 +27,19 @@ class Taken:
 
 @dataclass(frozen=True)
 class Makes:
-    """Its constructor, called in the server."""
+    """The model's constructor, called in the server."""
 
     gpus: SimulatedGpus
     mb: float
 
     def __call__(self) -> Taken:
-        """Make it."""
+        """Make the model."""
         return Taken(self.gpus, self.mb)
 
 
 @dataclass(frozen=True)
 class Loads:
-    """Its loader."""
+    """The model's loader."""
 
     gpus: SimulatedGpus
     model: int

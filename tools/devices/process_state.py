@@ -1,4 +1,4 @@
-"""Whether a process lives: in a module of its own, because model servers import it and should import little."""
+"""Tell whether a process lives. A module of its own, because model servers import it and should import little."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["lives"]
 
 
 def lives(pid: int) -> bool:
-    """Tell whether a process lives. A zombie does not: the kernel has taken back what it had."""
+    """Tell whether a process lives. A zombie does not: the kernel has taken back its memory."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

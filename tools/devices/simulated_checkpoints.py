@@ -1,4 +1,4 @@
-"""The driver's checkpoint calls on simulated GPUs: how they behave, and what they have moved to the host's memory."""
+"""The driver's checkpoint calls on simulated GPUs: their behaviour, and what they have moved to host memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["CHECKPOINTED", "FAILED", "LOCKED", "RUNNING", "SimulatedCheckpoints"
 
 # States of a process for the driver's checkpoint calls.
 RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
-# How often a process looks whether it is locked no more.
+# How often a process checks whether it is still locked.
 LOOK_S = 0.005
 
 
 class SimulatedCheckpoints:
-    """What tests and tools set and see of `simulated_cuda.c`, in a directory of simulated GPUs."""
+    """Lets tests and tools steer and watch `simulated_cuda.c`, in a directory of simulated GPUs."""
 
     def __init__(self, folder: Path) -> None:
         """folder: that of the GPUs."""
@@ -26,7 +26,7 @@ class SimulatedCheckpoints:
     # ---- how calls behave ----------------------------------------------------------------------------------
 
     def set_rates(self, checkpoint_mb_s: float, restore_mb_s: float) -> None:
-        """Let checkpoints and restores move so much in a second; 0: all of it at once."""
+        """Set the rates of checkpoints and restores; 0: everything at once."""
         write(self._folder / "cuda_rates", f"checkpoint {checkpoint_mb_s}\nrestore {restore_mb_s}\n")
 
     def fail_call(self, call: str, error: int) -> None:
@@ -34,21 +34,21 @@ class SimulatedCheckpoints:
         write(self._folder / "cuda_error", f"{call} {error}\n" if error else "")
 
     def hang_call(self, call: str, seconds: float) -> None:
-        """Let a call of the driver begin so much later."""
+        """Let a call of the driver begin `seconds` late."""
         self.delay_calls(**{call: seconds})
 
     def delay_calls(self, **seconds: float) -> None:
-        """Let each of these calls of the driver begin so much later; the others begin at once."""
+        """Let each of these calls of the driver begin late by its seconds; the others begin at once."""
         write(self._folder / "cuda_hang", "".join(f"{call} {late}\n" for call, late in seconds.items()))
 
     def keep_busy(self, seconds: float) -> None:
-        """Let every process have submitted work of so many seconds, for which a lock waits."""
+        """Let every process have `seconds` of submitted work, for which a lock waits."""
         write(self._folder / "cuda_busy", f"lock {seconds}\n")
 
     def kill_caller(self, call: str, after_mb: float, leaves: int) -> None:
-        """Let the next caller of `checkpoint` or `restore` be killed before it has moved so much; below 0 ends it.
+        """Let the next caller of `checkpoint` or `restore` be killed before it has moved `after_mb`; below 0 ends it.
 
-        leaves: the state in which the process is then.
+        leaves: the state of the process after that.
         """
         write(self._folder / "cuda_die", f"{call} {round(after_mb * MIB)} {leaves}\n" if after_mb >= 0 else "")
 
@@ -59,16 +59,16 @@ class SimulatedCheckpoints:
         return read_bytes(self._folder / "host" / f"state_{pid}_{start_of(pid)}")
 
     def await_running(self) -> None:
-        """Block as a CUDA call does while the process is locked or checkpointed."""
+        """Block like a CUDA call while the process is locked or checkpointed."""
         while self.state_of(os.getpid()) != RUNNING:
             time.sleep(LOOK_S)
 
     def host_mb(self) -> float:
-        """Return what living processes have in the host's memory instead of on their devices."""
+        """Return the MB that living processes have in host memory instead of on their devices."""
         return sum(self.host_process_mb().values())
 
     def host_process_mb(self) -> dict[int, float]:
-        """Return that for each process."""
+        """Return these MB for each process."""
         found: dict[int, float] = {}
         for path in (self._folder / "host").glob("gpu*_*_*"):
             _, pid, started = path.name.split("_")
@@ -77,7 +77,7 @@ class SimulatedCheckpoints:
         return found
 
     def host_mb_of(self, pid: int) -> float:
-        """Return what a living process has in the host's memory instead of on its devices."""
+        """Return the MB that a living process has in host memory instead of on its devices."""
         started = start_of(pid)
         places = (self._folder / "host" / f"gpu{number}_{pid}_{started}" for number in range(MAX_GPUS))
         return sum(map(read_bytes, places)) / MIB

@@ -1,11 +1,11 @@
 /* A stand-in for libcuda.so.1: the driver's checkpoint calls over the directory of simulated_nvml.c.
  *
  * The memory that a process has declared on a device (`memory/of_<pid>_<start>`) moves into files in the directory's
- * folder `host`, which NVML does not count, and back. simulated_gpu.py says what each file means. Everything is read
- * anew at every call, so a test can change it between two of them.
+ * folder `host`, which NVML does not count, and back. simulated_gpu.py explains each file. Every call reads all files
+ * anew, so a test can change them between two calls.
  *
- * As with the real library, the calls need cuInit, in the process that makes them; a lock needs a running process, a
- * checkpoint a locked one, a restore a checkpointed one, an unlock a locked one; and a restore that finds too little
+ * As with the real library, the calling process must have called cuInit; a lock needs a running process, a
+ * checkpoint a locked one, a restore a checkpointed one, and an unlock a locked one. A restore that finds too little
  * memory fails and leaves the process checkpointed.
  *
  * Build: gcc -O2 -shared -fPIC -Wl,-soname,libcuda.so.1 -o libcuda.so.1 simulated_cuda.c
@@ -42,7 +42,7 @@ enum {
 enum { RUNNING = 0, LOCKED = 1, CHECKPOINTED = 2, FAILED = 3 };
 
 #define MAX_GPUS 8
-/* So much is moved at a time. */
+/* How much is moved at a time. */
 #define STEP_BYTES (64LL << 20)
 
 static pid_t initialised_by;
@@ -71,7 +71,7 @@ static long long read_number(const char *path) {
     return read_text(path, text, sizeof text) ? strtoll(text, 0, 10) : 0;
 }
 
-/* Replace a file as a whole; its name until then is not one that anybody counts. */
+/* Replace a file as a whole; no reader counts its temporary name. */
 static void write_text(const char *path, const char *text) {
     char aside[PATH_MAX + 32];
     const char *name = strrchr(path, '/') + 1;
@@ -89,7 +89,7 @@ static void write_number(const char *path, long long number) {
     write_text(path, text);
 }
 
-/* Return what a line '<call> <number> <number>' of the file `name` says about a call, in the two numbers. */
+/* Set the two numbers from the line '<call> <number> <number>' of the file `name`; return 0 if there is none. */
 static int told(const char *name, const char *call, double *first, double *second) {
     char path[PATH_MAX], text[1024], key[32];
     path_to(path, "%s", name);
@@ -155,7 +155,7 @@ static void redo_path(char *to, int pid) {
     path_to(to, "host/redo_%d_%llu", pid, start_of(pid));
 }
 
-/* Hold the directory's lock, as whoever allocates does. */
+/* Take the directory's lock, as an allocation does; closing the descriptor releases it. */
 static int hold(void) {
     char path[PATH_MAX];
     path_to(path, "lock");
@@ -171,7 +171,7 @@ static void set_bytes(const char *path, long long bytes) {
         unlink(path);
 }
 
-/* Make the two files of a process say what the file `redo` does, if there is one. */
+/* Apply a process's file `redo`, if there is one, to its two files. */
 static void redo(int pid) {
     char path[PATH_MAX], text[128], of[PATH_MAX];
     int gpu;
@@ -185,7 +185,7 @@ static void redo(int pid) {
     unlink(path);
 }
 
-/* Write down what both files are to say, so that a caller that is killed between them has moved all of it, or none. */
+/* Set both files through a `redo` file, so that a caller killed between them has moved all of the part, or nothing. */
 static void set_both(int pid, int gpu, long long on_device, long long in_host) {
     char path[PATH_MAX], text[128];
     redo_path(path, pid);
@@ -194,7 +194,7 @@ static void set_both(int pid, int gpu, long long on_device, long long in_host) {
     redo(pid);
 }
 
-/* Do what every call begins with; return an error that is to be returned. */
+/* Do what every call begins with; return the error that the call must return. */
 static int begin(const char *call, int pid) {
     double error, seconds;
     if (!root()) return NO_DEVICE;
@@ -219,7 +219,7 @@ static int has_gpu(int gpu) {
     return !access(path, F_OK);
 }
 
-/* Tell whether checkpoints are not to be had: under MPS, and where memory lies in a MIG slice. */
+/* Tell whether the driver refuses checkpoints: under MPS, and for memory in a MIG slice. */
 static int is_unsupported(int pid) {
     char path[PATH_MAX];
     path_to(path, "mps_daemon");
@@ -259,8 +259,8 @@ static long long used_of(int gpu) {
     return used;
 }
 
-/* Move what a process has, part by part, from the device to the host or back, at so many MB/s; 0 for at once.
- * Each part is due at its time since the beginning: on a busy host, sleeps that are late would add up to another rate. */
+/* Move a process's memory, part by part, from the device to the host or back, at the rate in `cuda_rates`; 0 for at once.
+ * Each part is due at its time since the beginning: on a busy host, late sleeps would otherwise lower the rate. */
 static int move(const char *call, int pid, int restore) {
     double mb_s = 0, unused, die_after = -1, left_in = 0, began_s = now_s();
     char on_device[PATH_MAX], in_host[PATH_MAX];
@@ -323,7 +323,7 @@ int cuCheckpointProcessLock(int pid, unsigned *args) {
     if (error) return error;
     if (is_unsupported(pid)) return NOT_SUPPORTED;
     if (state_of(pid) != RUNNING) return ILLEGAL_STATE;
-    /* Submitted work, for whose end a lock waits. */
+    /* A lock waits until submitted work ends. */
     if (told("cuda_busy", "lock", &seconds, &unused)) {
         double limit = args && args[0] ? args[0] / 1000.0 : seconds;
         sleep_for(seconds < limit ? seconds : limit);

@@ -1,4 +1,4 @@
-"""The files of simulated GPUs: where they are, how they are read and replaced; `simulated_gpu` lists them."""
+"""Find, read and replace the files of simulated GPUs; `simulated_gpu` lists them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _numbers = itertools.count(1)
 
 
 def place_of(folder: Path, device: Device) -> Path:
-    """Return the directory of a device. Raises LookupError for a uuid that none has."""
+    """Return the directory of a device. Raises LookupError for an unknown uuid."""
     if isinstance(device, int):
         return folder / f"gpu{device}"
     if isinstance(device, tuple):
@@ -28,24 +28,24 @@ def place_of(folder: Path, device: Device) -> Path:
 
 
 def read_about(place: Path) -> dict[str, str]:
-    """Return what a device's file `about` says."""
+    """Return the contents of a device's file `about`."""
     return dict(line.split(" ", 1) for line in (place / "about").read_text().splitlines())
 
 
 def new_number() -> int:
-    """Return a number that this process has not been given before."""
+    """Return a number that this function has not returned in this process."""
     return next(_numbers)
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file as a whole. Its name until then is not one that the library counts."""
+    """Replace a file as a whole. The library does not count its temporary name."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{new_number()}")
     aside.write_text(text)
     aside.replace(path)
 
 
 def read_bytes(path: Path) -> int:
-    """Return the number in a file, 0 without one."""
+    """Return the number in a file, 0 if there is no file."""
     try:
         return int(path.read_text())
     except FileNotFoundError:
@@ -53,7 +53,7 @@ def read_bytes(path: Path) -> int:
 
 
 def start_of(pid: int) -> str | None:
-    """Return when a process was started, in the kernel's count; None when it is gone, or a zombie."""
+    """Return a process's start time in the kernel's clock ticks; None if it has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

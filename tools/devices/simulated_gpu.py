@@ -4,37 +4,37 @@
     writes, allocates                      <-  nvidia-smi          simulated_nvidia_smi.c: Beam's GPUMonitor, and mpmm
                                            <-  libcuda.so.1        simulated_cuda.c: the driver's checkpoint calls
 
-Both programs are built with gcc (`build`) and find the directory by $SIMULATED_GPU_DIR; `SimulatedGpus.environment`
-is what a child process needs. Memory is declared, not taken: a process has a file on each device, which counts for
-as long as the process lives.
+`build` compiles all three with gcc; they find the directory by $SIMULATED_GPU_DIR, and `SimulatedGpus.environment`
+returns what a child process needs. Memory is declared, not taken: a process has a file on each device, which counts
+while the process lives.
 
     in the directory:  init        error that nvmlInit returns
-                       calls       log of who asks, if it exists
-                       pid_offset  added to every pid that is told
-                       mps_daemon  pid that NVML names as the one that computes, in place of all processes; those
-                                   are in the list of MPS clients then
-                       inforom     if it exists, nvidia-smi says that the infoROM is corrupted, and ends with 14
+                       calls       log of the calls with their pids, if it exists
+                       pid_offset  added to every reported pid
+                       mps_daemon  pid that NVML reports as computing, in place of all processes, which are then in
+                                   the list of MPS clients
+                       inforom     if it exists, nvidia-smi says that the infoROM is corrupted, and exits with 14
                        nvml_hang   seconds that a figure takes
                        smi_hang    seconds that nvidia-smi takes
-                       lock        held by who allocates
-                       cuda_rates  '<call> <MB/s>' for each of checkpoint and restore; at once without
+                       lock        held by a process that allocates
+                       cuda_rates  '<call> <MB/s>' for each of checkpoint and restore; at once without it
                        cuda_error  '<call> <error>' for each call that fails: cuInit, state, lock, checkpoint, …
                        cuda_hang   '<call> <seconds>' for each call that begins late
                        cuda_busy   'lock <seconds>' that submitted work still takes
-                       cuda_die    '<call> <bytes> <state>': the caller is killed before it has moved so much, and the
-                                   process is left in that state
-    in host:           state_<pid>_<start time>      1 locked, 2 checkpointed, 3 failed; running without
+                       cuda_die    '<call> <bytes> <state>': the caller is killed before it has moved these bytes, and
+                                   leaves the process in that state
+    in host:           state_<pid>_<start time>      1 locked, 2 checkpointed, 3 failed; running without the file
                        gpu<n>_<pid>_<start time>     bytes of a process that are in the host's memory
-                  redo_<pid>_<start time>       what both of its files are about to say, whose writer may have died
+                  redo_<pid>_<start time>       the new contents of both files, in case their writer dies
     in gpu0, …, and in about       uuid, name, total and reserved (bytes), linger_ms, mig
     their slices       lost        if it exists, the GPU fell off the bus
     gpu0/mig0, …:      refused     '<what> <error>' for each question that is refused; what is memory, processes,
                                    mps_processes, process_memory, name, uuid or mig; 'unlisted <any>' lets the list of
                                    processes be empty, as in some containers
                        memory/of_<pid>_<start time>  bytes that a process has, as long as it lives
-                       highest     bytes that were in use at most
+                       highest     the most bytes that were ever in use
                        memory/kept_<pid>             the same, whether it lives or not
-                       memory/late_…                 bytes freed, that come back late
+                       memory/late_…                 freed bytes that still count for a while
 
 Run by hand, `tools/simulated_gpu.py /tmp/gpus 16384 16384` makes such a directory and prints the environment.
 """
@@ -66,23 +66,23 @@ _SOURCES = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Build:
-    """Where the programs are: the libraries' folders go to LD_LIBRARY_PATH, the other to PATH."""
+    """Where the programs are: the libraries' folders belong in LD_LIBRARY_PATH, the program's in PATH."""
 
     library: Path
     program: Path
     cuda: Path
 
     def load(self) -> None:
-        """Load the library into this process, so that nvidia-ml-py finds it; before it has looked for another.
+        """Load the library into this process, before nvidia-ml-py looks for one, so that it finds this one.
 
-        It stays loaded, and without $SIMULATED_GPU_DIR says that there is no driver.
+        It stays loaded; without $SIMULATED_GPU_DIR it reports that there is no driver.
         """
         ctypes.CDLL(str(self.library), mode=ctypes.RTLD_GLOBAL)
 
 
 def build(folder: Path) -> Build:
-    """Build the library and the program in `folder`, in half a second. Raises CalledProcessError, with gcc's words."""
-    # The checkpoint calls lie by themselves: a library that finds a libcuda.so.1 takes it for a whole one.
+    """Build the libraries and the program in `folder`, in half a second. Raises CalledProcessError if gcc fails."""
+    # The checkpoint calls have a folder of their own: a library that finds a libcuda.so.1 takes it for a complete one.
     cuda = folder / "cuda" / "libcuda.so.1"
     built = Build(folder / "lib" / "libnvidia-ml.so.1", folder / "bin" / "nvidia-smi", cuda)
     for path in (built.library, built.program, built.cuda):
@@ -100,9 +100,9 @@ def build(folder: Path) -> Build:
 class SimulatedGpus:
     """The GPUs in a directory; every process can make one of these for the same directory. Can be pickled.
 
-    A device is named by its number, by `(number, slice)`, or by its uuid. Of the directory, this class has the devices,
-    the memory that processes have on them, and the log of who asks; `checkpoints` has the driver's checkpoint calls,
-    and `faults` what goes wrong for NVML and nvidia-smi.
+    A device is named by its number, by `(number, slice)`, or by its uuid. This class handles the devices, the memory
+    of processes on them, and the log of calls; `checkpoints` handles the driver's checkpoint calls, and `faults` the
+    faults that NVML and nvidia-smi show.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -122,9 +122,9 @@ class SimulatedGpus:
     ) -> SimulatedGpus:
         """Make a directory with a GPU of each size.
 
-        slices_mb: the MIG slices of the GPUs with these numbers, which are in MIG mode then, even without any.
+        slices_mb: the MIG slices by GPU number; these GPUs are in MIG mode, even without slices.
         reserved_mb: what the driver keeps of each GPU for itself.
-        linger_s: how much later freed memory comes back; for a dead process, after it was first seen to be dead.
+        linger_s: how long freed memory still counts; for a dead process, from the time when a reader first notices.
         """
         if len(totals_mb) > MAX_GPUS or any(len(sizes) > MAX_SLICES for sizes in (slices_mb or {}).values()):
             raise ValueError(f"more than {MAX_GPUS} GPUs, or {MAX_SLICES} slices of one")
@@ -145,9 +145,9 @@ class SimulatedGpus:
     def environment(
         self, built: Build, base: Mapping[str, str] | None = None, checkpoints: bool = False
     ) -> dict[str, str]:
-        """Return `base` (the process's own) with what a child process needs to find these GPUs.
+        """Return `base` (default: this process's environment) with what a child process needs to find these GPUs.
 
-        checkpoints: the driver's checkpoint calls, too.
+        checkpoints: include the driver's checkpoint calls.
         """
         found = dict(os.environ if base is None else base)
         found[DIRECTORY_VARIABLE] = str(self.folder)
@@ -182,7 +182,7 @@ class SimulatedGpus:
         return int(read_about(self._place(device))["total"]) / MIB
 
     def used_mb(self, device: Device) -> float:
-        """Return what is used on a device, with what the driver keeps; of a GPU in MIG mode, in all of its slices."""
+        """Return the MB used on a device, including what the driver keeps and, in MIG mode, the slices."""
         place = self._place(device)
         reserved = int(read_about(place)["reserved"])
         return (reserved + sum(_used(unit) for unit in (place, *place.glob("mig*")))) / MIB
@@ -202,11 +202,11 @@ class SimulatedGpus:
         return found
 
     def device_mb_of(self, pid: int, device: Device) -> float:
-        """Return what a living process has on a device; its answer takes no look at the others."""
+        """Return what a living process has on a device, without a look at other processes."""
         return read_bytes(self._place(device) / "memory" / f"of_{pid}_{start_of(pid)}") / MIB
 
     def current_device(self) -> str:
-        """Return the uuid of this process's `cuda:0`, by the first entry of CUDA_VISIBLE_DEVICES.
+        """Return the uuid of this process's `cuda:0`, from the first entry of CUDA_VISIBLE_DEVICES.
 
         Raises LookupError when there is none.
         """
@@ -223,9 +223,9 @@ class SimulatedGpus:
     # ---- memory -------------------------------------------------------------------------------------------
 
     def allocate(self, mb: float, device: Device | None = None) -> None:
-        """Take memory for this process, for as long as it lives; on `current_device()` unless told.
+        """Take memory for this process, for as long as it lives; `device` defaults to `current_device()`.
 
-        Raises MemoryError, and takes nothing, when there is less free.
+        Raises MemoryError, and takes nothing, if less is free.
         """
         wanted = self.current_device() if device is None else device
         self.checkpoints.await_running()
@@ -238,7 +238,7 @@ class SimulatedGpus:
                 write(self._place(wanted) / "highest", str(round(self.used_mb(wanted) * MIB)))
 
     def free(self, mb: float, device: Device | None = None) -> None:
-        """Give memory of this process back; it comes free after `linger_s`. Raises ValueError for more than it has."""
+        """Free memory of this process; it counts until `linger_s` later. Raises ValueError for more than it has."""
         wanted = self.current_device() if device is None else device
         own = self._own_file(wanted)
         self.checkpoints.await_running()
@@ -250,7 +250,7 @@ class SimulatedGpus:
             self._change(own, -mb)
 
     def pretend(self, pid: int, mb: float, device: Device) -> None:
-        """Give a process memory, whether it lives or not, until `pretend(pid, 0, device)`: somebody else's, say."""
+        """Give a process memory, alive or not, until `pretend(pid, 0, device)`; simulates an unrelated program."""
         path = self._place(device) / "memory" / f"kept_{pid}"
         if mb:
             write(path, str(round(mb * MIB)))
@@ -260,7 +260,7 @@ class SimulatedGpus:
     # ---- who asks -----------------------------------------------------------------------------------------
 
     def record_calls(self) -> None:
-        """Log who initialises NVML and who asks for figures, from now on."""
+        """From now on, log each process that initialises NVML or reads figures."""
         write(self.folder / "calls", "")
 
     def calls(self) -> list[tuple[int, str, str]]:
@@ -313,7 +313,7 @@ def _linger_s(place: Path) -> float:
 
 
 def _used(place: Path) -> int:
-    """Return the bytes in use, as the library counts them, except that it changes nothing."""
+    """Return the bytes in use, counted as the library does, but without changing files."""
     linger_s = _linger_s(place)
     used = 0
     for path in (place / "memory").iterdir():
@@ -331,11 +331,13 @@ def _used(place: Path) -> int:
 
 
 def main() -> None:
-    """Make a directory with GPUs of the sizes that are asked for, and print how a shell uses them."""
+    """Make a directory with GPUs of the given sizes, and print the environment for a shell."""
     parser = argparse.ArgumentParser(description="Make simulated GPUs, and print the environment that finds them.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("total_mb", type=float, nargs="+")
-    parser.add_argument("--linger", type=float, default=0.0, metavar="SECONDS", help="freed memory comes back so late")
+    parser.add_argument(
+        "--linger", type=float, default=0.0, metavar="SECONDS", help="how long freed memory still counts"
+    )
     options = parser.parse_args()
     gpus = SimulatedGpus.create(options.folder, *options.total_mb, linger_s=options.linger)
     for variable, value in gpus.environment(build(options.folder / "build")).items():

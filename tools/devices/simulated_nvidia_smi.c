@@ -3,10 +3,10 @@
  *   nvidia-smi --query-gpu=FIELDS|--query-compute-apps=FIELDS --format=csv[,noheader][,nounits] [-i INDEX|UUID]
  *   nvidia-smi -L
  *
- * As the real one, it says '[N/A]' and the like where a field cannot be had, and gives up as a whole, with NVML's
- * error as exit status, when the driver does not answer or a device is lost. Slices are in the list, not in the CSV.
- * The file `smi_hang` in $SIMULATED_GPU_DIR holds the seconds that it hangs for; with a file `inforom` it warns, as
- * the real one does, of a corrupted infoROM, on stdout, and ends with status 14 though it has answered.
+ * Like the real one, it prints '[N/A]' and the like for a field without a value, and fails as a whole, with NVML's
+ * error as exit status, if the driver does not answer or a device is lost. Slices are in the list, not in the CSV.
+ * The file `smi_hang` in $SIMULATED_GPU_DIR holds the seconds that it hangs; with a file `inforom` it warns, like
+ * the real one, of a corrupted infoROM on stdout, and exits with status 14 although it has answered.
  *
  * Build: gcc -O2 -o nvidia-smi simulated_nvidia_smi.c simulated_nvml.c
  */

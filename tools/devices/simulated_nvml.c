@@ -1,11 +1,11 @@
 /* A stand-in for libnvidia-ml.so.1: NVML's functions over a directory of small files, for machines without a GPU.
  *
- * Implemented is what nvidia-ml-py calls for memory, processes, names and MIG slices. The directory is named by
- * $SIMULATED_GPU_DIR and written by tools/devices/simulated_gpu.py, which says what each file means. Memory is read anew at
- * every call; the devices, their names and sizes are read by nvmlInit.
+ * It implements what nvidia-ml-py calls for memory, processes, names and MIG slices. $SIMULATED_GPU_DIR names the
+ * directory; tools/devices/simulated_gpu.py writes it and explains each file. Every call reads memory anew; nvmlInit
+ * reads the devices, their names and sizes.
  *
- * As with the real library, handles are good until nvmlShutdown, and in the process that called nvmlInit only; and
- * a device that was found lost stays lost until NVML is initialised again.
+ * As with the real library, handles are valid until nvmlShutdown, and only in the process that called nvmlInit; and
+ * a device once found lost stays lost until NVML is initialised again.
  *
  * Build: gcc -O2 -shared -fPIC -Wl,-soname,libnvidia-ml.so.1 -o libnvidia-ml.so.1 simulated_nvml.c
  */
@@ -80,11 +80,11 @@ typedef struct {
     int mig; /* 1 on, 0 off, -1: this board has no MIG */
     unsigned number;
     int slices;
-    int lost; /* was found lost since nvmlInit */
+    int lost; /* found lost since nvmlInit */
 } Unit;
 
 typedef struct {
-    uint64_t used; /* without what is reserved */
+    uint64_t used; /* without the reserved bytes */
     unsigned count;
     Process processes[MAX_PROCESSES];
 } Use;
@@ -106,7 +106,7 @@ static ssize_t read_file(const char *folder, const char *name, char *to, size_t 
     return join(path, folder, name) ? read_path(path, to, size) : -1;
 }
 
-/* Return what follows `key` and a blank on a line of its own in `text`, without the line's end; 0 for none. */
+/* Put the rest of the line of `text` that begins with `key` and a blank into `to`; return 0 if there is none. */
 static int value_of(const char *text, const char *key, char *to, size_t size) {
     size_t length = strlen(key);
     for (const char *line = text; line && *line; line = strchr(line, '\n'), line = line ? line + 1 : 0) {
@@ -136,7 +136,7 @@ static void sleep_for(double seconds) {
     while (nanosleep(&left, &left)) continue;
 }
 
-/* Add a line to the log of calls, if somebody has created it. */
+/* Add a line to the log of calls, if the file exists. */
 static void log_call(const char *what, const char *about) {
     char path[PATH_MAX], line[160];
     if (!join(path, root, "calls")) return;
@@ -202,7 +202,7 @@ static int is_lost(Unit *board) {
     return board->lost;
 }
 
-/* Set `unit` to what a handle stands for. Returns NVML's error. */
+/* Set `unit` to the device of a handle. Returns NVML's error. */
 static int open_handle(Handle handle, const char *what, Unit **unit) {
     if (!users || owner != getpid()) return UNINITIALIZED;
     unsigned board = handle >> 4 & 15;
@@ -234,7 +234,7 @@ static void add_process(Use *use, unsigned pid, uint64_t bytes, unsigned slice) 
     use->processes[use->count++] = (Process){pid, bytes, instance, slice ? 0 : UINT_MAX};
 }
 
-/* Count one file of memory: 'of_<pid>_<start>', 'kept_<pid>' or 'late_…'. Files with other names are not there. */
+/* Count one file of memory: 'of_<pid>_<start>', 'kept_<pid>' or 'late_…'. Files with other names are ignored. */
 static void count_file(const Unit *unit, const char *folder, const char *name, unsigned slice, Use *use) {
     char path[PATH_MAX], late[PATH_MAX], text[32];
     unsigned long long started = 0;
@@ -251,8 +251,8 @@ static void count_file(const Unit *unit, const char *folder, const char *name, u
         return;
     }
     if (owned && unit->linger_ms > 0 && snprintf(late, sizeof late, "%s/late_%s", folder, name) < PATH_MAX) {
-        /* Its memory comes back so much after somebody has seen that it is dead. Dated first: who looks between the
-         * two steps must not find an old file. */
+        /* A dead process's memory counts for linger_ms after this first look. Dated first: a reader that looks between
+         * the two steps must not find an old file. */
         utimensat(AT_FDCWD, path, 0, 0);
         rename(path, late);
         use->used += bytes;
@@ -273,7 +273,7 @@ static void count_folder(const Unit *unit, unsigned slice, Use *use) {
     closedir(listing);
 }
 
-/* Count what is in use on a board, its slices included, or on one slice. */
+/* Count the use of a board, including its slices, or of one slice. */
 static void count_use(Handle handle, const Unit *unit, Use *use) {
     use->used = use->count = 0;
     count_folder(unit, is_slice(handle) ? unit->number + 1 : 0, use);
@@ -281,7 +281,7 @@ static void count_use(Handle handle, const Unit *unit, Use *use) {
         count_folder(&slices[unit->number][i], (unsigned)i + 1, use);
 }
 
-/* Put the daemon of MPS, which has what all the clients have, in the place of the processes. */
+/* Replace the processes by the MPS daemon, which has the memory of all clients. */
 static void show_daemon(Use *use, unsigned daemon) {
     if (use->count) use->processes[0] = (Process){daemon, use->used, UINT_MAX, UINT_MAX};
     use->count = use->count > 0;

@@ -1,4 +1,4 @@
-/* What the simulated drivers read of files and processes. */
+/* How the simulated drivers read files, and processes' start times. */
 
 #ifndef SIMULATED_PROCESS_H
 #define SIMULATED_PROCESS_H
@@ -19,7 +19,7 @@ static ssize_t read_path(const char *path, char *to, size_t size) {
     return got;
 }
 
-/* Return when a process was started, in the kernel's count (field 22 of its stat file); 0 for one that is gone, or a
+/* Return a process's start time in the kernel's clock ticks (field 22 of its stat file); 0 if it has ended or is a
  * zombie. */
 static unsigned long long start_of(int pid) {
     char path[64], text[1024], state;
