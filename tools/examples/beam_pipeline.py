@@ -3,7 +3,7 @@
 python tools/examples/beam_pipeline.py
 """
 
-# Beam is typed in part; where it is not, strictness would only complain about Beam.
+# Beam is only partly typed; elsewhere strictness would complain about Beam alone.
 # mypy: disable-error-code="no-untyped-call,attr-defined,misc,type-arg"
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class TimesHandler(ModelHandler):
         self._factor = factor
 
     def load_model(self) -> Times:
-        """Load it."""
+        """Load the model."""
         return Times(self._factor)
 
     def run_inference(self, batch: Sequence[int], model: Times, inference_args: Any = None) -> list[int]:
-        """Use it for a batch."""
+        """Use the model for a batch."""
         return [model.predict(number) for number in batch]
 
 
 def main() -> None:
-    """Run both models on the same numbers, and print what came out."""
+    """Run both models on the same numbers, and print the results."""
     mpmm.beam.install()  # once, in the program that builds the pipeline
-    # What `RunInference` passes on to the manager: here there is no device to measure.
+    # `RunInference` passes these to the manager; here there is no device to measure.
     manager_args = {"memory_source": "booked", "fallback_memory_mb": 8000}
     with beam.Pipeline(runner=FnApiRunner()) as pipeline:
         numbers = pipeline | beam.Create(range(10))

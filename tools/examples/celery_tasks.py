@@ -37,7 +37,7 @@ class Reverser:
     """Stands for a model: it takes memory, and a while to load."""
 
     def predict(self, text: str) -> tuple[str, int]:
-        """Return the text backwards, and which process has done it."""
+        """Return the text backwards, and the pid of the process that did it."""
         return text[::-1], os.getpid()
 
 
@@ -48,7 +48,7 @@ def load() -> str:
 
 
 def shared(handle: str) -> MultiProcessShared[Reverser]:
-    """Return what leads to the model of a handle."""
+    """Return the shared object for a handle."""
     return MultiProcessShared(Reverser, tag=handle, always_proxy=True, spawn_process=True)
 
 
@@ -64,7 +64,7 @@ def attach(**_: Any) -> None:
 
 @worker_process_shutdown.connect
 def leave(**_: Any) -> None:
-    """Let go of the models: the pool's processes run no exit handlers."""
+    """Release the models: the pool's processes run no exit handlers."""
     manager.shutdown()
 
 

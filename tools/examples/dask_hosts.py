@@ -1,16 +1,16 @@
-"""Beam's DaskRunner on many hosts: the workers of each share one copy of a model there. Needs Beam and distributed.
+"""Beam's DaskRunner on many hosts: the workers of each host share one copy of a model. Needs Beam and distributed.
 
-    dask scheduler                            # on one host, and on each, as often as it has processes for the work:
+    dask scheduler                            # on one host, and on each host, once per worker process:
     dask worker tcp://SCHEDULER:8786 --nthreads 1
     python tools/examples/dask_hosts.py tcp://SCHEDULER:8786
-    python tools/examples/dask_hosts.py       # without one: a cluster of two times two workers on this machine
+    python tools/examples/dask_hosts.py       # without an address: a cluster of two times two workers on this machine
 
-Dask gives a bundle to a worker on any host; mpmm decides there, by the memory of that host, and nothing of it passes
-between hosts. Two hosts on one machine have a runtime directory each, so that they have as little in common as two
-hosts; on real hosts there is nothing to do for that.
+Dask gives a bundle to a worker on any host; mpmm decides there by the memory of that host, and shares nothing between
+hosts. The two simulated hosts on one machine have a runtime directory each, which keeps them as separate as real
+hosts; real hosts need no setting for that.
 """
 
-# Beam is typed in part, and Dask's scheduler not at all.
+# Beam is only partly typed, and Dask's scheduler not at all.
 # mypy: disable-error-code="no-untyped-call,attr-defined,misc,type-arg"
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Doubler:
     """Stands for a model: it takes memory, and a while to load."""
 
     def predict(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the doubles of numbers, each with the process that has made it."""
+        """Return the doubles of numbers, each with the pid of the process that computed it."""
         return [(2 * number, os.getpid()) for number in numbers]
 
 
@@ -47,24 +47,24 @@ class DoublerHandler(ModelHandler):
     """Tells Beam how to load and use the model."""
 
     def load_model(self) -> Doubler:
-        """Load it."""
+        """Load the model."""
         return Doubler()
 
     def run_inference(self, batch: Sequence[int], model: Doubler, inference_args: Any = None) -> list[Any]:
-        """Use it for a batch; say which host has done that."""
+        """Use the model for a batch; return each result with this host's name."""
         host = Path(os.environ.get("MPMM_RUNTIME_DIR", "/" + socket.gethostname())).name
         return [(host, one) for one in model.predict(list(batch))]
 
 
 def report(host: str, doubled: Iterable[tuple[int, int]]) -> None:
-    """Print what one host has done; a worker does this, so that it stands in the worker's output."""
+    """Print what one host has done; it appears in the output of the worker that runs this."""
     numbers, servers = zip(*doubled, strict=True)
     print(f"host {host}: the sum of {len(numbers)} numbers is {sum(numbers)}, by {len(set(servers))} copy", flush=True)
 
 
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[str]:
-    """Run a cluster on this machine whose workers see one of two runtime directories; yield its address."""
+    """Run a cluster on this machine whose workers each see one of two runtime directories; yield its address."""
     workers = {}
     for host in ("one", "two"):
         (folder / host).mkdir(mode=0o700, exist_ok=True)
@@ -80,7 +80,7 @@ def two_hosts(folder: Path) -> Iterator[str]:
 
 
 def main(address: str) -> None:
-    """Double some numbers, wherever Dask has it done."""
+    """Double some numbers, on whichever hosts Dask chooses."""
     mpmm.beam.install()
     manager_args = {"memory_source": "booked", "fallback_memory_mb": 8000, "max_model_copies": 1}
     options = PipelineOptions([f"--dask_client_address={address}", "--dask_npartitions=8"])
@@ -89,8 +89,8 @@ def main(address: str) -> None:
             pipeline
             | beam.Create([list(range(first, first + 5)) for first in range(0, 40, 5)])
             | RunInference(
-                # Beam 2.77's DaskRunner loses what a step emits at the end of a bundle, as Beam's batching of elements
-                # does with the last batch: so these elements are batches already.
+                # Beam 2.77's DaskRunner loses what a step emits at the end of a bundle, and Beam's batching emits the
+                # last batch there. So these elements are batches already.
                 DoublerHandler().with_no_batching(),
                 model_identifier="doubler",
                 use_model_manager=True,

@@ -2,7 +2,7 @@
 
     python tools/examples/dask_workers.py
 
-A worker process of Dask is a member of the namespace of its host; several hosts have one copy each.
+Each Dask worker process is a member of its host's namespace; several hosts have one copy each.
 """
 
 # Dask's scheduler has no types.
@@ -21,7 +21,7 @@ class Doubler:
     """Stands for a model: it takes memory, and a while to load."""
 
     def predict(self, number: int) -> tuple[int, int]:
-        """Return the double of a number, and which process has made it."""
+        """Return the double of a number, and the pid of the process that computed it."""
         return 2 * number, os.getpid()
 
 
@@ -32,19 +32,19 @@ def load() -> str:
 
 
 def shared(handle: str) -> MultiProcessShared[Doubler]:
-    """Return what leads to the model of a handle."""
+    """Return the shared object for a handle."""
     return MultiProcessShared(Doubler, tag=handle, always_proxy=True, spawn_process=True)
 
 
 class Models(WorkerPlugin):
-    """Gives each worker a manager when it starts, and lets go of its models when it ends."""
+    """Gives each worker a manager when it starts, and releases its models when it ends."""
 
     def setup(self, worker: Worker) -> None:
-        """Run in a worker that starts."""
+        """Run in each worker when it starts."""
         worker.models = ModelManager(namespace="dask", memory_source="booked", max_model_copies=1)
 
     def teardown(self, worker: Worker) -> None:
-        """Run in a worker that is closed."""
+        """Run in each worker when it closes."""
         worker.models.shutdown()
 
 

@@ -3,7 +3,7 @@
     uvicorn --app-dir tools/examples fastapi_service:app --workers 4
     curl 'localhost:8000/predict?text=to+be+or+not+to+be'
 
-The copy lives in a process of its own, which the worker that needs it first starts. The others find it loaded.
+The copy lives in a process of its own, started by the first worker that needs it. The others find it loaded.
 """
 
 # FastAPI may be missing where types are checked.
@@ -24,7 +24,7 @@ class Reverser:
     """Stands for a model: it takes memory, and a while to load."""
 
     def predict(self, text: str) -> tuple[str, int]:
-        """Return the text backwards, and which process has done it."""
+        """Return the text backwards, and the pid of the process that did it."""
         return text[::-1], os.getpid()
 
 
@@ -35,13 +35,13 @@ def load() -> str:
 
 
 def shared(handle: str) -> MultiProcessShared[Reverser]:
-    """Return what leads to the model of a handle."""
+    """Return the shared object for a handle."""
     return MultiProcessShared(Reverser, tag=handle, always_proxy=True, spawn_process=True)
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Attach this worker when it starts, and let go of its models when it ends."""
+    """Attach this worker when it starts, and release its models when it ends."""
     with ModelManager(namespace="fastapi", memory_source="booked", max_model_copies=1) as app.state.manager:
         yield
 

@@ -1,10 +1,10 @@
-"""gunicorn with `--preload`: one copy is loaded before the workers are forked, and all of them use it. Needs gunicorn.
+"""gunicorn with `--preload`: it loads one copy before it forks the workers, which all use it. Needs gunicorn.
 
     gunicorn --preload --workers 4 --chdir tools/examples 'gunicorn_service:make_app()'
     curl 'localhost:8000/?text=to+be+or+not+to+be'
 
-A manager may cross a fork: each worker becomes a member of its own. Without `--preload` the same program works, too;
-the first worker then loads the copy.
+A manager may cross a fork: each worker becomes a member of its own. The program also works without `--preload`; the
+first worker then loads the copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Reverser:
     """Stands for a model: it takes memory, and a while to load."""
 
     def predict(self, text: str) -> tuple[str, int]:
-        """Return the text backwards, and which process has done it."""
+        """Return the text backwards, and the pid of the process that did it."""
         return text[::-1], os.getpid()
 
 
@@ -33,12 +33,12 @@ def load() -> str:
 
 
 def shared(handle: str) -> MultiProcessShared[Reverser]:
-    """Return what leads to the model of a handle."""
+    """Return the shared object for a handle."""
     return MultiProcessShared(Reverser, tag=handle, always_proxy=True, spawn_process=True)
 
 
 def make_app() -> Callable[..., Iterable[bytes]]:
-    """Load the model, and return the WSGI application: gunicorn calls this once, not the model's server."""
+    """Load the model, and return the WSGI application. gunicorn calls this once; the model's server does not."""
     manager = ModelManager(namespace="gunicorn", memory_source="booked", max_model_copies=1)
     manager.preload("reverser", load)
 

@@ -4,8 +4,8 @@
     curl 'localhost:8000/predict?text=to+be+or+not+to+be'
     curl localhost:8000/metrics
 
-Tasks wait for a model without blocking the event loop, and without a thread each. The model is an object of the worker
-that loaded it; everybody accounts for its memory, and when others need the room, an idle one is dropped.
+Tasks wait for a model without blocking the event loop, and without a thread each. The model is an object in the worker
+that loaded it; all workers account for its memory, and an idle one is evicted when other models need the memory.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Reverser:
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
-    """Attach this worker when it starts, and let go of its models when it ends."""
+    """Attach this worker when it starts, and release its models when it ends."""
     with ModelManager(namespace="service", memory_source="booked", wait_timeout_seconds=30) as manager:
         app.state.manager = manager
         yield
 
 
 async def predict(request: Request) -> JSONResponse:
-    """Answer with the prediction, or with 503 when no model is to be had in time, or too many wait for it already."""
+    """Answer with the prediction, or with 503 if no model is free in time, or too many requests already wait."""
     manager: ModelManager = request.app.state.manager
     try:
         async with manager.model_async("reverser", Reverser, max_waiting=64) as model:

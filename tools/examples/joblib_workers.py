@@ -1,8 +1,8 @@
-"""Workers of joblib (loky) that share one loaded model: whichever of them is free uses a copy that is there.
+"""joblib (loky) workers that share one loaded model: each task uses the copy that is already loaded.
 
     python tools/examples/joblib_workers.py
 
-The manager is pickled with the task; in each worker the copy of it is a member of the same namespace.
+joblib pickles the manager with the task; in each worker, its copy is a member of the same namespace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Doubler:
         self.factor = 2
 
     def predict(self, number: int) -> tuple[int, int]:
-        """Return the double of a number, and which process has made it."""
+        """Return the double of a number, and the pid of the process that computed it."""
         return self.factor * number, os.getpid()
 
 

@@ -1,10 +1,10 @@
-"""An inference server that knows nothing of mpmm, on a lease: it gets its share of memory, and others leave it alone.
+"""An inference server that knows nothing of mpmm, on a lease: it gets a share of memory that mpmm keeps free for it.
 
     mpmm run --mb 6000 --namespace inference -- python tools/examples/leased_server.py 8000
     curl 'localhost:8000/?text=to+be+or+not+to+be'
 
-mpmm waits until that much memory is free, and evicts idle models for it. The environment says how much it is. A signal
-that is sent to `mpmm run` reaches the server, and however the server ends, its memory is free for others then.
+mpmm waits until that much memory is free, and evicts idle models for it. The environment tells the server the amount.
+`mpmm run` passes signals on to the server, and frees the memory for others however the server ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class Reverser:
-    """Stands for a model, and for the cache that an engine makes as large as it may."""
+    """Stands for a model, and for the cache that an engine makes as large as its share allows."""
 
     def __init__(self, mb: float) -> None:
         self.mb = mb
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
 def main(port: int) -> None:
     """Load the model, and serve until a signal ends this process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    # Engines want a fraction of the device: that is MPMM_MEMORY_FRACTION, and MPMM_DEVICES says which devices.
+    # For engines that want a fraction of the device: MPMM_MEMORY_FRACTION; MPMM_DEVICES names the devices.
     Handler.model = Reverser(float(os.environ["MPMM_LEASE_MB"]))
     with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         print(f"serving on http://127.0.0.1:{server.server_port}", flush=True)

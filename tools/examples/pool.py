@@ -1,8 +1,8 @@
-"""A pool of processes, none with a GPU library: whoever finds the model loaded reuses it.
+"""A pool of processes without a GPU library: a worker that finds the model loaded reuses it.
 
     python tools/examples/pool.py
 
-The model is kept by a process of its own, so that all workers can use it; four of them count words with two copies.
+The model lives in a process of its own, so that all workers can use it; four of them count words with two copies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WordCounter:
         self.vocabulary = sorted({word for text in TEXTS for word in text.split()})
 
     def predict(self, text: str) -> dict[str, int]:
-        """Return how often each known word is in a text."""
+        """Return how often each known word occurs in a text."""
         return {word: count for word, count in Counter(text.split()).items() if word in self.vocabulary}
 
 

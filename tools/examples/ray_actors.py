@@ -1,9 +1,9 @@
-"""Ray actors that share the models of their node. Needs ray, which is in no extra of mpmm.
+"""Ray actors that share the models of their node. Needs ray, which no extra of mpmm installs.
 
     pip install ray && python tools/examples/ray_actors.py
 
-Ray places actors by the GPU shares that they ask for, and knows nothing of what they load. Actors that ask for no GPU
-and attach to one namespace share all devices of the node instead, by what the models really take.
+Ray places actors by the GPU shares that they ask for, and knows nothing of the models they load. Actors that ask for no
+GPU and attach to one namespace instead share all devices of the node, by what the models really take.
 """
 
 # Ray may be missing where types are checked.
@@ -29,18 +29,18 @@ class Counting:
         self._manager = ModelManager(namespace=NAMESPACE, memory_source="booked", max_model_copies=2)
 
     def count(self, text: str) -> tuple[int, int]:
-        """Return how many words there are, and this actor's pid."""
+        """Return the number of words, and this actor's pid."""
         with self._manager.model("counter", load) as handle:
             counter = MultiProcessShared(WordCounter, tag=handle, always_proxy=True, spawn_process=True).acquire()
             return sum(counter.predict(text).values()), os.getpid()
 
     def leave(self) -> None:
-        """Let go of the models: Ray ends actors by a signal."""
+        """Release the models: Ray ends actors by a signal."""
         self._manager.shutdown()
 
 
 def main() -> None:
-    """Have three actors count with two copies."""
+    """Have three actors count words with two copies."""
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     try:
         actors = [Counting.remote() for _ in range(3)]

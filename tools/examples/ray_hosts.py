@@ -1,11 +1,11 @@
-"""Ray on many hosts: the actors of each host share one copy of a model there. Needs ray.
+"""Ray on many hosts: the actors of each host share one copy of a model. Needs ray.
 
     ray start --head                          # on one host, and on each other: ray start --address HEAD:6379
     python tools/examples/ray_hosts.py        # joins that cluster; without one it makes two nodes on this machine
 
-Ray sends a request to an actor on any host; mpmm decides there, by the memory of that host, and nothing of it passes
-between hosts. Two nodes on one machine have a runtime directory each, so that they have as little in common as two
-hosts; on real hosts there is nothing to do for that.
+Ray sends a request to an actor on any host; mpmm decides there by the memory of that host, and shares nothing between
+hosts. The two nodes on one machine have a runtime directory each, which keeps them as separate as real hosts; real
+hosts need no setting for that.
 """
 
 # Ray may be missing where types are checked.
@@ -31,7 +31,7 @@ class Reverser:
     """Stands for a model: it takes memory, and a while to load."""
 
     def predict(self, text: str) -> tuple[str, int]:
-        """Return the text backwards, and which process has done it."""
+        """Return the text backwards, and the pid of the process that did it."""
         return text[::-1], os.getpid()
 
 
@@ -42,7 +42,7 @@ def load() -> str:
 
 
 def shared(handle: str) -> MultiProcessShared[Reverser]:
-    """Return what leads to the model of a handle, on this host."""
+    """Return the shared object for a handle, on this host."""
     return MultiProcessShared(Reverser, tag=handle, always_proxy=True, spawn_process=True)
 
 
@@ -60,12 +60,12 @@ class Worker:
             return answer
 
     def leave(self) -> None:
-        """Let go of the models: Ray ends actors by a signal."""
+        """Release the models: Ray ends actors by a signal."""
         self._manager.shutdown()
 
 
 def use(texts: list[str]) -> dict[str, set[int]]:
-    """Have actors on each node of the cluster reverse texts; return which processes had a copy, by node."""
+    """Have actors on each node of the cluster reverse texts; return the pids of the model servers, by node."""
     hosts = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     actors = [
         (host, Worker.options(scheduling_strategy=NodeAffinitySchedulingStrategy(host, soft=False)).remote())
