@@ -1,24 +1,24 @@
 """Change the code at random, one place at a time, and see whether a test notices: `python tools/mutate.py [PART ...]`.
 
-PART is one of the parts below, or a file of `mpmm/`; all parts by default. The tests of the parts run once under
-coverage, without any change; `--map FILE` keeps what that finds for the next run. Then each change is tried: those
-tests run that run the changed lines, the quick ones first, until one fails; where hardly any is known to run them, all
-tests of the part after these. They run in forks of a process that has collected them, which takes a tenth of the time.
-Programs that tests start run the code as it was there, so what no fork notices is tried once more in a copy of the
-tree, in a process of its own. `--way forks` leaves that out for all but what forks cannot change, and asks no more
-tests than those of `--test-seconds`; `--way copies` leaves the forks out.
+PART is one of the parts below, or a file of `mpmm/`; all parts by default. First, the parts' tests run once under
+coverage, without any change; `--map FILE` keeps the result for the next run. Then each change is tried with the tests
+that cover the changed lines, the quick ones first, until one fails; if hardly any test is known to cover them, then
+with all tests of the part. They run in forks of a process that has collected them, which takes a tenth of the time.
+Programs that tests start run the unchanged code there, so a change that no fork notices is tried again in a copy of the
+tree, in a process of its own. `--way forks` does that only for changes that forks cannot make, and runs no more tests
+than fit into `--test-seconds`; `--way copies` uses no forks.
 
-A test has noticed a change if it fails with it, fails with it again, and passes without it; if it does not, as on a
-busy machine, it is named as unconfirmed, and the tests after it are asked. What none notices is printed as a diff:
-either a test is missing, or the change makes no difference, which is for the reader to say. The same seed makes the
-same changes of the same code; `--only N` makes the Nth of them again, and `--changes all` makes all there are.
+A test has noticed a change if it fails with it, fails with it again, and passes without it. Otherwise, as may happen on
+a busy machine, the failure is listed as unconfirmed, and the remaining tests run. A change that no test notices is
+printed as a diff: either a test is missing, or the change makes no difference, which the reader must decide. The same
+seed makes the same changes to the same code; `--only N` makes the Nth of them again, and `--changes all` makes all.
 
     python tools/mutate.py policy scheduler --changes 30 --seed 1
     python tools/mutate.py mpmm/policy/eviction.py --seed 1 --only 7
     python tools/mutate.py mpmm/policy/eviction.py --changes all --way forks
 
-Tests of fork and interrupt points are not asked. A hundred changes take a quarter of an hour on two processors.
-Ends with status 1 if fewer than `--at-least` percent were noticed.
+Tests of fork and interrupt points are not run. A hundred changes take a quarter of an hour on two processors.
+The exit status is 1 if tests noticed less than `--at-least` percent of the changes.
 """
 
 from __future__ import annotations
@@ -112,41 +112,50 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "arguments": (("mpmm/text/arguments.py",), ("test_bad_input",)),
 }
 WAYS = ("both", "forks", "copies")
-# Runs tests, which take so many seconds, and the longest of them so many, and says how they fail.
+# Runs tests, given their seconds in total and those of the longest one, and returns how they fail.
 Runner: TypeAlias = Callable[[Sequence[str], float, float], Failure | None]
-# Processes that are killed in the end leave no trace of what they have run: where so few tests are known to run what
-# was changed, others may.
+# Processes that are killed leave no coverage data: if at most this many tests are known to cover a change, others may.
 HARDLY_ANY = 2
-# Of tests that fail for other reasons than the change, so many are passed over: then the machine is at fault.
+# After this many failures for other reasons than the change, the machine is at fault, and no more tests run.
 MOST_UNCONFIRMED = 8
 
 
 @dataclass
 class Outcome:
-    """What became of a change: how it was noticed, if it was, and the failures that were not confirmed."""
+    """The outcome of a change: how it was noticed, if it was, and the failures that were not confirmed."""
 
     noticed: str | None = None
     unconfirmed: list[str] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make changes; return 0, or 1 if too few were noticed."""
+    """Try changes; return 0, or 1 if the tests noticed too few."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, or files (default: all parts)")
     parser.add_argument(
-        "--changes", type=_number_or_all, default=20, metavar="N", help="how many, or all (default: 20)"
+        "--changes", type=_number_or_all, default=20, metavar="N", help="number of changes, or all (default: 20)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the choice (default: 1)")
-    parser.add_argument("--only", type=int, metavar="N", help="make this one of the changes alone, from 1")
-    parser.add_argument("--tests", nargs="+", metavar="TEST", help="instead of the part's, as in: test_policy")
-    parser.add_argument("--map", type=Path, metavar="FILE", help="which tests run which lines; written if not there")
-    parser.add_argument("--test-seconds", type=float, default=30.0, metavar="S", help="of tests a change (default: 30)")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="changes tried at a time (default: 2)")
-    parser.add_argument("--way", choices=WAYS, default="both", help="of running tests (default: both, forks first)")
-    parser.add_argument("--at-least", type=float, default=0.0, metavar="PERCENT", help="that are to be noticed")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no change later than that")
+    parser.add_argument("--seed", type=int, default=1, help="for the choice of changes (default: 1)")
+    parser.add_argument("--only", type=int, metavar="N", help="make only this one of the changes, counted from 1")
+    parser.add_argument(
+        "--tests", nargs="+", metavar="TEST", help="run these instead of the part's tests, as in: test_policy"
+    )
+    parser.add_argument(
+        "--map", type=Path, metavar="FILE", help="which tests cover which lines; written if it does not exist"
+    )
+    parser.add_argument(
+        "--test-seconds", type=float, default=30.0, metavar="S", help="seconds of tests per change (default: 30)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="number of changes tried at a time (default: 2)"
+    )
+    parser.add_argument("--way", choices=WAYS, default="both", help="how to run the tests (default: both, forks first)")
+    parser.add_argument(
+        "--at-least", type=float, default=0.0, metavar="PERCENT", help="fail if tests notice less than this"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no change after this time")
     parser.add_argument("--list", action="store_true", help="print the changes, and run nothing")
     options = parser.parse_args(arguments)
     tests_of = _chosen(parser, options.parts or list(PARTS), options.tests)
@@ -191,7 +200,7 @@ def _chosen(
             if not path.is_file() or not path.is_relative_to(ROOT / "mpmm"):
                 parser.error(f"{part}: expected one of {', '.join(PARTS)}, or a file of mpmm/")
             if not of_parts and tests is None:
-                parser.error(f"{part} is in no part: say with --tests what should notice a change")
+                parser.error(f"{part} is in no part: name with --tests the tests that should notice a change")
             found[str(path.relative_to(ROOT))] = of_parts[0] if of_parts else ()
     return {file: tuple(tests) for file in found} if tests is not None else found
 
@@ -217,7 +226,7 @@ def _try_all(
     until: float,
     way: str,
 ) -> tuple[list[tuple[int, Change]], int, int]:
-    """Try changes, several at a time; return what survives, how many were tried, and unconfirmed failures."""
+    """Try changes, several at a time; return the survivors, and the numbers of tries and of unconfirmed failures."""
     survivors: list[tuple[int, Change]] = []
     tried = unconfirmed = 0
     testers: SimpleQueue[Tester] = SimpleQueue()
@@ -255,13 +264,13 @@ def _try_all(
             for done in [pool.submit(attempt, number, change) for number, change in numbered]:
                 done.result()
         finally:
-            # An interrupt waits for the changes that are being tried, and not for all the others.
+            # An interrupt waits for the changes being tried, but not for the others.
             pool.shutdown(wait=False, cancel_futures=True)
     return sorted(survivors, key=lambda survivor: survivor[0]), tried, unconfirmed
 
 
 class Tester:
-    """Tries a change at a time in trees of its own: in forks, where the tests are collected, and in a copy."""
+    """Tries one change at a time, in forks that have collected the tests, and in a copy of the tree."""
 
     def __init__(self, covering: Covering, way: str, collected: Sequence[str], stack: ExitStack) -> None:
         self._covering = covering
@@ -272,9 +281,9 @@ class Tester:
             self._forks = stack.enter_context(ForkedTests(stack.enter_context(TreeCopy()), collected))
 
     def who_notices(self, change: Change, known: Sequence[str], others: Sequence[str] = ()) -> Outcome:
-        """Have tests run with a change, those first that are named first.
+        """Run tests with a change, in the given order.
 
-        others: tests that are not known to run what was changed. Programs that they start may, but in no fork.
+        others: tests that are not known to cover the change. Programs that they start may, but not in a fork.
         """
         original = (ROOT / change.file).read_bytes()
         changed = change.applied_to(original)
@@ -303,7 +312,7 @@ class Tester:
     def _confirmed(
         self, witnesses: Sequence[str], changed: Runner, unchanged: Runner, before: Outcome | None = None
     ) -> Outcome:
-        """Ask tests until one fails with the change, fails with it again, and passes without it."""
+        """Run tests until one fails with the change, fails with it again, and passes without it."""
         outcome, left = Outcome(unconfirmed=before.unconfirmed if before else []), list(witnesses)
         passed_over = 0
 
@@ -319,7 +328,7 @@ class Tester:
                 break
             outcome.unconfirmed.append(failure.reason)
             passed_over += 1
-            # Those before it have passed.
+            # The tests before it have passed.
             left = left[max(map(left.index, failure.tests)) + 1 :]
         return outcome
 
@@ -329,6 +338,6 @@ def _number_or_all(text: str) -> int:
 
 
 if __name__ == "__main__":
-    # So that the copies go with it.
+    # On SIGTERM, too, the copies of the tree are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

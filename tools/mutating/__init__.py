@@ -1,1 +1,1 @@
-"""Changes of the code, the copies of the tree that they are tried in, and the tests that run what was changed."""
+"""Changes to the code, the copies of the tree in which they are tried, and the tests that cover them."""

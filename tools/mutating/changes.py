@@ -1,4 +1,4 @@
-"""The changes that can be made of a file's code, one place at a time."""
+"""The possible changes to a file's code, one place at a time."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.LShift: ast.RShift,
     ast.RShift: ast.LShift,
 }
-# To add 1 to a factor like 1e9 makes no difference that a test could see.
+# Adding 1 to a factor like 1e9 makes no difference that a test could see.
 LARGE = 1e6
 FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change: `new` in place of the bytes from `start` to `end` of a file, on these lines. what: for people."""
+    """One change: `new` replaces the bytes from `start` to `end` of a file, on these lines. what: for people."""
 
     file: str
     start: int
@@ -63,7 +63,7 @@ class Change:
 
 
 class Changes:
-    """All changes that are made of a file's code: not of its docstrings, types, messages or log lines."""
+    """All changes to a file's code, but not to its docstrings, types, messages or log lines."""
 
     def __init__(self, file: str) -> None:
         self._file = file
@@ -73,7 +73,7 @@ class Changes:
             self._line_starts.append(self._line_starts[-1] + len(line))
 
     def all(self) -> list[Change]:
-        """Return the changes in the order of their places."""
+        """Return the changes in the order of their positions."""
         found = list(self._in(ast.parse(self._source)))
         return sorted(found, key=lambda change: (change.start, change.end, change.new))
 
@@ -135,7 +135,7 @@ class Changes:
 
 
 def _code_in(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the children of a node whose changes would be changes of what the code does."""
+    """Yield the children of a node whose changes would change what the code does."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "bases", "keywords") and not isinstance(node, ast.Call):
             continue
@@ -145,11 +145,11 @@ def _code_in(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_words(node: ast.AST) -> bool:
-    """Tell whether a node is there for people, or for type checkers, or says what must be true anyway."""
+    """Tell whether a node is for people or type checkers, or asserts what must be true anyway."""
     if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert | ast.Import | ast.ImportFrom):
         return True
     if isinstance(node, ast.keyword):
-        # Of `zip`.
+        # The keyword of `zip`.
         return node.arg == "strict"
     if isinstance(node, ast.Expr):
         call = node.value
@@ -162,7 +162,7 @@ def _is_words(node: ast.AST) -> bool:
 
 
 def _is_first_word(node: ast.BinOp) -> bool:
-    """Tell whether a sum is the place of a row's first word, which is at 0 of every row: minus 0 is the same."""
+    """Tell whether a sum is the position of a row's first word, which has offset 0: minus 0 is the same."""
     return isinstance(node.op, ast.Add) and isinstance(node.right, ast.Attribute) and node.right.attr == "STATE"
 
 

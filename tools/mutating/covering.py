@@ -1,4 +1,4 @@
-"""Which tests run which lines, and how long each takes: those that may notice a change there, the quick ones first."""
+"""Which tests cover which lines, and how long each takes, so that the quick ones that may notice a change run first."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import coverage
 from mutating.changes import ROOT, Change
 from mutating.tree_copy import TreeCopy
 
-# Processes that were started or forked count with the test that started them.
+# Started and forked processes count for the test that started them.
 CONFIGURATION = "[run]\nparallel = true\npatch = _exit, subprocess\n"
 MEASURED_WITHIN_S = 3600.0
-# What a test takes that fails or is skipped does not count.
+# The least time that a test is taken to need.
 LEAST_S = 0.001
 
 
 class Covering:
-    """Tests by the lines that they run: `lines` by file, line and then the numbers of `tests`."""
+    """Tests by the lines that they cover: `lines` has the names of tests by file and line; `tests` their seconds."""
 
     def __init__(self, tests: dict[str, float], lines: dict[str, dict[int, list[str]]]) -> None:
         self._seconds = tests
@@ -32,7 +32,7 @@ class Covering:
 
     @classmethod
     def measured(cls, tree: TreeCopy, tests: Iterable[str], processes: int) -> Covering:
-        """Run test files under coverage, without any change; tests that fail are taken for no witnesses."""
+        """Run test files under coverage, without any change; tests that fail are not used as witnesses."""
         (tree.path / ".coveragerc").write_text(CONFIGURATION)
         report, data = tree.path / "report.xml", tree.path / ".coverage"
         arguments = ["--cov=mpmm", "--cov-config=.coveragerc", "--cov-context=test", "--cov-report=", "-q", "-n"]
@@ -44,7 +44,7 @@ class Covering:
 
     @classmethod
     def read(cls, root: Path, data: Path, report: Path) -> Covering:
-        """Read what coverage and pytest have written about tests that ran in a tree."""
+        """Read the files that coverage and pytest have written about tests in a tree."""
         seconds = {}
         for case in ET.parse(report).iter("testcase"):
             if case.find("failure") is None and case.find("error") is None and case.find("skipped") is None:
@@ -62,11 +62,11 @@ class Covering:
 
     @classmethod
     def loaded(cls, path: Path) -> Covering:
-        """Read what `save` has written. Raises SystemExit if the code is another one by now."""
+        """Read what `save` has written. Raises SystemExit if the code has changed since then."""
         content = json.loads(path.read_text())
         stale = [file for file, size in content["code"].items() if _stamp(file) != size]
         if stale:
-            raise SystemExit(f"{path} was measured with another {stale[0]}: remove it, and it is measured again")
+            raise SystemExit(f"{path} was measured with another version of {stale[0]}: remove it to measure again")
         tests = list(content["tests"])
         lines = {
             file: {int(line): [tests[number] for number in numbers] for line, numbers in of_file.items()}
@@ -75,7 +75,7 @@ class Covering:
         return cls(content["tests"], lines)
 
     def save(self, path: Path) -> None:
-        """Write it to a file."""
+        """Write the tests and lines to a file."""
         number = {test: place for place, test in enumerate(self._seconds)}
         lines = {
             file: {line: [number[test] for test in tests] for line, tests in of_file.items()}
@@ -85,10 +85,10 @@ class Covering:
         path.write_text(json.dumps({"code": code, "tests": self._seconds, "lines": lines}))
 
     def witnesses(self, change: Change, most_s: float, one_of_each: bool = True) -> list[str]:
-        """Return the tests that run what was changed, the quick ones first, as many as take so long together.
+        """Return the tests that cover a change, the quick ones first, as many as fit into `most_s`.
 
-        one_of_each: the quickest one of each test file is among them in any case. What runs at the import of the file,
-        before any test, may be noticed by each test that runs anything of the file.
+        one_of_each: include the quickest one of each test file in any case. Code that runs at the import of the file,
+        before any test, counts as covered by every test that runs any of the file.
         """
         of_file = self._lines.get(change.file, {})
         found = {test for line in range(change.line, change.last_line + 1) for test in of_file.get(line, [])}
@@ -106,23 +106,23 @@ class Covering:
         return chosen
 
     def all_of(self, files: Iterable[str], most_s: float = math.inf) -> list[str]:
-        """Return all tests of test files, the quick ones first, or as many as take so long together."""
+        """Return the tests of test files, the quick ones first, as many as fit into `most_s`."""
         prefixes = tuple(f"tests/{file}.py::" for file in files)
         by_time = sorted((test for test in self._seconds if test.startswith(prefixes)), key=self._seconds.__getitem__)
         spent = itertools.accumulate(max(LEAST_S, self._seconds[test]) for test in by_time)
         return [test for test, seconds in zip(by_time, spent, strict=True) if seconds <= most_s]
 
     def seconds(self, tests: Sequence[str]) -> float:
-        """Return how long tests took when nothing was changed."""
+        """Return how long tests took without a change."""
         return sum(self._seconds[test] for test in tests)
 
     def longest(self, tests: Sequence[str]) -> float:
-        """Return how long the longest one of tests took when nothing was changed."""
+        """Return how long the longest one of tests took without a change."""
         return max((self._seconds[test] for test in tests), default=0.0)
 
 
 def _node_id(root: Path, class_name: str, name: str) -> str:
-    """Turn the names of a JUnit report into pytest's name of the test."""
+    """Turn the names in a JUnit report into pytest's name of the test."""
     parts = class_name.split(".")
     for end in range(len(parts), 0, -1):
         file = Path(*parts[:end]).with_suffix(".py")

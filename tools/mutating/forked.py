@@ -1,7 +1,7 @@
-"""Tests of a change in forks of a process that has collected them: some ten times as quick as a new process for each.
+"""Run a change's tests in forks of a process that has collected them: about ten times as fast as a new process each.
 
-The changed function gets its new code in the fork, so that whoever has imported it runs that. What tests start as new
-programs runs the code as it was: what nothing notices here is for a copy of the tree.
+The changed function gets its new code in the fork, so every module that has imported it runs that. Programs that tests
+start run the old code: a change that no test notices here is tried in a copy of the tree.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from mutating.changes import Change
 from mutating.tree_copy import Failure, TreeCopy, limits_s
 
 COLLECTED_WITHIN_S = 300.0
-# Of what comes back through a pipe at a time.
+# How much is read from a pipe at a time.
 READ_BYTES = 1 << 16
 
 
 class UnfitError(Exception):
-    """A change is in no function, or in one that cannot be given other code."""
+    """A change is in no function, or in one whose code cannot be replaced."""
 
 
 @dataclass(frozen=True)
 class NewCode:
-    """What a function of a file is to run: its name with those of what it is in, and the file's changed source."""
+    """New code for a function: its file, its qualified name, and the file's changed source."""
 
     file: str
     function: str
@@ -45,7 +45,7 @@ class NewCode:
 
     @classmethod
     def of(cls, change: Change, original: bytes) -> NewCode:
-        """Return what a change makes of the function that it is in. Raises UnfitError if it is in none's body."""
+        """Return the new code of the function that a change is in. Raises UnfitError if it is in no function's body."""
         name, at = [], ast.parse(original)
         body: list[ast.stmt] = at.body
         while True:
@@ -60,7 +60,7 @@ class NewCode:
                 return cls(change.file, ".".join(name), change.applied_to(original).decode())
 
     def put_in_place(self) -> None:
-        """Give the function its new code, in this process. Raises UnfitError if it is not what its name says."""
+        """Give the function its new code in this process. Raises UnfitError if the name leads to something else."""
         module = importlib.import_module(self.file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
         found: Any = module
         for name in self.function.split("."):
@@ -80,7 +80,7 @@ class NewCode:
 
 
 class ForkedTests:
-    """Tests that a process has collected in a copy of the tree. `with` ends it."""
+    """A process that has collected tests in a copy of the tree, and runs them in forks. `with` ends it."""
 
     def __init__(self, tree: TreeCopy, tests: Sequence[str]) -> None:
         self._tree = tree
@@ -97,7 +97,7 @@ class ForkedTests:
         self._answer(COLLECTED_WITHIN_S)
 
     def fails(self, new: NewCode | None, tests: Sequence[str], seconds: float, longest_s: float) -> Failure | None:
-        """Run tests until one fails, as those of the tree do. Raises UnfitError if the function cannot be changed."""
+        """Run tests until one fails, like `TreeCopy.fails`. Raises UnfitError if the function cannot be changed."""
         limit_s, timeout_s = limits_s(seconds, longest_s)
         order = {"new": None if new is None else vars(new), "tests": tests, "limit_s": limit_s, "timeout_s": timeout_s}
         assert self._process.stdin is not None
@@ -113,7 +113,7 @@ class ForkedTests:
         stdout = self._process.stdout
         assert stdout is not None
         if not select.select([stdout], [], [], within_s)[0] or not (line := stdout.readline()):
-            raise RuntimeError(f"the process that has collected the tests says nothing (status {self._process.poll()})")
+            raise RuntimeError(f"the process that collects the tests does not answer (status {self._process.poll()})")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -132,7 +132,7 @@ class ForkedTests:
 
 
 class Forks:
-    """Runs collected tests in forks, in place of pytest's own loop: a line with an answer for each with an order."""
+    """Runs collected tests in forks, in place of pytest's own loop, and answers each line with an order by a line."""
 
     def __init__(self, orders: IO[bytes], answers: int) -> None:
         self._orders = orders
@@ -141,7 +141,7 @@ class Forks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Say that the tests are collected, and run those that are asked for."""
+        """Report that the tests are collected, and run those that are ordered."""
         items = {item.nodeid: item for item in session.items}
         self._say({})
         for line in self._orders:
@@ -180,7 +180,7 @@ class Forks:
         return {"reason": reason, "tests": lines[-1:] or order["tests"]}
 
     def _run(self, items: Sequence[pytest.Item], order: dict[str, Any], writer: int) -> None:
-        """Run tests in the fork: say each that begins, and at last what became of them."""
+        """Run tests in the fork: report each that begins, and finally the result."""
         answer: dict[str, Any] = {}
         try:
             if order["new"] is not None:
@@ -206,7 +206,7 @@ class Forks:
 
 
 def _read_until(reader: int, deadline: float) -> Iterator[bytes]:
-    """Yield what a child writes until it says what became of it, ends, or its time is up."""
+    """Yield what a child writes until it reports its result, ends, or its time is up."""
     while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
         said = os.read(reader, READ_BYTES)
         if not said:
@@ -217,7 +217,7 @@ def _read_until(reader: int, deadline: float) -> Iterator[bytes]:
 
 
 def _code_of(code: CodeType, function: str) -> Iterator[CodeType]:
-    """Yield the code of a function of this name in that of its file, class or function."""
+    """Yield the code of a function of this name inside that of its file, class or function."""
     name, _, rest = function.partition(".")
     for inner in code.co_consts:
         if isinstance(inner, CodeType) and inner.co_name == name:
@@ -225,8 +225,8 @@ def _code_of(code: CodeType, function: str) -> Iterator[CodeType]:
 
 
 def main(files: Sequence[str]) -> int:
-    """Collect test files, and run what standard input asks for."""
-    # What tests print is none of the answers.
+    """Collect test files, and run the tests that standard input orders."""
+    # Keep what tests print out of the answers.
     answers = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     orders = os.fdopen(os.dup(0), "rb")
@@ -237,7 +237,7 @@ def main(files: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that its errors are those that its module has.
+    # Import it under its own name, so that its error classes are those of the module.
     from mutating import forked
 
     sys.exit(forked.main(sys.argv[1:]))

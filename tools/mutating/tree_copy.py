@@ -20,7 +20,7 @@ from mutating.changes import ROOT
 
 COPIED = ("mpmm", "tests", "tools", "setup.cfg", "README.md")
 LONGEST_REASON = 160
-# A test that a change makes hang is ended after so many times what it takes without one; all of a run together, later.
+# A hanging test is ended after this many times its usual duration, plus LEAST_PATIENCE_S; a run, ENDING_S later.
 PATIENCE = 4
 LEAST_PATIENCE_S = 30.0
 ENDING_S = 30.0
@@ -28,17 +28,17 @@ ENDING_S = 30.0
 
 @dataclass(frozen=True)
 class Failure:
-    """How a run of tests failed, and which of them did: all that were to run where pytest does not say."""
+    """How a run of tests failed, and which of them did: all that should have run if pytest does not say."""
 
     reason: str
     tests: tuple[str, ...]
 
 
 class TreeCopy:
-    """A copy of the tree in which tests run. `with` removes it, and what the tests have left in shared memory."""
+    """A copy of the tree in which tests run. `with` removes it, with all that the tests have left in shared memory."""
 
     def __init__(self) -> None:
-        # A short name: there are sockets below it, whose names may not be long.
+        # A short name: sockets lie below it, whose paths must be short.
         self.path = Path(tempfile.mkdtemp(prefix="mut-", dir="/tmp"))
         self._temporary = self.path / "t"
         self._temporary.mkdir()
@@ -56,7 +56,7 @@ class TreeCopy:
     def fails(self, tests: Sequence[str], seconds: float, longest_s: float) -> Failure | None:
         """Run tests, given as pytest takes them, until one fails; return how it does, or None.
 
-        Without any change they take so many seconds, and the longest of them so many.
+        seconds, longest_s: how long all of them, and the longest one, take without any change.
         """
         limit_s, timeout_s = limits_s(seconds, longest_s)
         code, output = self.run(["-x", "-v", "--tb=no", f"--timeout={limit_s:.0f}", *tests], timeout_s)
@@ -65,16 +65,16 @@ class TreeCopy:
         lines = output.splitlines()
         failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
         if failed:
-            # With the reason: a failure that has nothing to do with the change is one of the machine, or of the test.
+            # Include the reason: it shows a failure that the machine or the test causes, and not the change.
             reason = failed[0].partition(" ")[2].removeprefix("tests/")[:LONGEST_REASON]
             return Failure(reason, _named(failed[0].partition(" ")[2], tests))
         reason = "too long" if code is None else f"status {code}"
         begun = [named for named in (_named(line, tests) for line in lines) if len(named) < len(tests)]
-        # The run has ended in the middle of the test that it named last.
+        # The run ended in the middle of the test that it named last.
         return Failure(reason, begun[-1] if begun else tuple(tests))
 
     def run(self, arguments: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
-        """Run pytest in the copy; return its exit code, None after the time-out, and what it printed."""
+        """Run pytest in the copy; return its exit code, None after the timeout, and its output."""
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", *arguments],
             cwd=self.path,
@@ -103,8 +103,8 @@ class TreeCopy:
         return {**os.environ, **own}
 
     def tidy(self, spared: int | None = None) -> None:
-        """End what tests have started in sessions of its own, but for one process, and remove what they have left."""
-        # With the code changed, it may not end by itself.
+        """Kill all processes of the copy's tests but the spared one, and remove the files that tests have left."""
+        # With changed code, a process may not end by itself.
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 place = process.environ().get("PYTHONPATH", "")
@@ -113,10 +113,10 @@ class TreeCopy:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what tests have left: runtime directories of those that were killed, and what runs tell each other."""
-        # Hypothesis keeps the examples that have failed, of which the next change is to know nothing.
+        """Remove what tests have left: runtime directories of killed tests, and what one run keeps for the next."""
+        # Hypothesis keeps failed examples, which must not affect the next change.
         shutil.rmtree(self.path / ".hypothesis", ignore_errors=True)
-        # A root's name in shared memory is made of its inode, which a folder of the next run may have.
+        # Segment names contain the root's inode, which a folder of the next run may get.
         prefixes = tuple(map(_prefix_of, (folder for folder, _, _ in os.walk(self._temporary))))
         for name in os.listdir("/dev/shm"):
             if name.startswith(prefixes):
@@ -135,12 +135,12 @@ class TreeCopy:
 
 
 def limits_s(seconds: float, longest_s: float) -> tuple[float, float]:
-    """Return the time limits of a test and of all tests of a run, which without any change take so many seconds."""
+    """Return the time limits for one test and for a run, given how long both take without any change."""
     return LEAST_PATIENCE_S + PATIENCE * longest_s, LEAST_PATIENCE_S + PATIENCE * seconds + ENDING_S
 
 
 def _named(line: str, tests: Sequence[str]) -> tuple[str, ...]:
-    """Return the test that a line of pytest's begins with, or the first one of the file; all where it is none."""
+    """Return the test that a line of pytest's begins with, else the first test of its file, else all."""
     found = [test for test in tests if line.startswith(test)]
     if found:
         return (max(found, key=len),)
@@ -149,7 +149,7 @@ def _named(line: str, tests: Sequence[str]) -> tuple[str, ...]:
 
 
 def _prefix_of(root: str) -> str:
-    """Return how the names of all segments begin whose runtime root this folder is, if it is one."""
+    """Return the prefix of the names of all segments whose runtime root is this folder."""
     place = os.stat(root)
     identity = f"{os.path.realpath(root)}:{place.st_dev}:{place.st_ino}"
     return f"mpmm-{os.getuid()}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:12]}-"
