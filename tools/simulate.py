@@ -1,12 +1,12 @@
 """Replay requests in virtual time through the policy's own functions: `python tools/simulate.py [TRACE ...]`.
 
-TRACE is one of the made traces (zipf, bursts, cycles, drift, cold) or a CSV file of `time,model` lines, seconds and
-names. Each is replayed for Beam's rules, for LRU, and for mpmm; and one request at a time by a manager that knows the
-future. Models have the sizes of `tools/workload.py`, unless `--sizes-mb` says otherwise. With `--suspend-budget-mb`
-evicted models are suspended in host memory where that pays, at the speeds of an H100.
+TRACE is one of the generated traces (zipf, bursts, cycles, drift, cold) or a CSV file of `time,model` lines, seconds
+and names. Each is replayed with mpmm's policy, LRU and Beam's rules, and one request at a time by a manager that knows
+the future. Models have the sizes of `tools/workload.py`, unless `--sizes-mb` says otherwise. With
+`--suspend-budget-mb`, evicted models are suspended in host memory where that pays, at the speeds of an H100.
 
-With `--cycling` each client goes through all models again and again instead, as the workers of a Beam pipeline do, and
-asks for the next one only when it has been served; the bound is then that of such clients:
+With `--cycling`, each client instead goes through all models again and again, like the workers of a Beam pipeline, and
+asks for the next one only after it has been served; the bound is then that of such clients:
 
     python tools/simulate.py --cycling apart own --clients 4 --requests 112 --sizes-mb 4000 4000 4000 4000 \
         --device-mb 4500 --load-seconds 10
@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Replay requests in virtual time, for several policies.")
     parser.add_argument("traces", nargs="*", metavar="TRACE", help=f"{', '.join(TRACES)}, or a CSV file (default: all)")
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--clients", type=int, default=1, help="clients at once, each one request at a time")
-    parser.add_argument("--cycling", nargs="+", choices=CYCLING, help="instead of traces: clients that cycle")
+    parser.add_argument("--clients", type=int, default=1, help="concurrent clients, each with one request at a time")
+    parser.add_argument("--cycling", nargs="+", choices=CYCLING, help="replay cycling clients instead of traces")
     parser.add_argument("--think-seconds", type=float, default=0.005, help="between two requests of such a client")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--policies", nargs="+", choices=sorted(POLICIES), default=list(POLICIES))
@@ -133,7 +133,7 @@ def _line(trace: str, policy: str, one: dict[str, Any]) -> str:
     if policy == "mpmm" and one["broken_bounds"]:
         line += f"  the bound on overtaking was broken {one['broken_bounds']} times"
     if policy == "mpmm" and one["endless_waits"]:
-        line += f"  somebody waited {one['endless_waits']} times for nothing"
+        line += f"  a request waited {one['endless_waits']} times for nothing"
     return line
 
 

@@ -1,1 +1,1 @@
-"""A manager in virtual time, its policies, the requests that it is given, and bounds: see `simulate.py`."""
+"""A manager in virtual time, its policies, its requests, and bounds: see `simulate.py`."""

@@ -1,4 +1,4 @@
-"""The loads of a manager that knows all requests beforehand, to compare what a simulation needed with."""
+"""The loads of a manager that knows all requests beforehand, as bounds for a simulation's loads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["closed_loads", "offline_loads"]
 
 
 def closed_loads(sequences: Sequence[Sequence[int]], room: int = 1) -> int:
-    """Return the fewest loads with which closed clients can be served, where `room` models are loaded at a time.
+    """Return the fewest loads that can serve closed clients if `room` models are loaded at a time.
 
-    A closed client asks for a model only after it has been served the one before. So a load can serve, of each client,
-    only the requests that are next in turn; with room for one model that is the length of the shortest common
-    supersequence of what the clients want, repeats left out. Found by going through all that can have been served after
-    so many loads, without what is behind something else there.
+    A closed client asks for a model only after it has been served the one before. So a load can serve only those
+    requests of each client that are next in turn; with room for one model, the result is the length of the shortest
+    common supersequence of the clients' requests, without repeats. The search goes through all positions that can be
+    reached with 0, 1, 2, … loads, and drops those that others are ahead of.
     """
 
     def served(at: tuple[int, ...], loaded: frozenset[int]) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ def closed_loads(sequences: Sequence[Sequence[int]], room: int = 1) -> int:
 
 
 def _foremost(found: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the positions that no other one is ahead of for every client."""
+    """Return the positions that no other position is ahead of or equal to for every client."""
     foremost: list[tuple[int, ...]] = []
     for at in sorted(found, key=sum, reverse=True):
         if not any(all(map(operator.le, at, other)) for other in foremost):
@@ -55,10 +55,10 @@ def _foremost(found: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def offline_loads(setting: Setting, models: Sequence[int]) -> int:
-    """Return the loads of a manager that knows the future, one request at a time.
+    """Return the loads of a manager that serves one request at a time and knows the future.
 
-    Belady's rule for weighted items, the better of two: the copy that is wanted last goes first, or the one for which
-    memory times that distance is largest; what turns out not to be needed stays.
+    Belady's rule for weighted items, the better of two: evict the copy that is wanted last, or the one whose memory
+    times that distance is largest; victims that turn out to be unnecessary stay.
     """
     limit_mb = setting.total_mb * (1 - setting.rules.slack_percentage)
     following = [len(models)] * len(models)

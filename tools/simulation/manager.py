@@ -1,10 +1,10 @@
-"""A manager in virtual time: the policy's own functions, with events in a heap in place of processes.
+"""A manager in virtual time: the policy's own functions, with events in a heap instead of processes.
 
 A `Simulation` does what `ModelManager` and `Scheduler` do with the segment: it counts requests, keeps the queue and the
-copies, makes views, and carries out what a policy says about them. So a day is replayed in seconds, and every policy
+copies, makes views, and carries out what a policy decides about them. So a day is replayed in seconds, and every policy
 sees the same requests. Copies are handles (any client can use any), and loads, holds and unloads take a fixed time.
-With a budget of host memory evicted copies are suspended there, as `mpmm.scheduling.suspension` decides it; to suspend
-and to resume one takes time by its size.
+With a budget of host memory, evicted copies are suspended there, as `mpmm.scheduling.suspension` decides; how long
+suspending and resuming one takes depends on its size.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ ARRIVE, LOADED, RELEASE, UNLOADED, SUSPENDED = range(5)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated: models' sizes in MB, times in seconds, one device.
+    """The simulated setting: models' sizes in MB, times in seconds, one device.
 
-    suspend_budget_mb: host memory for suspended copies, 0 for none. suspend_mb_s, resume_mb_s: what moves in a second,
-    `moving_s` besides.
+    suspend_budget_mb: host memory for suspended copies, 0 for none. suspend_mb_s, resume_mb_s: rates of a move, which
+    takes `moving_s` in addition.
     """
 
     sizes_mb: Sequence[float]
@@ -74,11 +74,11 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What came of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change.
+    """The result of a simulation; waits in seconds, by model. used_mb: (time, MB) at every change.
 
-    broken_bounds: how often a waiter got something past one that nobody may pass any more. endless_waits: how often
-    somebody waited while no instance was active, loading or unloading. Nothing but our own instances takes memory in a
-    simulation, so such a wait can have no end.
+    broken_bounds: how often a request overtook one that may no longer be overtaken. endless_waits: how often a request
+    waited while no instance was active, loading or unloading. Only our own instances take memory in a simulation, so
+    such a wait never ends.
     """
 
     loads: int = 0
@@ -134,7 +134,7 @@ class _Simulation:
         self._used_mb = 0.0
 
     def post(self, at_s: float, kind: int, what: int) -> None:
-        """Let something happen later."""
+        """Schedule an event."""
         self._made += 1
         heapq.heappush(self._events, (at_s, self._made, kind, what))
 
@@ -146,7 +146,7 @@ class _Simulation:
         return len(self._models) - 1
 
     def run(self) -> Outcome:
-        """Let everything happen."""
+        """Run all events; return the result."""
         handlers = (self._arrive, self._loaded, self._release, self._unloaded, self._suspended)
         at_rest = (self.IDLE, self.SUSPENDED)
         while self._events:
@@ -197,7 +197,7 @@ class _Simulation:
         self.finished(request)
 
     def _first_user(self, model: int) -> _Ticket | None:
-        """Return who gets a released copy as a matter of course, see `Scheduler.hand_over`."""
+        """Return the request that gets a released copy without a plan; see `Scheduler.hand_over`."""
         first = next(iter(self._tickets.values()), None)
         if first is None or first.view.model == model:
             return first
@@ -279,7 +279,7 @@ class _Simulation:
             case Resume(_, row):
                 resumed = self._copies.get(row)
                 if resumed is None:
-                    # Dropped, to make room in the host for another one.
+                    # Dropped to make room in host memory for another copy.
                     return False
                 self._check_bound(ticket, view)
                 self._leave(ticket)
@@ -301,7 +301,7 @@ class _Simulation:
         return True
 
     def _evict(self, copy: _Copy) -> None:
-        """Suspend a copy if that pays and the host has room for it, or unload it."""
+        """Suspend a copy if that pays and host memory suffices, else unload it."""
         moved = self._movable(copy.model)
         dropped = self._host_room().dropped_for(moved.mb, moved.worth_suspending) if self._can_suspend(moved) else None
         if dropped is not None:
@@ -318,7 +318,7 @@ class _Simulation:
         return self.setting.suspend_budget_mb > 0 and pays(moved, self._saved_share())
 
     def _saved_share(self) -> float:
-        # What is known of a model changes no more here, so that it is the same as long as nothing more is known.
+        # Known figures of a model never change here, so the share changes only when more figures become known.
         known = len(self._demand) + len(self._known_load) + len(self._known_suspend) + len(self._known_resume)
         if self._share[0] != known:
             self._share = (known, saved_share(self._movable(model) for model in self._demand))
@@ -361,7 +361,7 @@ class _Simulation:
             ticket.view = replace(ticket.view, passed=True, head_since_s=None)
 
     def _check_bound(self, ticket: _Ticket, view: View) -> None:
-        """No waiter may overtake the head of the line for longer than twice the bound; see `fairness`."""
+        """Count a request that overtakes the head of the line after twice the bound; see `fairness`."""
         self.outcome.broken_bounds += any(
             other.row < ticket.view.row and other.row in self._tickets and overtaking_over(view, other)
             for other in view.tickets
@@ -457,7 +457,7 @@ class _Simulation:
 def simulate(
     setting: Setting, policy: Policy, models: Sequence[int], times_s: Sequence[float] | None = None, clients: int = 1
 ) -> Outcome:
-    """Replay requests: at their times if these are given, else by so many clients, one request each at a time."""
+    """Replay requests: at their times if these are given, else by `clients`, each with one request at a time."""
     simulation = _Simulation(setting, policy)
     if times_s is not None:
         for at_s, model in zip(times_s, models, strict=True):
@@ -479,7 +479,7 @@ def simulate(
 def simulate_clients(
     setting: Setting, policy: Policy, sequences: Sequence[Sequence[int]], think_s: float = 0.0
 ) -> Outcome:
-    """Replay one sequence of requests for each client, which asks for the next model `think_s` after it was served."""
+    """Replay a sequence of requests per client, which asks for the next model `think_s` after its last release."""
     simulation = _Simulation(setting, policy)
     left = [iter(sequence) for sequence in sequences]
     client_of: dict[int, int] = {}

@@ -15,9 +15,9 @@ __all__ = ["POLICIES", "Policy"]
 
 @dataclass(frozen=True)
 class Policy:
-    """How decisions are made.
+    """A way to make decisions.
 
-    barges: a newcomer takes an idle copy whoever waits. blocks: a load holds up everybody, as under Beam's lock.
+    barges: a newcomer takes an idle copy even if others wait. blocks: a load stops all others, as under Beam's lock.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Policy:
 
 
 def beam_plan(view: View) -> Plan:
-    """Beam's rules: first come first served, and only the first; Beam's score; what it needs goes at once."""
+    """Beam's rules: first come, first served, and only the first; Beam's eviction score; all victims at once."""
     return _first_come(view, lambda ticket: eviction_order(view, view.idle, ticket), only_first=True)
 
 
 def lru_plan(view: View) -> Plan:
-    """First come first served for loads, reuse for everybody, the copy that has been idle longest goes first."""
+    """First come, first served for loads, reuse for all; the copy that has been idle longest is evicted first."""
     return _first_come(view, lambda _: sorted(view.idle, key=lambda copy: copy.idle_since_s), only_first=False)
 
 
@@ -51,7 +51,7 @@ def _first_come(view: View, order: Callable[[TicketView], list[IdleInstance]], o
             decisions.append(decision)
             if isinstance(decision, Evict):
                 idle = [copy for copy in idle if copy.row not in decision.instances]
-            # A plan is made anew after each change.
+            # The next plan, after this change, serves the others.
             held_up = True
     return Plan(tuple(decisions), held_up)
 

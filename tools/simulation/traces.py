@@ -1,4 +1,4 @@
-"""Who asks for which model when: made traces, those of cycling clients, and files of recorded requests."""
+"""Requests to replay: generated traces, cycling clients, and files of recorded requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["CYCLING", "SIZES_MB", "TRACES", "cycle_requests", "cycling", "draw_requests", "read_csv"]
 
-# Twelve models of 1.2 to 5 GB, 36.9 GB in all; the most wanted one first, and size has nothing to do with demand.
+# Twelve models of 1.2 to 5 GB, 36.9 GB in all; the most wanted one first. Size and demand are unrelated.
 SIZES_MB = (3100, 1200, 4800, 2500, 3900, 1600, 4400, 2200, 5000, 1900, 3500, 2800)
 
 
@@ -22,7 +22,7 @@ def draw_requests(count: int, models: int, exponent: float, seed: int) -> list[i
 
 
 def cycle_requests(count: int, models: int, clients: int) -> list[int]:
-    """Return the model of each request when request r is client r % clients's: each goes through the models in order.
+    """Return the model of each request; request r is client r % clients's, which goes through the models in order.
 
     Clients begin at different models, evenly spread.
     """
@@ -35,7 +35,7 @@ def zipf(count: int, models: int, seed: int) -> list[int]:
 
 
 def bursts(count: int, models: int, seed: int) -> list[int]:
-    """A model is wanted 5 to 50 times in a row, among others that are drawn by Zipf's law."""
+    """One model is wanted 5 to 50 times in a row, mixed with others drawn by Zipf's law."""
     rng = np.random.default_rng(seed)
     background = iter(zipf(2 * count, models, seed + 1))
     found: list[int] = []
@@ -71,7 +71,7 @@ def drift(count: int, models: int, seed: int) -> list[int]:
 
 
 def cold(count: int, models: int, seed: int) -> list[int]:
-    """Nobody is known at first: models come up one after the other, and one request in twenty is for a rare one."""
+    """No model is known at first: models appear one after another, and one request in twenty is for a rare one."""
     rng = np.random.default_rng(seed)
     found = []
     for at in range(count):
@@ -88,10 +88,10 @@ TRACES: dict[str, Callable[[int, int, int], list[int]]] = {
 
 
 def cycling(kind: str, clients: int, models: int, rounds: int, seed: int) -> list[list[int]]:
-    """Return what each of so many clients asks for, one after the other: all models in each round.
+    """Return the sequence of models that each client asks for: all models in each round.
 
-    kind: all in the same order and `together`, or `apart`, each one model further; each in an order of its `own`, or in
-    a `random` one in each round.
+    kind: `together`, all in the same order; `apart`, each one model further; `own`, each in its own order; `random`, in
+    another order each round.
     """
     rng = np.random.default_rng(seed)
 
@@ -108,7 +108,7 @@ CYCLING = ("together", "apart", "own", "random")
 
 
 def read_csv(path: Path) -> tuple[list[float], list[str]]:
-    """Return the times and models' names of a file; a first line that is no number is a heading."""
+    """Return the times and model names in a file; a first line without a number is a heading."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if rows and not _is_number(rows[0][0]):
