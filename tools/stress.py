@@ -1,28 +1,28 @@
-"""Many processes on one namespace, killed, stopped and forked at random, and watched for whatever goes wrong.
+"""Run many processes on one namespace, kill, stop and fork them at random, and check that nothing goes wrong.
 
     python tools/stress.py                                          64 processes, one minute
-    python tools/stress.py --processes 8 --seconds 20 --seed 5      a short run, the same again with the same seed
+    python tools/stress.py --processes 8 --seconds 20 --seed 5      a short run, repeated by the same seed
     python tools/stress.py --source nvml                            on a simulated GPU, measured through NVML
     python tools/stress.py --interrupt-rate 20 --remove-rate 1      exceptions from signal handlers, and a cleaner
     python tools/stress.py --suspensions 10000                      kills at each step of suspending and resuming
-    python tools/stress.py --interrupt-points 1                     an exception at every single bytecode of each call
+    python tools/stress.py --interrupt-points 1                     an exception at every bytecode of each call
 
 Every process acquires, uses and releases models of three kinds on a simulated device that is too small for all
 of them: handles of real model servers, handles without a server, and objects that belong to their process. The
-conductor (stressing/conductor.py) starts them, and kills and stops them (stressing/disturbances.py), at times in the
-middle of a transaction; workers (stressing/worker.py) fork children in the midst of it all. If asked to, the conductor
-sends signals whose handlers raise an exception in the middle of a call, and removes lock files, or the folder that they
-are in, as cleaners do.
+conductor (stressing/conductor.py) starts the processes, and kills and stops them (stressing/disturbances.py), sometimes
+in the middle of a transaction; workers (stressing/worker.py) fork children at any time. On request, the conductor
+sends signals whose handlers raise an exception in the middle of a call, and removes lock files or their folder, as
+cleaners do.
 
-Double use of a copy is noticed in two ways that know nothing of each other: in the state and its events
-(stressing/checks.py), and by a lock on a file of each copy that its user takes (stressing/models.py).
+Two independent checks notice double use of a copy: one reads the state and its events (stressing/checks.py), and the
+other is a file lock per copy that its user takes (stressing/models.py).
 
-With `--suspensions` there is another crew: it suspends and resumes copies on a simulated GPU, and dies of that
-(stressing/suspension_run.py). With `--interrupt-points` no process dies: the tests of interrupt points run, which by
-default try a few of a call's bytecodes, with as many as is said.
+With `--suspensions` a different crew suspends and resumes copies on a simulated GPU, and is killed meanwhile
+(stressing/suspension_run.py). With `--interrupt-points STEP` no process dies: the tests of interrupt points run, which
+otherwise try a few of a call's bytecodes, at every STEP-th bytecode.
 
-The exit code is 1 if anything was wrong or left behind. A run can be replayed approximately: everything
-random comes from the seed, but not the scheduling of processes.
+The exit code is 1 if anything was wrong or left behind. A seed repeats a run only approximately: it determines all
+random choices, but not the scheduling of processes.
 """
 
 from __future__ import annotations
@@ -77,50 +77,52 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Stress test of one namespace with many processes.")
     parser.add_argument("--processes", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=None, help="default: a new one, which is printed")
-    parser.add_argument("--kill-rate", type=float, default=1.0, help="a second, over all processes (default 1)")
-    parser.add_argument("--stop-rate", type=float, default=1.0, help="a second, over all processes (default 1)")
-    parser.add_argument("--fork-rate", type=float, default=0.5, help="a second, over all processes (default 0.5)")
+    parser.add_argument("--seed", type=int, default=None, help="default: a new one, which the run prints")
+    parser.add_argument("--kill-rate", type=float, default=1.0, help="kills per second, over all processes (default 1)")
+    parser.add_argument("--stop-rate", type=float, default=1.0, help="stops per second, over all processes (default 1)")
+    parser.add_argument(
+        "--fork-rate", type=float, default=0.5, help="forks per second, over all processes (default 0.5)"
+    )
     parser.add_argument(
         "--interrupt-rate",
         type=float,
         default=0.0,
-        help="signals a second, over all processes, whose handlers raise in the middle of a call (default 0)",
+        help="signals per second, over all processes, whose handlers raise in the middle of a call (default 0)",
     )
     parser.add_argument(
         "--remove-rate",
         type=float,
         default=0.0,
-        help="a second: a lock file, the token, or the whole folder of the namespace vanishes (default 0)",
+        help="removals per second of a lock file, the token, or the namespace's whole folder (default 0)",
     )
     parser.add_argument("--optimized", action="store_true", help="run under python -O, without assertions")
-    parser.add_argument("--pace", type=float, default=100.0, help="attempts to acquire a second, over all")
+    parser.add_argument("--pace", type=float, default=100.0, help="attempts to acquire per second, over all processes")
     parser.add_argument("--servers", type=int, default=2, help="tags whose copies are real model servers (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="threads in each process (default 2)")
     parser.add_argument(
         "--total-mb",
         type=int,
         default=None,
-        help="size of the device (default 600 + 100 a process; 600 + 25 on host, where memory is really taken)",
+        help="size of the device (default 600 + 100 per process; 600 + 25 on host, where memory is really taken)",
     )
     parser.add_argument(
         "--source",
         choices=SOURCES,
         default="simulated",
-        help="where figures come from: the simulated device itself, accounting alone, a simulated GPU through NVML or "
+        help="source of the figures: the simulated device itself, accounting alone, a simulated GPU through NVML or "
         "nvidia-smi, or the memory of the host (default: simulated)",
     )
     parser.add_argument(
         "--per-process",
         choices=("yes", "no", "auto"),
         default="auto",
-        help="does the simulated device itself tell what single processes take? (default: the seed says)",
+        help="whether the simulated device itself measures single processes (default: depends on the seed)",
     )
     parser.add_argument(
         "--lock-timeout",
         type=float,
         default=None,
-        help="seconds (default 1; 3 with --interrupt-rate, as what an exception leaves heals within one)",
+        help="seconds (default 1; 3 with --interrupt-rate, since mpmm repairs what an exception leaves within one)",
     )
     parser.add_argument("--poll-interval", type=float, default=0.5, help="seconds (default 0.5)")
     parser.add_argument(
@@ -128,15 +130,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="KILLS",
-        help="kill so many processes that suspend and resume; only --seed, --namespaces and --json count with it",
+        help="kill this many processes that suspend and resume; of the other options, only --seed, --namespaces and "
+        "--json apply",
     )
-    parser.add_argument("--namespaces", type=int, default=2, help="side by side, with --suspensions (default 2)")
+    parser.add_argument(
+        "--namespaces", type=int, default=2, help="concurrent namespaces, with --suspensions (default 2)"
+    )
     parser.add_argument(
         "--interrupt-points",
         type=int,
         default=0,
         metavar="STEP",
-        help="try an exception at every STEP-th bytecode of each call, 1 for all; no other option counts with it",
+        help="try an exception at every STEP-th bytecode of each call, 1 for all; no other option applies",
     )
     parser.add_argument("--json", action="store_true", help="the last line of output is one JSON object")
     options = parser.parse_args(arguments)
@@ -147,7 +152,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.lock_timeout is None:
         options.lock_timeout = 3.0 if options.interrupt_rate else 1.0
     if options.total_mb is None:
-        # Room for each model, and for some of the objects of which every process wants its own.
+        # Memory for each model, and for some of the objects that every process loads for itself.
         options.total_mb = 600 + (25 if options.source == "host" else 100) * options.processes
     return options
 
@@ -178,7 +183,7 @@ def make_plan(options: argparse.Namespace, folder: str) -> Plan:
 
 
 def print_table(result: Result) -> None:
-    """Say what the run has come to."""
+    """Print the results of a run."""
     counts = result.counts
     rows = [
         (
@@ -212,7 +217,7 @@ def print_table(result: Result) -> None:
 
 def try_interrupt_points(step: int) -> int:
     """Run the tests of interrupt points with every step-th bytecode; return pytest's exit code."""
-    # Some calls have 30 000 points: no time-out fits.
+    # Some calls have 30 000 points: no timeout fits.
     command = [
         sys.executable,
         "-m",
@@ -229,7 +234,7 @@ def try_interrupt_points(step: int) -> int:
 
 
 def print_suspensions(result: SuspensionResult) -> None:
-    """Say what a run with suspensions has come to: how often each role was killed at each step, and what was wrong."""
+    """Print the results of a run with suspensions: how often each role was killed at each step, and what was wrong."""
     steps = [*STEPS, AT_REST, *sorted({step for _, step in result.kills} - {*STEPS, AT_REST})]
     say("")
     say(f"{'killed while a copy was':38}" + "".join(f"{role:>12}" for role in ROLES))
@@ -256,7 +261,7 @@ def _verdict(result: Result | SuspensionResult) -> list[tuple[str, str]]:
 
 
 def _say_rows(rows: Sequence[tuple[str, str]], result: Result | SuspensionResult, remarks: Sequence[str] = ()) -> None:
-    """Say a table, and after it at length what deserves it."""
+    """Print a table, and below it the details of remarks and violations."""
     say("")
     for name, text in rows:
         say(f"{name:38}  {text}")

@@ -1,1 +1,1 @@
-"""The stress test's processes: the conductors and what they do, their workers, what these load, and the checks."""
+"""The stress test: its conductors and their disturbances, the workers, the models that they load, and the checks."""

@@ -1,4 +1,4 @@
-"""What the conductor of the stress run finds wrong: in snapshots, in the events, in what workers claim.
+"""The checks of the stress run's conductor: on snapshots, on events, and on the workers' claims.
 
 Nothing here kills, starts or changes anything.
 """
@@ -17,12 +17,12 @@ from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
 from stressing.models import size_mb
 
-# A ticket may outlive its deadline, and a copy its unloading, for so long and no longer.
+# How long a ticket may outlive its deadline, and an orphan the process that served it.
 OVERDUE_S = 3.0
 ORPHAN_S = 5.0
-# A handle is checked right before it is handed out; a server that died within this time before may be missed.
+# A handle is checked right before it is handed out; this check may miss a server that died within this time.
 BLINK_S = 0.5
-# Reservations are made with estimates, which may change; the slack of the device is for that.
+# Reservations use estimates, which may change; the device's slack covers that.
 ADMISSION_TOLERANCE = 1.05
 _TAKEN = ("hit", "granted", "load_ended", "leased")
 _FREED = ("released", "load_began", "unload_began", "unload_ended", "load_failed", "lease_ended")
@@ -30,21 +30,21 @@ _FREED = ("released", "load_began", "unload_began", "unload_ended", "load_failed
 
 @dataclass
 class Violations:
-    """What must not be, by kind, with the first texts of each."""
+    """Violations by kind, with the first texts of each."""
 
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
     texts: list[str] = field(default_factory=list)
     kept_of_a_kind: int = 6
 
     def add(self, kind: str, text: str) -> None:
-        """Record one."""
+        """Record a violation."""
         self.counts[kind] += 1
         if self.counts[kind] <= self.kept_of_a_kind:
             self.texts.append(f"{kind}: {text}")
 
     @property
     def total(self) -> int:
-        """How many there are."""
+        """The number of violations."""
         return sum(self.counts.values())
 
 
@@ -59,22 +59,22 @@ class Stop:
 
 
 class History:
-    """Whom the conductor has stopped and killed, and when."""
+    """The processes that the conductor has stopped and killed, and when."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.stops: list[Stop] = []
         self.killed: dict[int, float] = {}
-        # By handle: when the kill of its server was sent, and when the server was gone.
+        # By handle: when its server was sent a kill, and when it had ended.
         self.server_kills: dict[str, float] = {}
         self.server_deaths: dict[str, float] = {}
 
     def lock_was_stopped(self, began: float, ended: float) -> bool:
-        """Tell whether a stopped process had the segment's lock at some time in between."""
+        """Tell whether a stopped process held the segment's lock at some time in between."""
         return any(stop.held_lock and stop.began < ended and stop.ended > began for stop in self.stops)
 
     def lock_stopped_s(self, began: float, ended: float) -> float:
-        """Return for how long stopped processes had the segment's lock in between; one at a time can have it."""
+        """Return how long stopped processes held the segment's lock in between; only one at a time can."""
         spans = ((max(stop.began, began), min(stop.ended, ended)) for stop in self.stops if stop.held_lock)
         return sum(max(0.0, last - first) for first, last in spans)
 
@@ -88,7 +88,7 @@ class ClaimJudge:
         self.excused: collections.Counter[str] = collections.Counter()
 
     def judge(self, claim: dict[str, Any]) -> None:
-        """Count a claim as violation, or as excused by what the conductor did."""
+        """Count a claim as a violation, or as excused by what the conductor did."""
         judge: Callable[[dict[str, Any]], bool] = getattr(self, f"_excuse_{claim['kind']}", lambda claim: False)
         if judge(claim):
             self.excused[claim["kind"]] += 1
@@ -120,13 +120,13 @@ class ClaimJudge:
     def _excuse_dead_handle(self, claim: dict[str, Any]) -> bool:
         death = self._history.server_deaths.get(claim["handle"])
         if death is None:
-            # Killed an instant ago, or not by us: then nobody may have unloaded it while it was in use.
+            # Either the conductor killed it an instant ago, or it was wrongly unloaded while in use.
             return claim["handle"] in self._history.server_kills
         return bool(death > max(claim["began"], claim["acquired"] - BLINK_S - claim["lost_s"]))
 
 
 class SnapshotChecks:
-    """Looks at one snapshot after another."""
+    """Checks one snapshot after another."""
 
     def __init__(self, history: History, violations: Violations) -> None:
         self._history = history
@@ -134,7 +134,7 @@ class SnapshotChecks:
         self._suspects: set[str] = set()
         self._suspected_at: dict[str, float] = {}
         self._known: dict[int, InstanceInfo] = {}
-        # What copies had reserved while they loaded, by generation.
+        # The memory that copies reserved while they loaded, by generation.
         self._let_in_for: dict[int, float] = {}
         self._events = EventChecks(violations)
         self.taken = 0
@@ -147,7 +147,7 @@ class SnapshotChecks:
         """Check a snapshot by itself, and against the one before."""
         self.taken += 1
         lines = set(check_invariants(snapshot)) | set(self._booked(snapshot))
-        # A copy that busy writers have torn breaks invariants, too, but not the same ones twice.
+        # A snapshot torn by busy writers breaks invariants, too, but not the same ones twice.
         for line in lines & self._suspects:
             self._violations.add("invariant", line)
         self.unconfirmed.extend(self._suspects - lines)
@@ -161,10 +161,10 @@ class SnapshotChecks:
             self._events.check(snapshot)
 
     def _booked(self, snapshot: Snapshot) -> Iterator[str]:
-        """Yield devices that are fuller than the policy allows, even if we count the lesser of estimate and truth.
+        """Yield devices that are fuller than the policy allows, counting for each copy the least of its figures.
 
-        Alone, a model may take what it likes. And a copy that was let in for less than it takes, because its model was
-        not known yet, counts for that: others were let in beside it before it was measured.
+        A model that runs alone may take any amount. A copy that was admitted for less than it takes, because its model
+        was not known yet, counts with that: others were admitted next to it before it was measured.
         """
         self._let_in_for = {
             copy.generation: copy.reserved_mb
@@ -179,7 +179,7 @@ class SnapshotChecks:
             here = [
                 copy
                 for copy in snapshot.instances
-                # Of an unload, and of the dead, the memory may be free before the row is.
+                # The memory of an unload, or of a dead process, may be free before the row is.
                 if device.row in copy.shares_mb and copy.state != "unloading" and not {copy.owner, copy.server} & dead
             ]
             promised = ("loading", "leased")
@@ -199,7 +199,7 @@ class SnapshotChecks:
                 yield f"A1 {booked_mb:.0f} MB are accounted for, the limit is {device.limit_mb:.0f} MB: {rows}"
 
     def _rows(self, snapshot: Snapshot) -> Iterator[str]:
-        """Yield what no sequence of transitions can do to an instance row between two looks."""
+        """Yield changes that no sequence of transitions can make to an instance row between two snapshots."""
         handles: dict[str, int] = {}
         now: dict[int, InstanceInfo] = {}
         for copy in snapshot.instances:
@@ -221,7 +221,7 @@ class SnapshotChecks:
         self._known = now
 
     def _linger(self, snapshot: Snapshot, now: float) -> None:
-        """Find what waits for somebody who does not know of it."""
+        """Find rows that wait although no process serves them."""
         stopped = {stop.pid for stop in self._history.stops if stop.ended > now - OVERDUE_S}
         pids = {member.slot: member.pid for member in snapshot.members}
         present = set()
@@ -238,7 +238,7 @@ class SnapshotChecks:
                 present.add(f"server {member.pid} of {member.name} has no copy")
         self._suspected_at = {what: self._suspected_at.get(what, now) for what in present}
         for what, since in self._suspected_at.items():
-            # A new server is a member first, and then waits for the lock to have its copy name it.
+            # A new server first becomes a member, and then waits for the lock to enter itself in its copy's row.
             stopped_s = self._history.lock_stopped_s(since, now)
             if now - since - stopped_s > ORPHAN_S:
                 for_s = f"for {now - since:.1f} s, in {stopped_s:.1f} s of which the lock's holder was stopped"
@@ -247,7 +247,7 @@ class SnapshotChecks:
 
 
 class EventChecks:
-    """Follows every instance row through the events: nobody may take a copy that another has not given back."""
+    """Follows every instance row through the events: no process may take a copy that another has not given back."""
 
     def __init__(self, violations: Violations) -> None:
         self._violations = violations
@@ -256,7 +256,7 @@ class EventChecks:
         self._taken_by: dict[int, str] = {}
 
     def check(self, snapshot: Snapshot) -> None:
-        """Go through the events since the last snapshot; start anew where the ring has lost some."""
+        """Go through the events since the last snapshot; start over if the ring has lost some."""
         first = snapshot.events[0].sequence
         if snapshot.created_wall_s != self._created or first > self._seen + 1:
             self._taken_by.clear()
@@ -267,12 +267,12 @@ class EventChecks:
                 continue
             self._seen = event.sequence
             if event.kind in ("reaped", "left", "reset"):
-                # A dead owner's copies go without an event of their own; rows are told apart again by the next load.
+                # A dead owner's copies end without events of their own; the next load of a row begins a new copy.
                 self._taken_by.clear()
             if event.instance is None:
                 continue
             if event.kind == "leased":
-                # Like a load it has a new row, in which a copy may have been that was lost with its server.
+                # Like a load, a lease has a new row, which may have held a copy that was lost with its server.
                 self._taken_by.pop(event.instance, None)
             if event.kind in _TAKEN:
                 holder = self._taken_by.get(event.instance)

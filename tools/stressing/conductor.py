@@ -1,12 +1,12 @@
-"""The conductor of the stress run: starts workers, has them disturbed and watched, and says what came of it.
+"""The conductor of the stress run: it starts workers, has them disturbed and watched, and returns the result.
 
-It is attached to nothing: it reads snapshots, and forks workers from itself, which is why it has no threads and has
-imported everything already. Orphans become its children, so that it sees the end of every process of the run.
+It does not attach to the namespace: it reads snapshots, and forks workers from itself, which is why it has no threads
+and has imported everything beforehand. Orphans become its children, so that it sees every process of the run end.
 
-    processes       the workers, and what these fork
+    processes       the workers, and the children that they fork
     disturbances    kills, stops, forks, exceptions, files that vanish
     observer        snapshots, checked one after another; how long the dead stay in the tables
-    drift           whether a process takes more and more
+    drift           whether a process's memory or descriptors keep growing
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KILL_TIMEOUT_S = 10.0
 
 @dataclass
 class Result:
-    """What a run has come to."""
+    """The result of a run."""
 
     seed: int
     seconds: float
@@ -93,10 +93,10 @@ class Conductor:
     # ---- the run -------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
-        """Do it all."""
+        """Do the whole run; return its result."""
         become_subreaper()
         before = signal.signal(signal.SIGINT, self._on_interrupt)
-        # Workers inherit that, for as long as they have no handler of their own yet.
+        # Workers inherit this until they set a handler of their own.
         before_user = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         try:
             for index in range(self._plan.processes):
@@ -153,7 +153,7 @@ class Conductor:
         return pids.issuperset(self._processes.worker_pids())
 
     def _turn(self) -> None:
-        """One round of the loop."""
+        """Do one round of the loop."""
         for message in self._processes.mailbox.messages(TICK_S):
             self._take_message(message)
         self._processes.reap()
@@ -206,7 +206,7 @@ class Conductor:
     # ---- the end -------------------------------------------------------------------------------------------
 
     def _end(self) -> list[str]:
-        """Let everybody finish and leave; return what is still there afterwards."""
+        """Let all processes finish and leave; return what is left afterwards."""
         processes, namespace, violations = self._processes, self._run.namespace, self._run.violations
         self._survivors = [worker for worker in processes.workers.values() if worker.protected]
         self._disturbances.continue_all()
@@ -214,10 +214,10 @@ class Conductor:
         processes.phases[0] = QUIET
         self._turn_until(processes.all_quiet, QUIET_TIMEOUT_S)
         for pid in processes.children:
-            violations.add("hung", f"forked child {pid} does not come to an end")
+            violations.add("hung", f"forked child {pid} does not end")
         for worker in processes.workers.values():
             if not worker.quiet:
-                violations.add("hung", f"worker {worker.index} (pid {worker.pid}) does not come to an end")
+                violations.add("hung", f"worker {worker.index} (pid {worker.pid}) does not finish")
         self._turn_until(lambda: not self._observer.still_busy(), BUSY_TIMEOUT_S)
         for what in self._observer.still_busy():
             violations.add("leak", what)
@@ -243,7 +243,7 @@ class Conductor:
         return left + namespace.files_left()
 
     def _kill_all(self) -> None:
-        """End every process that is still there, and remove what a failed run leaves."""
+        """Kill every remaining process, and remove what a failed run leaves."""
         for process in descendants():
             with contextlib.suppress(psutil.Error):
                 process.kill()

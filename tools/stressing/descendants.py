@@ -1,4 +1,4 @@
-"""The processes that descend from a conductor, whoever has started them."""
+"""The descendants of a conductor, whichever process started them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def become_subreaper() -> None:
-    """Have orphans become children of this process, so that it sees the end of every process of the run."""
+    """Make orphaned descendants children of this process, so that it sees every process of the run end."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants() -> list[psutil.Process]:
-    """Return all of them."""
+    """Return all descendants of this process."""
     found: list[psutil.Process] = psutil.Process().children(recursive=True)
     return found
 
 
 def descendants_left() -> list[str]:
-    """Name all of them, for a report of what a run has left."""
+    """Return a line about each descendant, for a report of what a run has left."""
     return [f"process {process.pid}: {_command_of(process)}" for process in descendants()]
 
 

@@ -1,4 +1,4 @@
-"""What the conductor of a stress run does to others: it kills, stops, forks and interrupts processes, removes files."""
+"""Disturbances of a stress run: the conductor kills, stops and interrupts processes, makes them fork, removes files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ STOP_TIMEOUT_S = 0.5
 
 
 class Disturbances:
-    """Disturbs a run at random moments. kills, stops: by what the process was and did."""
+    """Disturbs a run at random moments. kills, stops: counts by the process's role and action."""
 
     def __init__(self, run: Run, processes: Processes, observer: Observer, recoveries: Recoveries) -> None:
         self._run, self._rng, self._history = run, run.rng, run.history
         self._processes, self._observer, self._recoveries = processes, observer, recoveries
         self.kills: collections.Counter[str] = collections.Counter()
         self.stops: collections.Counter[str] = collections.Counter()
-        # By handle: descriptors of processes, -1 where there are none.
+        # By handle: the server's pidfd, -1 if there is none.
         self._dying_servers: dict[str, int] = {}
 
     def begin(self) -> None:
-        """Let them happen from now on."""
+        """Disturb the run from now on."""
         plan, repeat = self._run.plan, self._run.schedule.repeat
         repeat(plan.kill_rate, self._kill_somebody)
         repeat(plan.stop_rate, self._stop_somebody)
@@ -83,12 +83,12 @@ class Disturbances:
                 self._recoveries.expect(pid, killed_at)
 
     def note_suicide(self, pid: int) -> None:
-        """Count a forked child that has killed itself, as it was asked to."""
+        """Count a forked child that has killed itself on request."""
         self.kills["forked child"] += 1
         self._recoveries.expect(pid, time.monotonic())
 
     def watch_servers(self) -> None:
-        """See which of the killed servers are gone by now."""
+        """Note which of the killed servers have ended."""
         for handle, fd in list(self._dying_servers.items()):
             if fd < 0 or select.select([fd], [], [], 0)[0]:
                 self._history.server_deaths[handle] = time.monotonic()
@@ -99,7 +99,7 @@ class Disturbances:
     # ---- stops ---------------------------------------------------------------------------------------------
 
     def _stop_somebody(self) -> None:
-        """Stop a worker or the leader for a moment, or for longer than anybody waits for the lock."""
+        """Stop a worker or the leader for a moment, or for longer than any process waits for the lock."""
         draw = self._rng.random()
         kind = "worker"
         pids = self._processes.worker_pids()
@@ -125,7 +125,7 @@ class Disturbances:
         return any(stop.pid == pid and stop.ended == math.inf for stop in self._history.stops)
 
     def _stopped_with_lock(self, pid: int) -> bool:
-        """Tell whether a process that was just sent SIGSTOP has the segment's lock, once it has stopped."""
+        """Wait until a process that was just sent SIGSTOP has stopped; tell whether it holds the segment's lock."""
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while time.monotonic() < deadline and not is_stopped(pid):
             time.sleep(0.001)
@@ -137,7 +137,7 @@ class Disturbances:
         stop.ended = time.monotonic()
 
     def continue_all(self) -> None:
-        """Let everybody run again."""
+        """Let all stopped processes run again."""
         for stop in self._history.stops:
             if stop.ended == math.inf:
                 self._continue(stop)
@@ -149,13 +149,13 @@ class Disturbances:
             self._processes.phases[1 + self._rng.choice(sorted(self._processes.workers))] = 1
 
     def _interrupt_somebody(self) -> None:
-        """Have a worker's main thread raise an exception, if it is in the middle of a call."""
+        """Make a worker's main thread raise an exception, if it is in the middle of a call."""
         if self._processes.workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._rng.choice(self._processes.worker_pids()), signal.SIGUSR1)
 
     def _remove_something(self) -> None:
-        """Remove a file of the namespace, or its folder, as those do who clean up by age or by name."""
+        """Remove a file of the namespace, or its folder, like programs that clean up by age or by name."""
         folder = self._run.namespace.root / self._run.plan.namespace
         with contextlib.suppress(FileNotFoundError):
             names = sorted(os.listdir(folder))

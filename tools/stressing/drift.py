@@ -1,4 +1,4 @@
-"""Whether a process takes more and more: its descriptors and its memory, sampled over a run."""
+"""Whether a process's descriptors and memory keep growing, by samples over a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 def take_samples(workers: Iterable[RunningWorker], at_s: float) -> None:
-    """Take memory and descriptors of the workers that are meant to survive. at_s: how long the run goes on already."""
+    """Sample memory and descriptors of the workers that should survive. at_s: seconds since the run's start."""
     for worker in workers:
         if worker.protected:
             with contextlib.suppress(psutil.Error, OSError):
@@ -26,9 +26,9 @@ def take_samples(workers: Iterable[RunningWorker], at_s: float) -> None:
 
 
 def find_drifts(survivors: Sequence[RunningWorker], run_s: float) -> dict[str, tuple[float, float, float, float]]:
-    """Return for fds and rss_mb: means over the survivors' first, middle and last part, and slope a minute.
+    """Return for fds and rss_mb the means over the survivors' first, middle and last part, and the slope per minute.
 
-    The slope is that of the second half: at first a process only meets all models.
+    The slope is that of the second half, because a process first has to meet all models.
     """
     drifts = {}
     for name in ("fds", "rss_mb"):

@@ -1,4 +1,4 @@
-"""What workers say to their conductor: lines of JSON through a pipe that all of them write to."""
+"""Messages from workers to their conductor: lines of JSON through a pipe that all of them write to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Mailbox"]
 
 
 class Mailbox:
-    """The pipe. reader: for the conductor alone; writer: for its workers, which inherit it."""
+    """The pipe. reader: for the conductor only; writer: for its workers, which inherit it."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
@@ -21,7 +21,7 @@ class Mailbox:
         self._unread = b""
 
     def messages(self, timeout_s: float) -> Iterator[dict[str, Any]]:
-        """Wait until something has come, for `timeout_s` at most, and yield all that has."""
+        """Wait for a message, at most `timeout_s`, and yield all that have arrived."""
         if not select.select([self.reader], [], [], timeout_s)[0]:
             return
         with contextlib.suppress(BlockingIOError):

@@ -2,14 +2,14 @@
 
 Memory on the simulated device is a file, `<kind>-<MB>-<pid>-<number>`, in one folder:
 
-- `object` and `server` memory belongs to the process that holds the file's lock, and goes with it;
-- `file` memory stands by itself: it goes when the conductor sees that no row names it any more, so it comes back late.
+- `object` and `server` memory belongs to the process that holds the file's lock, and is free when that ends;
+- `file` memory has no process: the conductor frees it when it sees that no row names it any more, which is late.
 
-This folder is the truth, whatever the memory source: an allocation fails when the files take more than the device has.
-On the sources `nvml` and `nvidia-smi` a simulated GPU (simulated_gpu.py) shows the same figures to the driver's
-programs, with `file` memory as the conductor's. On `host`, processes touch as much memory of their own.
+This folder is the truth, whatever the memory source: an allocation fails if the files take more than the device has.
+With the sources `nvml` and `nvidia-smi`, a simulated GPU (simulated_gpu.py) shows the same figures to the driver's
+programs, with `file` memory as the conductor's. With `host`, processes touch as much memory of their own.
 
-Files are locked before they get their name, so that nobody sees one without its lock.
+Files are locked before they get their name, so that no process sees one without its lock.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from devices.simulated_gpu import SimulatedGpus, build
 
 from mpmm.sources import DeviceInfo, DeviceSample
 
-# A dying process's locks go one after the other, within much less than this.
+# A dying process releases its locks one after another, within much less than this.
 DYING_S = 1.0
-# Where memory comes back late without being announced so, an allocation may find it still taken.
+# How long an allocation retries: memory may come back late without an announcement.
 PATIENCE_S = 0.5
-# Where nothing is measured, nobody can wait until memory has come back, and the conductor may be slow to see to it.
+# The same without a measuring source: mpmm cannot wait until memory is back, and the conductor may free it late.
 BOOKED_PATIENCE_S = 5.0
 PF_EXITING = 0x4
 MIB = 2**20
@@ -46,11 +46,11 @@ ON_GPU = ("nvml", "nvidia-smi")
 
 @dataclass(frozen=True)
 class Plan:
-    """The parameters of a run, the same for all of its processes.
+    """The parameters of a run, the same for all its processes.
 
-    Rates are events a second over all processes, and so is pace, for attempts to acquire.
-    source: one of `SOURCES`. per_process: the device tells what single processes take; of the source `simulated`.
-    conductor_pid: the process that `file` memory belongs to, as simulated GPUs show it.
+    Rates, and pace for attempts to acquire, are events per second over all processes.
+    source: one of `SOURCES`. per_process: the device measures single processes; only for the source `simulated`.
+    conductor_pid: the process to which simulated GPUs attribute `file` memory.
     """
 
     folder: str
@@ -89,12 +89,12 @@ class Plan:
         return Path(self.folder) / "gpus"
 
     def manager_options(self) -> dict[str, Any]:
-        """Return the arguments of a manager that say where its figures come from."""
+        """Return a manager's arguments for the memory source."""
         if self.source == "simulated":
             return {"memory_source": self.device(), "default_estimate_mb": 100.0}
         options: dict[str, Any] = {"memory_source": self.source, "default_estimate_mb": 100.0}
         if self.source == "booked":
-            # What is never measured has to be taken for more than any model takes.
+            # Models are never measured, so the estimate must be above the size of each.
             largest = max(LARGEST_NEW_MB, *(size_mb(f"server-{number}") for number in range(max(1, self.servers))))
             options |= {"fallback_memory_mb": self.total_mb, "default_estimate_mb": float(largest)}
         elif self.source == "host":
@@ -102,7 +102,7 @@ class Plan:
         return options
 
     def make_gpu(self) -> dict[str, str]:
-        """Make the simulated GPU of this run, and return the environment that finds it; {} without one."""
+        """Make the simulated GPU of this run; return the environment variables that lead to it, {} without one."""
         if self.source not in ON_GPU:
             return {}
         built = build(Path(self.folder) / "driver")
@@ -112,16 +112,16 @@ class Plan:
         return {name: value for name, value in found.items() if os.environ.get(name) != value}
 
     def witness(self, copy: str) -> str:
-        """Return the path of the file that is locked by whoever uses a copy."""
+        """Return the path of the file that a copy's user locks."""
         return os.path.join(self.folder, "held", copy)
 
 
-# Usual models of the kinds `file` and `object` are smaller than the largest of the others.
+# The largest `new` model; usual models of the kinds `file` and `object` are smaller.
 LARGEST_NEW_MB = 160
 
 
 def size_mb(tag: str) -> int:
-    """Return what a copy of a model takes: `<kind>-<number>` is a usual model, `new-<kind>-<MB>-…` another one."""
+    """Return the size of a model's copy: `<kind>-<number>` is a usual model, `new-<kind>-<MB>-…` another one."""
     fields = tag.split("-")
     if fields[0] == "new":
         return int(fields[2])
@@ -129,11 +129,11 @@ def size_mb(tag: str) -> int:
 
 
 class DoubleUseError(Exception):
-    """A copy is in use by somebody else who is alive."""
+    """Another living process uses the copy."""
 
 
 class OutOfMemoryError(Exception):
-    """The device has not enough memory for what the manager has let in."""
+    """The device does not have enough memory for the loads that the manager has admitted."""
 
 
 # ---- locks that die with this process and that forked children do not share ----------------------------------
@@ -154,7 +154,7 @@ os.register_at_fork(before=_guard.acquire, after_in_parent=_guard.release, after
 
 
 def _open_locked(path: str) -> int | None:
-    """Open a file and lock it; None if somebody else has the lock."""
+    """Open a file and lock it; None if another process holds the lock."""
     with _guard:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -170,13 +170,13 @@ def _close_locked(fd: int) -> None:
     with _guard:
         if fd in _held:
             _held.discard(fd)
-            # A child that is forked right now has the descriptor until its hook has run, and with it the lock.
+            # A child that is being forked has the descriptor, and so the lock, until its hook has run.
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
 
 def is_dying(pid: int) -> bool:
-    """Tell whether a process is gone or on its way out, so that its locks may be released at any moment."""
+    """Tell whether a process has ended or is ending, so that its locks may be released at any moment."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -194,7 +194,7 @@ def is_stopped(pid: int) -> bool:
 
 @contextlib.contextmanager
 def using(path: str) -> Iterator[None]:
-    """Be the one user of a copy, as the copy's file says. Raises DoubleUseError."""
+    """Use a copy alone, holding the lock of its file. Raises DoubleUseError."""
     deadline = time.monotonic() + DYING_S
     while (fd := _open_locked(path)) is None:
         with contextlib.suppress(OSError, ValueError):
@@ -202,7 +202,7 @@ def using(path: str) -> Iterator[None]:
             if not is_dying(pid):
                 raise DoubleUseError(f"{os.path.basename(path)} is in use by pid {pid}, and by pid {os.getpid()}")
         if time.monotonic() > deadline:
-            raise DoubleUseError(f"{os.path.basename(path)} is in use by somebody, and by pid {os.getpid()}")
+            raise DoubleUseError(f"{os.path.basename(path)} is in use by an unknown process, and by pid {os.getpid()}")
         time.sleep(0.001)
     try:
         os.ftruncate(fd, 0)
@@ -231,7 +231,7 @@ def is_locked(path: str) -> bool:
 
 
 class Allocation:
-    """Memory of this process on the device, until `free`, its end, or the end of the process."""
+    """Memory of this process on the device, until `free`, the object's end, or the process's end."""
 
     def __init__(self, path: str, fd: int, device: SimulatedDevice) -> None:
         self.path = path
@@ -241,7 +241,7 @@ class Allocation:
         self._device = device
 
     def disown(self) -> None:
-        """Let the file stand by itself."""
+        """Keep the file beyond the process's end."""
         if self._pid == os.getpid():
             _close_locked(self._fd)
 
@@ -264,7 +264,7 @@ class SimulatedDevice:
 
     name = "simulated"
     cheap = True
-    # While memory may be on its way back, an allocation is tried for so long.
+    # How long an allocation retries while memory may still come back.
     timeout_s = PATIENCE_S
 
     def __init__(self, folder: str, total_mb: int, per_process: bool) -> None:
@@ -288,10 +288,10 @@ class SimulatedDevice:
         return (DeviceSample(0, used_mb, taken_ns, of_processes if self.measures_processes else {}),)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
     def allocations(self) -> Iterator[tuple[str, int, int]]:
-        """Return (kind, MB, pid) of whatever takes memory now."""
+        """Yield (kind, MB, pid) of each allocation that takes memory now."""
         for name in os.listdir(self.folder):
             if not name.startswith("."):
                 kind, mb, pid, _ = name.split("-")
@@ -315,17 +315,17 @@ class SimulatedDevice:
                     self.taken(name)
                     return Allocation(path, fd, self)
             if time.monotonic() >= deadline:
-                raise OutOfMemoryError(f"{used_mb} of {self.total_mb} MB are taken, {mb} MB more were let in")
+                raise OutOfMemoryError(f"{used_mb} of {self.total_mb} MB are taken, {mb} MB more were admitted")
             time.sleep(0.005)
 
     def taken(self, name: str) -> None:
-        """Called in the process that has taken memory, during its turn."""
+        """Called in the process that has taken memory, while it holds the turn's lock."""
 
     def freed(self, name: str) -> None:
         """Called in the process that has given memory back."""
 
     def tidy(self) -> None:
-        """Called by the conductor again and again."""
+        """Called by the conductor regularly."""
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -339,7 +339,7 @@ class SimulatedDevice:
 
 
 class BookedDevice(SimulatedDevice):
-    """The device of a manager that goes by its own accounts."""
+    """The device of a manager that uses only its own accounts."""
 
     timeout_s = BOOKED_PATIENCE_S
 
@@ -348,9 +348,9 @@ class BookedDevice(SimulatedDevice):
 
 
 class MirroredDevice(SimulatedDevice):
-    """The device as a simulated GPU shows it: each process writes what it has, the conductor removes what the dead had.
+    """The device as a simulated GPU shows it: each process writes its memory, the conductor removes that of dead ones.
 
-    Nobody takes a lock of the GPU's for that: a process could be stopped that has it.
+    No process takes the GPU's lock for that, because a process that holds it could be stopped.
     """
 
     def __init__(self, folder: str, total_mb: int, gpus: SimulatedGpus, conductor_pid: int) -> None:
@@ -366,12 +366,12 @@ class MirroredDevice(SimulatedDevice):
             self._show_own(name, +1)
 
     def freed(self, name: str) -> None:
-        """Show it; what stands by itself is seen by the conductor."""
+        """Show the change; the conductor shows that of `file` memory."""
         if not name.startswith("file-"):
             self._show_own(name, -1)
 
     def tidy(self) -> None:
-        """Remove what the dead had, and show what stands by itself, unless somebody is just allocating."""
+        """Remove the memory of dead processes, and show `file` memory, unless a process is allocating."""
         for pid in self._gpus.process_mb(0):
             if pid != self._conductor_pid and is_dying(pid):
                 self._show(pid, 0)
@@ -396,12 +396,12 @@ class MirroredDevice(SimulatedDevice):
             self._gpus.pretend(pid, mb, 0)
 
 
-# What this process has, by pid, as a forked child has nothing.
+# This process's memory, by pid, because a forked child has none.
 _own_mb: dict[int, int] = {}
 
 
 class TouchedDevice(SimulatedDevice):
-    """The device as host memory: each process touches what it has, but for what stands by itself."""
+    """The device as host memory: each process touches the memory that it has, except `file` memory."""
 
     timeout_s = BOOKED_PATIENCE_S
 
@@ -409,7 +409,7 @@ class TouchedDevice(SimulatedDevice):
         super().__init__(folder, total_mb, per_process=True)
 
     def taken(self, name: str) -> None:
-        """Touch as much."""
+        """Touch as much memory."""
         kind, mb, *_ = name.split("-")
         if kind != "file":
             pages = int(mb) * MIB // PAGE_BYTES
@@ -418,7 +418,7 @@ class TouchedDevice(SimulatedDevice):
             _touched[name] = memory
 
     def freed(self, name: str) -> None:
-        """Let go of it."""
+        """Free the touched memory."""
         memory = _touched.pop(name, None)
         if memory is not None:
             memory.close()
@@ -431,7 +431,7 @@ _touched: dict[str, mmap.mmap] = {}
 
 
 class OwnedModel:
-    """A model that only the process can use which has loaded it."""
+    """A model that only the process that loaded it can use."""
 
     def __init__(self, memory: Allocation) -> None:
         self.memory = memory
@@ -453,6 +453,6 @@ class ServedModel:
         self._memory = device.allocate("server", mb)
 
     def work(self, seconds: float) -> str:
-        """Take some time, and return whose memory is used."""
+        """Take some time, and return the name of the model's allocation."""
         time.sleep(seconds)
         return self._memory.name

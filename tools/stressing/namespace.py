@@ -1,4 +1,4 @@
-"""A namespace as a conductor sees it: it is attached to nothing, and reads snapshots and single words."""
+"""A namespace as a conductor sees it, which does not attach, but reads snapshots and single words."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["WatchedNamespace"]
 
 
 class WatchedNamespace:
-    """Reads a namespace, and tells what is left of it.
+    """Reads a namespace, and finds what is left of it.
 
-    The segment stays open between reads of single words. It has to be closed before a fork, as the child would keep it
-    open, and whenever the namespace may have a new one.
+    The segment stays open between reads of single words. Close it before a fork, since the child would keep it open,
+    and whenever the namespace may have a new one.
     """
 
     def __init__(self, name: str, root: Path) -> None:
@@ -27,11 +27,11 @@ class WatchedNamespace:
         self._name = name
         self.root = root
         self._segment: Segment | None = None
-        # The names of all segments that were seen.
+        # The names of all segments seen so far.
         self._seen: set[str] = set()
 
     def read(self, events: bool) -> Snapshot | None:
-        """Take a snapshot; None if there is no namespace: not yet, or not any more, or just now."""
+        """Take a snapshot; None if the namespace does not exist now."""
         try:
             snapshot = read_snapshot(self._name, self.root, events=events)
         except (FileNotFoundError, LayoutMismatchError):
@@ -40,7 +40,7 @@ class WatchedNamespace:
         return snapshot
 
     def segment(self) -> Segment | None:
-        """Return the segment for reading single words of it."""
+        """Return the segment, to read single words."""
         if self._segment is None:
             with contextlib.suppress(SegmentProblem, FileNotFoundError):
                 self._segment = Segment.open(segment_name(self.root, self._name))
@@ -53,7 +53,7 @@ class WatchedNamespace:
             self._segment = None
 
     def find_transaction(self, within_s: float) -> int | None:
-        """Return the pid of a process that is in a transaction at this instant; None if there is none for a while."""
+        """Return the pid of a process that is in a transaction right now; None if there is none for `within_s`."""
         segment = self.segment()
         if segment is None:
             return None
@@ -65,7 +65,7 @@ class WatchedNamespace:
         return None
 
     def has_lock(self, pid: int) -> bool:
-        """Tell whether a process has the segment's lock; the kernel's list knows."""
+        """Tell whether a process holds the segment's lock, by the kernel's list of locks."""
         try:
             inode = os.stat(Path("/dev/shm", segment_name(self.root, self._name))).st_ino
             locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
@@ -77,12 +77,12 @@ class WatchedNamespace:
         )
 
     def segments_left(self) -> list[str]:
-        """Name the segments that are still there."""
+        """Return a line about each remaining segment."""
         return [f"shared memory {name}" for name in self._seen if os.path.exists(f"/dev/shm/{name}")]
 
     def files_left(self) -> list[str]:
-        """Name the files and folders that are still there."""
-        # Not Path.rglob, which does not take it well when a folder goes while it looks.
+        """Return a line about each remaining file and folder."""
+        # Not Path.rglob, which may fail if a folder is removed while it looks.
         return [f"file {folder}/{name}" for folder, folders, files in os.walk(self.root) for name in folders + files]
 
     def remove_segments(self) -> None:

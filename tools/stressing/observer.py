@@ -1,4 +1,4 @@
-"""What the conductor of a stress run sees: snapshots, which are checked, and how long the dead stay in the tables."""
+"""The eyes of a stress run's conductor: it checks snapshots, and times how long dead processes stay in the tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECOVERY_TIMEOUT_S = 15
 class Observer:
     """Takes snapshots and has them checked. snapshot: the newest one.
 
-    rollbacks, leaders: by the moment at which the segment was created, as a new segment counts from zero.
+    rollbacks, leaders: by the segment's creation time, since a new segment counts from zero.
     """
 
     def __init__(self, run: Run) -> None:
@@ -34,14 +34,14 @@ class Observer:
         self.leaders: dict[float, int] = {}
 
     def look(self) -> Snapshot | None:
-        """Take a snapshot and check it; clear away memory that nobody's row names any more."""
+        """Take a snapshot and check it; free `file` memory that no row names any more."""
         plan = self._run.plan
         folder = os.path.join(plan.folder, "device")
         loose = [name for name in os.listdir(folder) if name.startswith("file-")]
         loose = [name for name in loose if not is_locked(os.path.join(folder, name))]
         snapshot = self._run.namespace.read(events=self.checks.taken % EVENTS_EVERY == 0)
         named = {copy.handle for copy in snapshot.instances} if snapshot else set()
-        # Without a folder nobody finds the namespace for a second, which is there all the same.
+        # After a removal of its folder, the namespace cannot be found for a second, but still exists.
         unseen = snapshot is None and plan.remove_rate > 0
         for name in loose:
             if name not in named and not unseen:
@@ -63,21 +63,21 @@ class Observer:
         return next((member.pid for member in self.snapshot.members if member.slot == slot), None)
 
     def still_busy(self) -> list[str]:
-        """Return what must not be there when nobody does anything."""
+        """Return the copies and tickets that must not exist when all workers are quiet."""
         snapshot = self.snapshot
         if snapshot is None:
             return []
         pids = {member.slot: member.pid for member in snapshot.members}
         return [
-            f"copy {copy.row} of {copy.tag} is {copy.state}, holder pid {pids.get(copy.holder)}, nobody uses it"
+            f"copy {copy.row} of {copy.tag} is {copy.state}, holder pid {pids.get(copy.holder)}, but not in use"
             for copy in snapshot.instances
             if copy.state in ("active", "loading") and copy.holder is not None
-        ] + [f"ticket {ticket.number} of {ticket.tag}, pid {ticket.pid}, nobody waits" for ticket in snapshot.tickets]
+        ] + [f"ticket {ticket.number} of {ticket.tag}, pid {ticket.pid}, has no waiter" for ticket in snapshot.tickets]
 
 
 @dataclass
 class _Recovery:
-    """A killed process whose row has still to go."""
+    """A killed process whose row has not been freed yet."""
 
     pid: int
     slot: int
@@ -86,7 +86,7 @@ class _Recovery:
 
 
 class Recoveries:
-    """Times how long the rows of killed processes stay. stalled_s: while a stopped process had the segment's lock."""
+    """Times how long the rows of killed processes stay. stalled_s: while a stopped process held the segment's lock."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -95,7 +95,7 @@ class Recoveries:
         self.stalled_s: list[float] = []
 
     def expect(self, pid: int, killed_at: float) -> None:
-        """Time how long the row of a killed process stays, if it had anything worth taking back."""
+        """Time how long the row of a killed process stays, if it had a copy, a ticket, the lead or a transaction."""
         self._run.history.killed[pid] = killed_at
         snapshot = self._run.namespace.read(events=False)
         member = next((member for member in snapshot.members if member.pid == pid), None) if snapshot else None
@@ -111,7 +111,7 @@ class Recoveries:
             self._expected.append(_Recovery(pid, slot, member.generation, killed_at))
 
     def watch(self) -> None:
-        """See which rows have gone since the last time."""
+        """Note which rows have been freed since the last time."""
         segment = self._run.namespace.segment() if self._expected else None
         if segment is None:
             return
@@ -124,6 +124,6 @@ class Recoveries:
                 (self.stalled_s if stalled else self.seconds).append(now - recovery.killed_at)
                 self._expected.remove(recovery)
             elif now - recovery.killed_at > RECOVERY_TIMEOUT_S:
-                text = f"what pid {recovery.pid} had was not taken back within {RECOVERY_TIMEOUT_S} s"
+                text = f"the rows of pid {recovery.pid} were not reclaimed within {RECOVERY_TIMEOUT_S} s"
                 self._run.violations.add("recovery", text)
                 self._expected.remove(recovery)

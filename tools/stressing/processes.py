@@ -1,4 +1,4 @@
-"""The processes of a stress run: workers, which the conductor forks, and the children that these fork."""
+"""The processes of a stress run: workers, which the conductor forks, and the workers' forked children."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Processes", "RunningWorker"]
 
 @dataclass
 class RunningWorker:
-    """A worker process as the conductor knows it. `protected` ones are killed only as leaders."""
+    """A worker process as the conductor knows it. A `protected` one is killed only as leader."""
 
     index: int
     pid: int
@@ -32,9 +32,9 @@ class RunningWorker:
 
 
 class Processes:
-    """Starts workers, and others for those that have died.
+    """Starts workers, and replaces those that have died.
 
-    phases: the first byte tells all workers what to do, and each has one of its own, by which it is asked for a fork.
+    phases: the first byte tells all workers what to do; a further byte per worker asks it to fork.
     """
 
     def __init__(self, run: Run) -> None:
@@ -65,7 +65,7 @@ class Processes:
             self.start(index)
 
     def reap(self) -> None:
-        """Take note of the dead, and have workers among them replaced."""
+        """Collect ended processes, and schedule replacements for workers among them."""
         killed, violations = self._run.history.killed, self._run.violations
         with contextlib.suppress(ChildProcessError):
             while True:
@@ -83,18 +83,18 @@ class Processes:
                     violations.add("died", f"worker {worker.index} (pid {pid}) left with exit code {code}")
                 del self.workers[worker.index]
                 if self.phases[0] <= RUN:
-                    # Not at once: a newcomer takes back what the dead had, and would flatter the recovery times.
+                    # Not at once: a newcomer reclaims dead processes' rows, which would flatter the recovery times.
                     start = time.monotonic() + self._run.rng.uniform(0.0, 2.0)
                     self._run.schedule.at(start, partial(self._restart, worker.index))
 
     def note_quiet(self, index: int, pid: int) -> None:
-        """Note that a worker has nothing to do, unless it has been replaced since it said so."""
+        """Note that a worker has nothing to do, unless it has been replaced since then."""
         worker = self.workers.get(index)
         if worker is not None and worker.pid == pid:
             worker.quiet = True
 
     def all_quiet(self) -> bool:
-        """Tell whether all workers have nothing to do; forked children may have outlived theirs."""
+        """Tell whether no worker has anything to do, and no forked child lives; children may outlive their workers."""
         return not self.living_children() and all(worker.quiet for worker in self.workers.values())
 
     def worker_pids(self) -> list[int]:
@@ -102,7 +102,7 @@ class Processes:
         return [worker.pid for worker in self.workers.values()]
 
     def living_children(self) -> set[int]:
-        """Return the forked children that are still there; their parents wait for them, so pids can come again."""
+        """Return the living forked children. Their parents collect them, so pids may be reused."""
         self.children = {pid for pid in self.children if not is_dying(pid) and _group_of(pid) == os.getpgrp()}
         return self.children
 

@@ -1,4 +1,4 @@
-"""What the parts of a conductor share: the plan of the run, what is due when, what has happened so far."""
+"""What the parts of a conductor share: the plan of the run, its schedule, and what has happened so far."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["Run", "Schedule"]
 
 
 class Schedule:
-    """What is to be done when, in a process without threads."""
+    """Actions and their times, for a process without threads."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._due: list[tuple[float, Callable[[], object]]] = []
 
     def at(self, moment: float, action: Callable[[], object]) -> None:
-        """Do something once `time.monotonic()` is that late."""
+        """Do something once `time.monotonic()` has reached `moment`."""
         self._due.append((moment, action))
 
     def repeat(self, rate: float, action: Callable[[], object]) -> None:
-        """Do something at random moments, `rate` times a second."""
+        """Do something at random moments, on average `rate` times a second."""
         if rate <= 0:
             return
 
@@ -38,21 +38,21 @@ class Schedule:
         self.at(time.monotonic() + self._rng.expovariate(rate), act)
 
     def do_due(self, now: float) -> None:
-        """Do what is due; what that schedules waits for the next time."""
+        """Do what is due; actions that this schedules wait for the next call."""
         due = [action for moment, action in self._due if moment <= now]
         self._due = [entry for entry in self._due if entry[0] > now]
         for action in due:
             action()
 
     def clear(self) -> None:
-        """Forget what was not due yet."""
+        """Drop all scheduled actions."""
         self._due.clear()
 
 
 class Run:
     """One run of the stress test.
 
-    Everything random comes from `rng`. counts: what workers have done, and removals.
+    All random choices use `rng`. counts: what workers have done, and removals.
     """
 
     def __init__(self, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""What model servers of the suspension run serve, in a module that imports little, as each of them imports it."""
+"""The models of the suspension run, in a module that imports little, since each model server imports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from devices.simulated_gpu import SimulatedGpus
 
 __all__ = ["SuspendedModel", "mb_of", "tags"]
 
-# Two and three parts of what the simulated driver moves at a time, so that there is a middle.
+# The simulated driver moves each size in two or three parts, so that a kill can hit the middle.
 SIZES_MB = (100, 130, 160, 190)
 
 
@@ -19,21 +19,21 @@ def tags(count: int) -> list[str]:
 
 
 def mb_of(tag: str) -> int:
-    """Return what a copy of a model takes."""
+    """Return the size of a model's copy."""
     return SIZES_MB[int(tag.rpartition("-")[2]) % len(SIZES_MB)]
 
 
 class SuspendedModel:
-    """A model that takes memory of the simulated GPU, and tells what it has of it."""
+    """A model that takes memory of the simulated GPU, and reports how much it has."""
 
     def __init__(self, folder: str, mb: int) -> None:
         self._gpus = SimulatedGpus(Path(folder))
         self._gpus.allocate(mb, 0)
 
     def look(self) -> tuple[int, float, int]:
-        """Return pid, the MB on the device, and the driver's state of this process, whose calls would block in others.
+        """Return the pid, the MB on the device, and the driver's state of this process.
 
-        A copy that is in use has all of its memory, and is running.
+        A copy that is in use has all its memory on the device and is running; otherwise, real CUDA calls would block.
         """
         pid = os.getpid()
         return pid, self._gpus.process_mb(0).get(pid, 0.0), self._gpus.checkpoints.state_of(pid)

@@ -1,4 +1,4 @@
-"""The accounts of the suspension run: the tables' figures of host and device beside the simulated driver's files."""
+"""Check the accounts of the suspension run: the tables' figures of host and device against the simulated driver's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["find_wrong", "remove_dead"]
 
 
 def find_wrong(snapshot: Snapshot | None, gpus: SimulatedGpus) -> list[str]:
-    """Return what is not as it is to be while nobody asks for anything."""
+    """Return what is wrong in a namespace at rest: no process makes a call."""
     if snapshot is None:
         return ["there is no namespace"]
     wrong = check_invariants(snapshot)
@@ -73,7 +73,7 @@ def _wrong_sums(snapshot: Snapshot, gpus: SimulatedGpus) -> list[str]:
 
 
 def remove_dead(gpus: SimulatedGpus) -> None:
-    """Remove what the simulated driver keeps of the dead."""
+    """Remove the simulated driver's files of dead processes."""
     for folder in (gpus.folder / "host", gpus.folder / "gpu0" / "memory"):
         for path in folder.glob("*_*_*"):
             if is_dying(int(path.name.split("_")[1])):

@@ -1,16 +1,16 @@
-"""The suspension run: copies are suspended and resumed on a simulated GPU, and the processes that do it are killed.
+"""The suspension run: workers suspend and resume copies on a simulated GPU, and a conductor kills processes.
 
 Each namespace has a GPU, a crew of workers and a conductor of its own. The conductor kills
 
     helper      the process that calls the driver
     target      the model server that is suspended or resumed
     requester   the worker that has asked for it
-    leader      the worker that takes back what the dead had
+    leader      the worker that reclaims what dead processes had
 
-half of the time at random moments, mostly while a copy moves, and half of the time as soon as a copy comes to a step,
-which is what the row says and how far the driver has come, at which one of them was killed less often than at others.
-After every `BATCH` kills the workers finish their calls. Within a second then, every row is at rest, the invariants
-hold, and the accounts of host and device are what the simulated driver's files say.
+Half of the kills come at random moments, mostly while a copy moves. The others come as soon as a copy reaches a step
+(the row's state, and how far the driver is) at which one of these was killed less often than at others.
+After every `BATCH` kills, the workers finish their calls. Within a second, every row must be at rest, the invariants
+must hold, and the accounts of host and device must match the simulated driver's files.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ __all__ = ["SuspensionResult", "run"]
 DEVICE_MB = 450.0
 WORKERS = 5
 BATCH = 12
-# MB/s, and seconds by which each call of the driver is late, so that there is a step before and after each.
+# MB/s, and the delay of each driver call in seconds, so that there is a step before and after each call.
 RATES = (1500.0, 2000.0)
 DELAYS = {"state": 0.03, "checkpoint": 0.02, "restore": 0.02, "unlock": 0.04}
-# About as long as all of that takes for one copy.
+# About as long as one suspension or resume takes.
 MOVE_S = 0.25
 PAUSE_S = 0.05
 STEER_S = 1.0
@@ -61,18 +61,18 @@ LOOK_S = 0.002
 # How long calls may take to end once no new ones begin, and the accounts to become exact after that.
 CALLS_S = 40.0
 EXACT_S = 1.0
-# A rest that takes longer is told at length: what was wrong until when, and who was killed before.
+# If the accounts take longer than this, the result says what was wrong until when, and which processes were killed.
 SLOW_S = 0.5
-# Where they do not, whether they ever are.
+# How much longer a failed run waits for the accounts, to report whether they ever become exact.
 PATIENCE_S = 10.0
 LEAVE_S = 30.0
 
 
 @dataclass
 class SuspensionResult:
-    """What a run has come to. kills: by role and step. exact_s: after each batch, how long the accounts took.
+    """The result of a run. kills: by role and step. exact_s: after each batch, how long the accounts took.
 
-    slow: what happened where that was longer than `SLOW_S`.
+    slow: what happened if that was longer than `SLOW_S`.
     """
 
     seed: int
@@ -86,7 +86,7 @@ class SuspensionResult:
     left_behind: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the result as JSON values."""
         return {
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
@@ -103,7 +103,7 @@ class SuspensionResult:
         }
 
     def add(self, part: dict[str, Any]) -> None:
-        """Add what one namespace has come to, as JSON values."""
+        """Add the result of one namespace, given as JSON values."""
         self.kills.update({(role, step): count for role, step, count in part["kills_by_step"]})
         self.counts.update(part["counts"])
         self.excused.update(part["excused"])
@@ -115,10 +115,10 @@ class SuspensionResult:
 
 
 class _Watch:
-    """A clock that goes slower while more processes want to run than there are processors: what each has had of them.
+    """A clock that slows down while more threads want to run than there are processors, by the share each gets.
 
-    Looked at again and again; what was so at a look counts since the one before. In a test suite, or beside other
-    work, a limit of a second would else tell how busy the machine is.
+    Call `s` often: each call applies the current load to the time since the call before. Without such a clock, a limit
+    of one second would measure how busy the machine is.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class _Watch:
 
 
 def _running() -> int:
-    """Return how many threads of the machine run or want to; 0 if it does not tell."""
+    """Return how many threads of the machine run or want to; 0 if /proc does not say."""
     try:
         return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
     except (OSError, ValueError, IndexError):
@@ -141,7 +141,7 @@ def _running() -> int:
 
 
 class _Conductor:
-    """Conducts the run of one namespace: when somebody is killed, and when all come to rest."""
+    """Conducts the run of one namespace: it kills processes, and lets the others come to rest."""
 
     def __init__(self, root: Path, gpus: SimulatedGpus, kills: int, seed: int, say: Callable[[str], None]) -> None:
         self._gpus, self._wanted, self._say = gpus, kills, say
@@ -150,25 +150,25 @@ class _Conductor:
         self._mailbox = Mailbox()
         self._phases = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self._crew = Crew(seed, str(gpus.folder), self._mailbox.writer, self._phases)
-        # Numbers by pid.
+        # The workers' numbers, by pid.
         self._workers: dict[int, int] = {}
         self._victims = Victims(self._namespace, gpus, self._workers.keys(), self._rng)
         self.result = SuspensionResult(seed, kills=self._victims.kills)
         self._starts = 0
-        # By handle: the server that its loader has started.
+        # By handle: the pid of the server that its loader has started.
         self._servers: dict[str, int] = {}
-        # Since the last rest: what it takes to understand a violation.
+        # The warnings since the last rest, to explain a violation.
         self._warnings: collections.deque[str] = collections.deque(maxlen=12)
         self._stopping = False
 
     # ---- the run -------------------------------------------------------------------------------------------
 
     def stop(self, *_: object) -> None:
-        """Come to an end after this batch; a signal handler."""
+        """End the run after this batch; a signal handler."""
         self._stopping = True
 
     def run(self) -> SuspensionResult:
-        """Do it all."""
+        """Do the whole run; return its result."""
         become_subreaper()
         began = time.monotonic()
         try:
@@ -246,7 +246,7 @@ class _Conductor:
 
     def _judge(self, claim: dict[str, Any]) -> None:
         kind, server = claim["kind"], self._servers.get(claim.get("handle", ""))
-        # A server may be killed before its loader has told of it.
+        # A server may be killed before its loader has reported it.
         if kind == "server_error" and (server is None or server in self._victims.killed):
             self.result.excused[kind] += 1
         else:
@@ -255,7 +255,7 @@ class _Conductor:
     # ---- kills ---------------------------------------------------------------------------------------------
 
     def _kill_somebody(self) -> None:
-        """Kill somebody at this moment, or once a copy comes to a step at which one of them was killed less often."""
+        """Kill a process at a random moment, or once a copy reaches a step at which a role was killed less often."""
         self._victims.find_helper()
         if self._rng.random() < 0.5:
             until = time.monotonic() + STEER_S
@@ -264,12 +264,12 @@ class _Conductor:
                     return
                 self._turn(LOOK_S)
         elif self._rng.random() < 0.8:
-            # A moment at which nothing moves says little: the moment is random within a move.
+            # A kill while no copy moves shows little: choose a random moment within a move.
             until = time.monotonic() + STEER_S
             while not self._victims.moves() and time.monotonic() < until:
                 self._turn(LOOK_S)
             self._turn_for(self._rng.uniform(0.0, MOVE_S))
-        # The killed one may not exist now, or not be one of those that may be killed.
+        # The chosen role may have no process now, or one that must not be killed.
         while not self._victims.strike(self._rng.choice(ROLES), self._some_move()):
             self._victims.find_helper()
             self._turn(0.01)
@@ -281,7 +281,7 @@ class _Conductor:
     # ---- at rest -------------------------------------------------------------------------------------------
 
     def _come_to_rest(self) -> None:
-        """Let calls end, and see whether the accounts are exact within a second."""
+        """Let calls end, and check that the accounts are exact within a second."""
         self._phases[0] = QUIET
         watch = _Watch()
         while any(self._phases[1 : 1 + WORKERS]) or len(self._workers) < WORKERS:
@@ -289,7 +289,7 @@ class _Conductor:
             if watch.s() > CALLS_S:
                 for pid, index in self._workers.items():
                     if self._phases[1 + index]:
-                        # It says on stderr where its threads are.
+                        # The worker prints its threads' stacks on stderr.
                         os.kill(pid, signal.SIGUSR2)
                         self.result.violations.add("hung", f"a call of worker {pid} does not end")
                 return
@@ -345,7 +345,7 @@ class _Conductor:
         return descendants_left() + self._namespace.segments_left() + self._namespace.files_left()
 
     def _kill_all(self) -> None:
-        """End every process that is still there, and remove what a failed run leaves."""
+        """Kill every remaining process, and remove what a failed run leaves."""
         while children := descendants():
             for child in children:
                 with contextlib.suppress(psutil.Error):
@@ -361,10 +361,10 @@ class _Conductor:
 
 
 def run(kills: int, namespaces: int, seed: int, say: Callable[[str], None]) -> SuspensionResult:
-    """Kill so many processes, in several namespaces side by side; return what that has come to.
+    """Kill `kills` processes, in several namespaces at the same time; return the result.
 
-    Socket paths must be short, so everything is in a folder of its own, which goes in the end. An interrupt ends it
-    early, with what it has come to.
+    Socket paths must be short, so everything is in a folder of its own, which is removed at the end. An interrupt ends
+    the run early, with its results so far.
     """
     before = signal.signal(signal.SIGINT, lambda *_: None)
     folder = Path(tempfile.mkdtemp(prefix="mpmm-s"))
@@ -393,7 +393,7 @@ def run(kills: int, namespaces: int, seed: int, say: Callable[[str], None]) -> S
 
 
 def _start_namespace(folder: Path, built: Build, kills: int, seed: int, say: Callable[[str], None]) -> tuple[int, int]:
-    """Fork the conductor of one namespace; return its pid, and where its result can be read."""
+    """Fork the conductor of one namespace; return its pid, and the descriptor from which to read its result."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:

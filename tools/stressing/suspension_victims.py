@@ -1,4 +1,4 @@
-"""Whom the suspension run kills: the process that has a role for a copy, at the step at which that copy is."""
+"""The victims of the suspension run: the process with a role for a copy, and the step that this copy has reached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["AT_REST", "ROLES", "STEPS", "Move", "Victims"]
 
 ROLES = ("helper", "target", "requester", "leader")
 _DRIVER = {RUNNING: "running", LOCKED: "locked", CHECKPOINTED: "checkpointed"}
-# What the row says, how far the driver has come: in the order in which a copy passes them.
+# The row's state, and how far the driver is, in the order in which a copy passes them.
 STEPS = (
     "suspending: running",
     "suspending: locked",
@@ -35,9 +35,9 @@ STEPS = (
     "resuming: locked",
     "resuming: running",
 )
-# A copy whose resume was given up may be found in mid-restore while its row says `suspending`: not asked for.
+# Steps not listed need no kills: if a resume was aborted, a copy may be in mid-restore while its row says `suspending`.
 AT_REST = "nothing moves"
-# More deaths of helpers than mpmm tries for one copy would be the copy's fault by its rules: see `helper.TRIES`.
+# After more deaths of helpers than it retries for one copy, mpmm would blame the copy: see `helper.TRIES`.
 HELPERS_A_MOVE = 2
 
 
@@ -56,13 +56,13 @@ class Move:
 class Victims:
     """Finds processes by their roles, and kills them.
 
-    kills: how many, by role and step. killed: the pids. story: what it has done since its owner cleared that last.
+    kills: counts by role and step. killed: the pids. story: the kills since the conductor last cleared it.
     """
 
     def __init__(
         self, namespace: WatchedNamespace, gpus: SimulatedGpus, workers: Collection[int], rng: random.Random
     ) -> None:
-        """workers: the pids of those that live now; the conductor changes it."""
+        """workers: the pids of the living workers; the conductor keeps it up to date."""
         self._namespace, self._gpus, self._workers, self._rng = namespace, gpus, workers, rng
         self.kills: collections.Counter[tuple[str, str]] = collections.Counter()
         self.killed: set[int] = set()
@@ -71,7 +71,7 @@ class Victims:
         self._helpers_of: collections.Counter[tuple[int, int]] = collections.Counter()
 
     def neglected(self) -> list[tuple[str, Move]]:
-        """Return roles, and copies at steps, that were met less often than the average, the rarest first."""
+        """Return the roles and moving copies whose step has had at most the average of kills, the fewest first."""
         kills = self.kills
         mean = sum(kills[role, step] for role in ROLES for step in STEPS) / (len(ROLES) * len(STEPS))
         cells = [(role, move) for move in self.moves() if move.step in STEPS for role in ROLES]
@@ -79,7 +79,7 @@ class Victims:
         return sorted(cells, key=lambda cell: (kills[cell[0], cell[1].step], self._rng.random()))
 
     def strike(self, role: str, move: Move | None) -> bool:
-        """Kill the one in this role now; return False if there is none."""
+        """Kill the process in this role now; return False if there is none."""
         pid = self._victim(role, move)
         if pid <= 0 or is_dying(pid):
             return False
@@ -121,7 +121,7 @@ class Victims:
         return self._rng.choice(found) if found else 0
 
     def moves(self) -> list[Move]:
-        """Return the copies that are being suspended or resumed, perhaps a step late: it looks without the lock."""
+        """Return the copies that are being suspended or resumed, perhaps a step late: it reads without the lock."""
         tables = self._tables()
         if tables is None:
             return []
@@ -143,14 +143,14 @@ class Victims:
         return _DRIVER.get(state, "failed") + (", part moved" if split else "")
 
     def find_helper(self) -> None:
-        """Look for the helper among the children of workers, and of those that have died: it is a child of this one."""
+        """Look for the helper among the children of workers and of this process, which adopts those of dead workers."""
         if self._helper and not is_dying(self._helper):
             return
         found = (pid for parent in (os.getpid(), *self._workers) for pid in _children_of(parent))
         self._helper = next((pid for pid in found if _is_helper(pid)), 0)
 
     def _tables(self) -> Tables | None:
-        """Return the rows, for reading them as they are."""
+        """Return the tables, to read rows without the lock."""
         segment = self._namespace.segment()
         return None if segment is None else Tables(segment)
 

@@ -1,6 +1,6 @@
-"""A worker of the suspension run: it acquires, suspends and resumes, one call after another, and says what it finds.
+"""A worker of the suspension run: it acquires, suspends and resumes, one call after another, and reports its findings.
 
-What may be a violation it sends to the conductor as a claim, because only that one knows whom it has killed.
+It sends a possible violation to the conductor as a claim, because only the conductor knows which processes it killed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMESPACE = "suspensions"
 MODELS = 6
 BUDGET_MB = 400.0
 TIMEOUT_S = 30.0
-# By accounting, so that a copy is suspended rather than unloaded though its loads are quick.
+# The load time entered in the tables, so that copies are suspended rather than unloaded although their loads are quick.
 LOAD_S = 60.0
 RUNNING = 0
 CAPACITIES = Capacities(
@@ -40,7 +40,7 @@ CAPACITIES = Capacities(
 
 @dataclass(frozen=True)
 class Crew:
-    """What the workers of a namespace are told. gpus: the folder of its simulated GPU."""
+    """What the workers of a namespace need to know. gpus: the folder of its simulated GPU."""
 
     seed: int
     gpus: str
@@ -67,14 +67,14 @@ class _Loader:
 
 
 class _Warnings(logging.Handler):
-    """Passes warnings on, for what is wrong later may be told by them."""
+    """Passes warnings on, because they may explain a later violation."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(logging.WARNING)
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one."""
+        """Send a warning."""
         self._reporter.send("warned", text=record.getMessage()[:600])
 
 
@@ -100,7 +100,7 @@ class _Worker:
         )
 
     def run(self) -> None:
-        """Work while the phase says so. Before each call this worker says that it is busy, and looks again then."""
+        """Work while the phase is RUN. Before each call, mark this worker as busy, and then check the phase again."""
         phases, mine = self._crew.phases, 1 + self._index
         calls = (self._use, self._suspend, self._resume)
         while phases[0] != LEAVE:
@@ -145,7 +145,7 @@ class _Worker:
         self._manager.release_model(tag, handle)
 
     def _look(self, tag: str, handle: str, began: float) -> None:
-        """See whether the copy that was handed out is whole, and in the process that has loaded it."""
+        """Check that the acquired copy is complete, and in the process that has loaded it."""
         shared = MultiProcessShared(functools.partial(no_server, handle), tag=handle, always_proxy=True)
         try:
             model = shared.acquire()
@@ -176,7 +176,7 @@ class _Worker:
 
 
 def be_worker(crew: Crew, index: int, incarnation: int) -> NoReturn:
-    """Be a worker: what a process does that the conductor has forked."""
+    """Run as a worker, in a process that the conductor has forked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2)
     die_with_parent()

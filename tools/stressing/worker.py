@@ -1,7 +1,7 @@
-"""A worker of the stress run: threads that acquire, use and release, and what they find wrong.
+"""A worker of the stress run: threads that acquire, use and release, and report what they find wrong.
 
-A worker judges only what it can be sure of. The rest it sends to the conductor as a *claim*, because only that one
-knows whom it has stopped and killed.
+A worker reports possible violations to the conductor as a *claim*, because only the conductor knows which processes it
+has stopped and killed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from stressing.models import (
     using,
 )
 
-# Phases of a run. Work begins when everybody is there: starting is what takes the processors.
+# Phases of a run. Work begins when all workers are attached, since their starts keep the processors busy.
 START, RUN, QUIET, LEAVE = range(4)
 TIMEOUTS_S = (0.2, 1.0, 3.0)
 LATE_S = 0.5
 BEAT_S = 0.02
 REPORT_INTERVAL_S = 0.5
 CHILD_TIMEOUT_S = 20.0
-# Small, so that copying the segment takes little of the machine that is under test.
+# Small, so that copying the segment takes little time from the processes under test.
 CAPACITIES = Capacities(
     members=512, models=128, instances=512, tickets=1024, devices=2, observations=64, events=2048, undo=8192
 )
@@ -59,7 +59,7 @@ class LoaderFailedError(Exception):
 
 
 class Interrupted(Exception):
-    """What the handler of a signal raises in the middle of a call."""
+    """Raised by a signal handler in the middle of a call."""
 
 
 class ServerGoneError(Exception):
@@ -72,7 +72,7 @@ def no_server(handle: str) -> Any:
 
 
 class Heart:
-    """Knows when this process did not run (it was stopped, or others had the processors), and where late calls are."""
+    """Knows when this process did not run (stopped, or without a processor), and where late calls are."""
 
     def __init__(self) -> None:
         self._gaps: collections.deque[tuple[float, float]] = collections.deque(maxlen=2000)
@@ -95,7 +95,7 @@ class Heart:
 
     @contextlib.contextmanager
     def watching(self, deadline: float) -> Iterator[None]:
-        """Note where this thread is if the block takes until after the deadline."""
+        """Note where this thread is if the block is not done at the deadline."""
         thread = threading.get_ident()
         self._stacks.pop(thread, None)
         self._deadlines[thread] = deadline
@@ -105,7 +105,7 @@ class Heart:
             self._deadlines.pop(thread, None)
 
     def forgive(self) -> None:
-        """What this thread does from now on may take long."""
+        """Allow this thread's block to take long from now on."""
         self._deadlines.pop(threading.get_ident(), None)
 
     def stack(self) -> str:
@@ -113,16 +113,16 @@ class Heart:
         return self._stacks.get(threading.get_ident(), "")
 
     def lost_s(self, began: float, ended: float) -> float:
-        """Return for how long this process did not run between two moments, give or take a beat."""
+        """Return how long this process did not run between two moments, give or take a beat."""
         gaps = list(self._gaps)
         if ended - self._last_beat > 2 * BEAT_S:
-            # The caller is the first thread that runs again.
+            # The caller may run again before the thread that beats.
             gaps.append((self._last_beat, ended))
         return sum(max(0.0, min(ended, there) - max(began, here)) for here, there in gaps)
 
 
 class Loader:
-    """The loader of one acquire, with all that can happen to it."""
+    """The loader of one acquire, which may be slow or fail."""
 
     def __init__(self, plan: Plan, kind: str, mb: int, rng: random.Random, heart: Heart) -> None:
         self.plan = plan
@@ -156,13 +156,13 @@ class Loader:
         return OwnedModel(self.memory) if self.kind == "object" else self.memory.name
 
     def done(self) -> None:
-        """Let go of what is accounted for now, or was never taken over."""
+        """Disown `file` memory, which mpmm now accounts for or has never taken over."""
         if self.memory is not None and self.kind == "file":
             self.memory.disown()
 
 
 class Reporter:
-    """Sends what happens to the conductor: one line a message, each written at once."""
+    """Sends messages to the conductor, each as one line in one write."""
 
     def __init__(self, fd: int, index: int) -> None:
         self._fd = fd
@@ -172,7 +172,7 @@ class Reporter:
         self._sent_at = time.monotonic()
 
     def count(self, what: str, amount: int = 1) -> None:
-        """Count something; sums are sent now and then."""
+        """Count something; the sums are sent every REPORT_INTERVAL_S at most."""
         with self._mutex:
             self._counts[what] += amount
             if time.monotonic() - self._sent_at < REPORT_INTERVAL_S:
@@ -188,7 +188,7 @@ class Reporter:
             self.send("counts", counts=counts)
 
     def send(self, what: str, **facts: Any) -> None:
-        """Send a message; the end of the conductor is the end of this process."""
+        """Send a message; if the conductor has ended, end this process."""
         line = json.dumps({"what": what, "pid": os.getpid(), "index": self._index, **facts})
         try:
             os.write(self._fd, line[:4000].encode() + b"\n")
@@ -196,13 +196,13 @@ class Reporter:
             os._exit(3)
 
     def claim(self, kind: str, began: float, lost_s: float, text: str, **facts: Any) -> None:
-        """Send what may be a violation. began: when the call began that went wrong."""
+        """Send a possible violation. began: when the call that went wrong began."""
         text = text if len(text) < 2500 else text[:400] + " … " + text[-2000:]
         self.send("claim", kind=kind, began=began, ended=time.monotonic(), lost_s=lost_s, text=text, **facts)
 
 
 class _LogWatch(logging.Handler):
-    """Errors that mpmm logs are found by nobody else: its background threads must not fail."""
+    """Claims errors that mpmm logs, which no other check finds: its background threads must not fail."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(logging.ERROR)
@@ -217,7 +217,7 @@ class _LogWatch(logging.Handler):
 
 
 class WorkerProcess:
-    """One process with its threads; also the short life of a child that it forks."""
+    """One process with its threads, or a short-lived child that it forks."""
 
     def __init__(self, plan: Plan, index: int, incarnation: str, report_fd: int, phases: memoryview) -> None:
         """phases: byte 0 is the phase of the run, byte 1 + index a request to fork."""
@@ -227,7 +227,7 @@ class WorkerProcess:
         self.phases = phases
         self.report = Reporter(report_fd, index)
         self.heart = Heart()
-        # Whether a signal raises: only in the middle of a call of the main thread.
+        # Whether a signal raises: only during a call in the main thread.
         self._armed = False
         self.managers = [self._manager(timeout_s) for timeout_s in TIMEOUTS_S]
 
@@ -245,7 +245,7 @@ class WorkerProcess:
         )
 
     def run(self) -> None:
-        """Work until the run is over, then leave in good order."""
+        """Work until the run is over, then leave cleanly."""
         threads = [
             threading.Thread(target=self._work, args=(f"{self.incarnation}.{number}",), name=f"stress-{number}")
             for number in range(self.plan.threads)
@@ -281,7 +281,7 @@ class WorkerProcess:
     # ---- exceptions in the middle of calls -----------------------------------------------------------------
 
     def _be_interrupted(self, rng: random.Random) -> None:
-        """Call the manager again and again in the main thread, where signal handlers run, until the run is over."""
+        """Call the manager repeatedly in the main thread, where signal handlers run, until the run is over."""
         signal.signal(signal.SIGUSR1, self._on_interrupt)
         while self.phases[0] == START:
             time.sleep(0.02)
@@ -304,7 +304,7 @@ class WorkerProcess:
             time.sleep(rng.expovariate(self.plan.pace / self.plan.processes))
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
-        # Once a call; and nothing of this tool is to be interrupted.
+        # Once per call, and never in this tool's own code.
         if self._armed:
             self._armed = False
             raise Interrupted
@@ -319,7 +319,7 @@ class WorkerProcess:
     # ---- one use of one copy -------------------------------------------------------------------------------
 
     def choose(self, rng: random.Random) -> tuple[str, str]:
-        """Return kind and tag of a model."""
+        """Return the kind and tag of a random model."""
         if rng.random() < 0.002:
             kind = rng.choice(("file", "object"))
             return kind, f"new-{kind}-{rng.randrange(40, 160)}-{rng.getrandbits(40):x}"
@@ -387,7 +387,7 @@ class WorkerProcess:
             loader.done()
 
     def pin_one(self, rng: random.Random) -> None:
-        """Use a model that is pinned meanwhile, by several threads perhaps."""
+        """Use a model that is pinned meanwhile, perhaps by several threads."""
         tag = "file-0"
         manager = self.managers[0]
         loader = Loader(self.plan, "file", size_mb(tag), rng, self.heart)
@@ -395,7 +395,7 @@ class WorkerProcess:
         try:
             manager.pin(tag)
             self._release(manager, tag, manager.acquire_model(tag, loader))
-            # Another thread's unpin was ours, too.
+            # Another thread's unpin may have ended this pin, too.
             with contextlib.suppress(NotAcquiredError):
                 manager.unpin(tag)
         except BaseException as error:
@@ -459,7 +459,7 @@ class WorkerProcess:
         lost_s = self.heart.lost_s(began, time.monotonic())
 
         def claim(kind: str, **more: Any) -> None:
-            # Formatted only here: a run has a thousand time-outs, and a trace takes a millisecond.
+            # Formatted only here: a run has a thousand timeouts, and a trace takes a millisecond.
             self.report.claim(kind, began, lost_s, f"{tag}: " + "".join(traceback.format_exception(error)), **more)
 
         if isinstance(error, AcquireTimeoutError):
@@ -485,7 +485,7 @@ class WorkerProcess:
     # ---- forks ---------------------------------------------------------------------------------------------
 
     def _fork(self, rng: random.Random) -> None:
-        """Fork from this thread, while the others go on, and see the child through."""
+        """Fork from this thread while the others continue, and wait for the child's end."""
         seed = f"{self.plan.seed}.{self.incarnation}.{rng.getrandbits(40):x}"
         self.report.count("forks")
         pid = os.fork()
@@ -522,14 +522,14 @@ class WorkerProcess:
 
 
 def watch_log(reporter: Reporter) -> None:
-    """Report errors that mpmm logs; keep warnings to ourselves."""
+    """Report errors that mpmm logs, and drop its warnings."""
     logger = logging.getLogger("mpmm")
     logger.handlers[:] = [_LogWatch(reporter)]
     logger.propagate = False
 
 
 def leave_process(code: int) -> NoReturn:
-    """End this process as `multiprocessing` ends its children: with its finalizers, without the parent's business."""
+    """End this process as `multiprocessing` ends its children: run its finalizers, not the parent's exit handlers."""
     run_finalizers: Callable[[], None] = util._exit_function  # type: ignore[attr-defined]  # not in typeshed
     try:
         run_finalizers()
@@ -540,16 +540,16 @@ def leave_process(code: int) -> NoReturn:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, where it does such a thing."""
+    """Have the kernel kill this process when its parent ends, on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, phases: memoryview) -> NoReturn:
-    """Be a worker: what a process does that the conductor has forked."""
+    """Run as a worker, in a process that the conductor has forked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    # What was imported is no garbage: each unload of an object would look through it.
+    # Imported objects are not garbage; without this, each unload of an object would scan them.
     gc.freeze()
     reporter = Reporter(report_fd, index)
     watch_log(reporter)
