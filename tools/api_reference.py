@@ -1,7 +1,7 @@
-"""The API reference, made from the docstrings: `python tools/api_reference.py FOLDER`. Needs pdoc, the extra `docs`.
+"""Make the API reference from the docstrings: `python tools/api_reference.py FOLDER`. Needs pdoc, the extra `docs`.
 
-`mpmm` has what most programs use, under the names of its `__all__`. The other modules are those that a program imports
-by itself. All else is not for use from outside, and may change with every version.
+`mpmm` has what most programs use, the names in its `__all__`. A program imports the other modules listed here by
+name. Everything else is private and may change in any version.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MODULES = ("mpmm", "mpmm.beam", "mpmm.metrics", "mpmm.sources")
 
 
 def build(folder: Path) -> None:
-    """Write the reference as HTML files, of which index.html is the first."""
+    """Write the reference as HTML files, starting at index.html."""
     import pdoc
 
     pdoc.render.configure(docformat="markdown", show_source=False, footer_text="mpmm")
@@ -24,12 +24,12 @@ def build(folder: Path) -> None:
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Write the API reference as HTML files.")
-    parser.add_argument("folder", type=Path, help="made if it is not there")
+    parser.add_argument("folder", type=Path, help="output folder, created if it does not exist")
     options = parser.parse_args()
     try:
         build(options.folder)
     except ImportError as error:
-        print(f"{error}; pip install 'mpmm[docs]' brings pdoc", file=sys.stderr)
+        print(f"{error}; pip install 'mpmm[docs]' installs pdoc", file=sys.stderr)
         return 2
     print(options.folder / "index.html")
     return 0

@@ -1,29 +1,29 @@
-"""Many clients, more models than memory: `python tools/workload.py [--source nvidia-smi] [--kill]`.
+"""Run many clients with more models than memory: `python tools/workload.py [--source nvidia-smi] [--kill]`.
 
 64 client processes make 2 000 requests, one at a time each, for 12 models of 1.2 to 5 GB (36.9 GB in all) by Zipf's
-law. Each model is held by a server process of its own that declares its memory to a simulated device of 16 GB; a load
-takes 0.3 s, an inference 10 ms. The device counts for itself: an out-of-memory event is a moment at which more is
-loaded or being loaded than it has. With `--kill`, half of the clients are killed at random moments and replaced; the
-replacement makes the request again that its predecessor died with. With `--cycle` there is no Zipf's law: each client
-goes through the models in order, again and again.
+law. Each copy has a server process of its own that declares its memory to a simulated device of 16 GB; a load takes
+0.3 s, an inference 10 ms. The device counts by itself: an out-of-memory event is a moment at which more is loaded or
+being loaded than it has. With `--kill`, half of the clients are killed at random moments and replaced; the replacement
+repeats the request during which its predecessor died. With `--cycle`, each client instead goes through the models in
+order, again and again.
 
 `--source` says what mpmm sees of the device:
 
     processes     memory by process, from the device itself
-    whole-device  what is used in all, from the device itself
-    nvml          a simulated GPU through NVML, which knows processes
-    nvidia-smi    a simulated GPU through the program, which knows whole devices
-    booked        nothing: mpmm goes by its own accounts
+    whole-device  the total memory in use, from the device itself
+    nvml          a simulated GPU through NVML, which measures processes
+    nvidia-smi    a simulated GPU through the program, which measures whole devices
+    booked        nothing: mpmm uses its own accounts
 
-With `--suspend-budget-mb` the simulated driver has checkpoints: evicted models are suspended in so much host memory,
-and come back without a load. `--suspend-mb-s` and `--resume-mb-s` say how fast; the defaults are an H100's. It takes a
+With `--suspend-budget-mb`, the simulated driver has checkpoints: evicted models are suspended in this much host memory,
+and resumed without a load. `--suspend-mb-s` and `--resume-mb-s` set the rates; the defaults are an H100's. This needs a
 simulated GPU.
 
-`--answer-seconds` makes any of the measuring ones slow. On a simulated GPU an allocation that finds too little memory
+`--answer-seconds` makes any measuring source slow. On a simulated GPU, an allocation that finds too little memory
 fails, as on a real one; it counts as a load and as out of memory.
 
 Everything but the manager is the same for both implementations. Beam's runs as in a pipeline, one manager object in one
-process, with a monitor that reads the device at every question.
+process, with a monitor that reads the device at every call.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from simulation.traces import SIZES_MB, cycle_requests, draw_requests
 
 IMPLEMENTATIONS = ("mpmm", "beam")
 SOURCES = ("processes", "whole-device", "nvml", "nvidia-smi", "booked")
-# These are programs of the driver's: they measure a simulated GPU.
+# These sources measure a simulated GPU.
 ON_GPU = ("nvml", "nvidia-smi")
 _CONTEXT = multiprocessing.get_context("fork")
 _PAUSE_S = 0.01
@@ -65,7 +65,7 @@ _PAUSE_S = 0.01
 
 @dataclass(frozen=True)
 class Workload:
-    """The parameters of a run, and where its processes meet."""
+    """The parameters of a run, and the folder that its processes share."""
 
     implementation: str
     folder: str
@@ -90,12 +90,12 @@ class Workload:
 
     @property
     def declared(self) -> DeclaredDevice:
-        """The device that is a memory source itself."""
+        """The device that is itself a memory source."""
         return DeclaredDevice(Path(self.folder), self.device_mb, self.source == "processes", self.answer_s)
 
     @property
     def gpu(self) -> DeclaredGpu:
-        """The device that NVML and nvidia-smi measure; there after `simulate_gpu`."""
+        """The device that NVML and nvidia-smi measure; `simulate_gpu` creates it."""
         return DeclaredGpu(Path(self.folder), SimulatedGpus(Path(self.folder) / "gpus"))
 
     def loader(self, model: int) -> Loader:
@@ -144,42 +144,41 @@ def _beam_manager(workload: Workload) -> Any:
 
 
 def _declare(manager: Any, workload: Workload) -> None:
-    """Tell a manager what the models take."""
+    """Tell a manager the models' sizes."""
     if not workload.unknown:
         for model in sorted(set(workload.requests)):
             manager._estimator.set_initial_estimate(tag_of(model), SIZES_MB[model])
 
 
 def _stand_in_for_torch() -> None:
-    """Beam's manager imports torch, of which it uses one function."""
+    """Replace torch where it is missing: Beam's manager imports it for one function."""
     try:
         import torch  # noqa: F401  # only to see whether it is there
     except ImportError:
         stand_in = types.ModuleType("torch")
-        # A module made up.
         stand_in.cuda = types.SimpleNamespace(empty_cache=lambda: None)  # type: ignore[attr-defined]  # a module that is made up here
         stand_in.Tensor = type("Tensor", (), {})  # type: ignore[attr-defined]  # likewise
         sys.modules["torch"] = stand_in
 
 
 class _BeamMonitor:
-    """The device as Beam's monitor would see it, if that were never late."""
+    """The device as Beam's monitor would see it if its figures were never late."""
 
     def __init__(self, device: CountingDevice) -> None:
         self._device = device
         self._peak_mb = 0.0
 
     def start(self) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing to stop."""
+        """Do nothing."""
 
     def refresh(self) -> None:
-        """Every question is answered afresh."""
+        """Do nothing: every call measures."""
 
     def reset_peak(self) -> None:
-        """Let the peak begin anew."""
+        """Reset the peak."""
         self._peak_mb = 0.0
 
     def get_stats(self) -> tuple[float, float, float]:
@@ -193,7 +192,7 @@ class _BeamMonitor:
 
 
 class Ledger:
-    """What the clients share: the next request, and what has become of each. A killed client locks nobody out."""
+    """What the clients share: the next request, and the outcome of each. A killed client leaves no lock behind."""
 
     def __init__(self, workload: Workload) -> None:
         count = len(workload.requests)
@@ -211,12 +210,12 @@ class Ledger:
     OPEN, SERVED, FAILED = 0, 1, 2
 
     def take(self, client: int) -> int | None:
-        """Return a client's next request: the one that its predecessor died with, else a new one, or None."""
+        """Return a client's next request: the one during which its predecessor died, else a new one, or None."""
         unfinished = int(self.doing[client]) - 1
         if unfinished >= 0 and self.outcomes[unfinished] == self.OPEN:
             return unfinished
         if self._cycle:
-            # Its own requests are every so many-th, and it has just done one.
+            # Client c of n makes the requests c, c + n, c + 2 n, …
             request = client if unfinished < 0 else unfinished + len(self.doing)
             if request >= len(self.outcomes):
                 return None
@@ -232,12 +231,12 @@ class Ledger:
         return request
 
     def count(self, outcome: int) -> int:
-        """Return how many requests have had an outcome."""
+        """Return how many requests have this outcome."""
         return int(np.count_nonzero(self.outcomes == outcome))
 
 
 def run_client(workload: Workload, ledger: Ledger, client: int) -> None:
-    """Make requests until there are none."""
+    """Make requests until none are left."""
     manager = workload.manager()
     while (request := ledger.take(client)) is not None:
         model = workload.requests[request]
@@ -284,7 +283,7 @@ class Crowd:
         return self._processes[client].is_alive()
 
     def end(self, timeout_s: float) -> int:
-        """Wait for all, and kill who does not end; return how many those were."""
+        """Wait for all clients, and kill those that do not end; return how many were killed."""
         deadline = time.monotonic() + timeout_s
         stuck = 0
         for process in self._processes.values():
@@ -301,7 +300,7 @@ class Crowd:
 
 @contextmanager
 def surroundings() -> Iterator[str]:
-    """A folder of the run's own; nothing of the user's namespaces is touched."""
+    """Give the run a folder of its own, apart from the user's namespaces."""
     folder = tempfile.mkdtemp(prefix="mpmm-w")
     os.environ.update(MPMM_RUNTIME_DIR=os.path.join(folder, "run"), TMPDIR=folder)
     try:
@@ -338,7 +337,7 @@ def run(workload: Workload, kill: bool, timeout_s: float) -> dict[str, Any]:
             manager = stack.enter_context(workload.manager())
             _declare(manager, workload)
         else:
-            # In the process that lives longest, as Beam's manager does not outlive its own.
+            # In the process that lives longest, since Beam's manager ends with its process.
             manager = workload.manager()
         crowd = Crowd(workload, ledger)
         began = time.monotonic()
@@ -412,7 +411,7 @@ def requests_of(options: argparse.Namespace) -> list[int]:
 
 
 def main() -> int:
-    """Run the command line; the exit status is 0 if everything was served within memory."""
+    """Run the command line; the exit status is 0 if all requests were served within memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="mpmm")
     parser.add_argument("--clients", type=int, default=64)
@@ -429,14 +428,14 @@ def main() -> int:
         default="processes",
         help="what mpmm sees of the device, see above (default: processes)",
     )
-    parser.add_argument("--answer-seconds", type=float, default=0.0, help="a figure takes so long (default: 0)")
+    parser.add_argument("--answer-seconds", type=float, default=0.0, help="how long a figure takes (default: 0)")
     parser.add_argument("--cycle", action="store_true", help="each client goes through the models in order")
-    parser.add_argument("--unknown", action="store_true", help="let the manager find out what the models take")
+    parser.add_argument("--unknown", action="store_true", help="let the manager find out the models' sizes")
     parser.add_argument(
         "--suspend-budget-mb", type=float, default=0.0, help="host memory for suspended models (default: 0, none)"
     )
-    parser.add_argument("--suspend-mb-s", type=float, default=2300.0, help="what a checkpoint moves (default: 2300)")
-    parser.add_argument("--resume-mb-s", type=float, default=6000.0, help="what a restore moves (default: 6000)")
+    parser.add_argument("--suspend-mb-s", type=float, default=2300.0, help="rate of a checkpoint (default: 2300)")
+    parser.add_argument("--resume-mb-s", type=float, default=6000.0, help="rate of a restore (default: 6000)")
     parser.add_argument("--timeout-seconds", type=float, default=1500.0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
