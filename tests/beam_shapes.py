@@ -1,9 +1,9 @@
-"""Pipelines of many shapes on managed models, run in one go by `test_beam_shapes.py` as a program of their own.
+"""Pipelines of many shapes on managed models; `test_beam_shapes.py` runs them all in one program.
 
-    python tests/beam_shapes.py FOLDER          writes what each shape has predicted to FOLDER/results.json
+    python tests/beam_shapes.py FOLDER          writes the predictions of each shape to FOLDER/results.json
 
-Each shape is a function of this module that takes the pipeline and returns the collection that counts. Each talk is one
-that speaks to Beam's DoFn itself, in the order that matters, and returns what it predicts.
+Each shape is a function that takes the pipeline and returns the collection of predictions. Each talk is a function that
+calls Beam's DoFn directly, where the order of calls matters, and returns the predictions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NAMESPACE = "mps.model_manager"
 NUMBERS = [1, 5, 3, 10]
 PAIRS = [("a", 1), ("b", 2), ("a", 3), ("c", 4)]
 PATHS = [KeyModelPathMapping(["a"], "5.model", "five"), KeyModelPathMapping(["b", "c"], "6.model", "six")]
-# How long the slow model takes to load, and what a batch may take, its load included.
+# How long the slow model takes to load, and how long a batch may take, including its load.
 SLOW_LOAD_S, TIMEOUT_S = 1.5, 1
 
 _collected: dict[str, list[Any]] = defaultdict(list)
@@ -61,13 +61,13 @@ _talks: dict[str, Callable[[], Any]] = {}
 
 
 def shape(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Count a function among the shapes."""
+    """Register a function as a shape."""
     _shapes[function.__name__] = function
     return function
 
 
 def talk(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Count a function among the talks."""
+    """Register a function as a talk."""
     _talks[function.__name__] = function
     return function
 
@@ -89,7 +89,7 @@ class Model:
         return [number * self.factor for number in numbers]
 
     def stream(self, numbers: Sequence[int]) -> Iterator[int]:
-        """Yield the products: what it returns cannot be pickled."""
+        """Return a generator of the products, which cannot be pickled."""
         return (number * self.factor for number in numbers)
 
     def named(self, numbers: Sequence[int]) -> Any:
@@ -98,7 +98,7 @@ class Model:
 
 
 class Handler(ModelHandler[int, int, Model]):  # type: ignore[misc]  # Beam has no types for mypy
-    """Multiplies by what stands in the path that it is given, as `7.model`."""
+    """Multiplies by the number in the model's path, such as `7.model`."""
 
     def __init__(self, path: str = "2.model", method: str = "predict", **options: Any) -> None:
         super().__init__(**options)
@@ -106,7 +106,7 @@ class Handler(ModelHandler[int, int, Model]):  # type: ignore[misc]  # Beam has 
         self._method = method
 
     def update_model_path(self, model_path: str | None = None) -> None:
-        """Take another model from now on."""
+        """Use another model from now on."""
         self._path = model_path or self._path
 
     def load_model(self) -> Model:
@@ -119,7 +119,7 @@ class Handler(ModelHandler[int, int, Model]):  # type: ignore[misc]  # Beam has 
 
 
 class GeneratorHandler(Handler):
-    """Yields what it predicts."""
+    """Yields its predictions."""
 
     def run_inference(self, batch: Sequence[int], model: Any, inference_args: Any = None) -> Iterator[int]:
         """Yield one prediction after another, each from the model."""
@@ -128,7 +128,7 @@ class GeneratorHandler(Handler):
 
 
 class HeldHandler(Handler):
-    """Predicts how many copies of its model are in use, while the predictions are read."""
+    """Predicts how many copies of its model are in use while Beam reads the predictions."""
 
     def run_inference(self, batch: Sequence[int], model: Any, inference_args: Any = None) -> Iterator[int]:
         """Yield the number for each element."""
@@ -137,7 +137,7 @@ class HeldHandler(Handler):
 
 
 class ArgumentsHandler(Handler):
-    """Adds what the arguments say."""
+    """Adds a number from the inference arguments."""
 
     def run_inference(self, batch: Sequence[int], model: Any, inference_args: Any = None) -> Iterable[int]:
         """Return the predictions plus `inference_args["more"]`."""
@@ -163,10 +163,10 @@ class PickyHandler(Handler):
 
 
 class SlowHandler(Handler):
-    """Its first load takes longer than a batch may take."""
+    """A handler whose first load takes longer than a batch may take."""
 
     def load_model(self) -> Model:
-        """Make the model, slowly the first time. The folder's path leads from the client's environment here."""
+        """Make the model, slowly the first time. The folder's path comes from the client's environment."""
         try:
             Path(os.environ["MPMM_TEST_FOLDER"], "slow").touch(exist_ok=False)
             time.sleep(SLOW_LOAD_S)
@@ -176,7 +176,7 @@ class SlowHandler(Handler):
 
 
 class Remote(RemoteModelHandler[int, int, Model]):  # type: ignore[misc]  # Beam has no types for mypy
-    """Stands for a service somewhere else, with a client for a model."""
+    """Stands for a remote service, with a client for a model."""
 
     def create_client(self) -> Model:
         """Make the client."""
@@ -469,7 +469,7 @@ def demand_is_reported_as_it_rises_and_falls() -> Any:
 
 
 def main(folder: str) -> None:
-    """Run all shapes in one pipeline and write down what came out."""
+    """Run all talks, and all shapes in one pipeline; write the predictions to a file."""
     os.environ["MPMM_TEST_FOLDER"] = folder
     import mpmm.beam
 
@@ -485,7 +485,7 @@ def main(folder: str) -> None:
 
 
 class _Shape(beam.PTransform):  # type: ignore[misc]  # Beam has no types for mypy
-    """A shape as one step, so that the names of its steps are its own."""
+    """A shape as one step, so that the names of its inner steps do not clash."""
 
     def __init__(self, build: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -496,7 +496,7 @@ class _Shape(beam.PTransform):  # type: ignore[misc]  # Beam has no types for my
 
 
 if __name__ == "__main__":
-    # Under its own name, so that workers' and servers' classes are the ones of this process.
+    # Import it under its own name, so that workers, servers and this process have the same classes.
     sys.path.insert(0, os.path.dirname(__file__))
     import beam_shapes
 

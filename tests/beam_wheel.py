@@ -1,7 +1,7 @@
-"""Test files of the installed Apache Beam, run against mpmm.
+"""Run test files of the installed Apache Beam against mpmm.
 
-They are read from the wheel when the tests run, so nothing of Beam is copied into this repository, and rewritten
-in nothing but module paths.
+The tests read them from the wheel when they run, so this repository contains no copy of Beam's code, and replace
+nothing but module paths.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _folder: Path | None = None
 def load_beam_tests(relative_path: str, replacements: Mapping[str, str]) -> ModuleType:
     """Import `apache_beam/<relative_path>` with texts replaced, and return the module.
 
-    replacements: old text to new text, applied in order. Each must occur, so that a new Beam which names things
-    otherwise fails here instead of testing itself.
-    The module lies in a folder on `sys.path` under a name of its own, where spawned children find its classes too.
+    replacements: old text to new text, applied in order. Each must occur, so that a new Beam with other names fails
+    here instead of testing itself.
+    The module has a name of its own in a folder on `sys.path`, where spawned children find its classes, too.
     Skips the calling test file when Beam is not installed.
     """
     spec = importlib.util.find_spec("apache_beam")
@@ -44,7 +44,7 @@ def load_beam_tests(relative_path: str, replacements: Mapping[str, str]) -> Modu
 
 
 def names_of(module: ModuleType) -> dict[str, Any]:
-    """Return what a test file has to put into its globals for pytest to find the module's tests and fixtures."""
+    """Return what a test file must add to its globals so that pytest finds the module's tests and fixtures."""
     return {name: thing for name, thing in vars(module).items() if not name.startswith("__")}
 
 

@@ -1,7 +1,7 @@
-"""What `mpmm check` says of each field of each row that is changed, recorded in `recorded_checks.txt`.
+"""What `mpmm check` finds if one field of one row is changed, for every field, recorded in `recorded_checks.txt`.
 
-A line for each change: which invariants do not hold any more. If that is meant to be another answer, `python
-tests/broken_rows.py` records the answers anew.
+Each line has a change and the invariants that it breaks. After an intended change of the answers, run `python
+tests/broken_rows.py` to record them again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ START_NS = 10**15
 
 
 def whole() -> Snapshot:
-    """Return a snapshot in which all is well."""
+    """Return a snapshot that keeps all invariants."""
     made: list[RandomTables] = []
     with mock.patch("time.monotonic_ns", side_effect=lambda: made[0].now if made else START_NS):
         made.append(RandomTables(SEED, devices=3))
@@ -63,7 +63,7 @@ def changed(value: Any, name: str, table: str) -> list[Any]:
 
 
 def checks() -> Iterator[str]:
-    """Yield what is said of each change: of the header, then of all rows."""
+    """Yield the findings of each change: of the header, then of all rows."""
     snapshot = whole()
     yield f"nothing: {_said(snapshot)}"
     for field in fields(Snapshot):
@@ -103,13 +103,13 @@ def _said(snapshot: Snapshot) -> str:
 
 
 def recorded() -> list[str]:
-    """Return the lines of all changes that break something, and how many break nothing."""
+    """Return the lines of all changes that break an invariant, and the number of all changes."""
     lines = list(checks())
     return [*(line for line in lines if not line.endswith(": -")), f"{len(lines)} changes"]
 
 
 def main() -> None:
-    """Record what is said."""
+    """Record the findings."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: folder}):
         RECORDED.write_text("".join(f"{line}\n" for line in recorded()))
 

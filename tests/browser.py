@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through two pipes by its DevTools protocol: no driver program, no port, no library."""
+"""Drive a headless Chromium through two pipes by its DevTools protocol, without a driver program, port or library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _START = (
 
 
 class Browser:
-    """One tab of a browser of its own. `problems` has what the page has logged as an error, and its exceptions."""
+    """One tab of a browser of its own. `problems` has the errors that the page has logged, and its exceptions."""
 
     def __init__(self, folder: Path) -> None:
         self.problems: list[str] = []
@@ -84,7 +84,7 @@ class Browser:
                 return answer["result"]
 
     def _receive(self, deadline: float, what: str) -> Any:
-        """Return the next message; note what it says of problems."""
+        """Return the next message; note the problem that it reports, if any."""
         while b"\0" not in self._buffer:
             assert time.monotonic() < deadline, f"the browser has not answered {what}"
             if select.select([self._in], [], [], 0.5)[0]:
@@ -117,16 +117,16 @@ class Browser:
             time.sleep(0.05)
 
     def resize(self, width: int, height: int, scale: float = 1.0) -> None:
-        """Let the window be that large, in CSS pixels; a narrow one is a phone's."""
+        """Set the window's size in CSS pixels; a narrow one counts as a phone's."""
         sizes = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **sizes)
 
     def prefer(self, scheme: str) -> None:
-        """Let the system prefer `dark` or `light`."""
+        """Set the system's preferred colour scheme, `dark` or `light`."""
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def press(self, key: str, modifiers: int = 0) -> None:
-        """Press and release a key; named ones, like Tab, by name."""
+        """Press and release a key, given by its character or by its name, like Tab."""
         text = {"text": key} if len(key) == 1 else {}
         codes = {"Tab": 9, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13}
         code = codes.get(key, ord(key.upper()[0]))
@@ -135,6 +135,6 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def picture(self, path: Path, whole: bool = False) -> None:
-        """Write what the window shows, or the whole page, as a PNG file."""
+        """Write the window's contents, or the whole page, as a PNG file."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))

@@ -1,4 +1,4 @@
-"""Every test has a runtime directory of its own, and leaves nothing behind: no file, segment, process or thread."""
+"""Give every test a runtime directory of its own, and check that it leaves no file, segment, process or thread."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from mpmm.multi_process_shared.registry import leave_all_registries, registry_fo
 from mpmm.shared_state import prune
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 
-# Model servers notice within two seconds that nobody is left.
+# Model servers notice within two seconds that no client is left.
 LEAVE_TIMEOUT_S = 10.0
-# Of tests in real pipelines, at every store, and of whole tools; the longest first.
+# The files that take longest, such as tests in real pipelines, at every store, and of whole tools; the longest first.
 TAKE_LONGEST = (
     "test_beam_pipeline",
     "test_workload",
@@ -76,12 +76,12 @@ HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have SIGINT interrupt, and compile everything once, also where PYTHONDONTWRITEBYTECODE is set.
+    """Let SIGINT interrupt, and compile everything once, even if PYTHONDONTWRITEBYTECODE is set.
 
-    With that variable each of the thousand interpreters that the tests start compiles the package anew, which takes a
-    third of its start.
+    With that variable, each of the thousand interpreters that the tests start would compile the package anew, which
+    takes a third of its start.
     """
-    # A shell that runs something in the background has it ignore SIGINT, and so would all processes that tests start.
+    # A shell makes background programs ignore SIGINT, and all processes that tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -91,10 +91,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, have the files that take longest begin first, dealt out evenly.
+    """If several processes share the tests, begin with the files that take longest, dealt out evenly.
 
-    Each process is given a contiguous part of the tests, and takes from the end of another's part when it has none
-    left. The last to end should be a short one.
+    Each process gets a contiguous part of the tests, and takes from the end of another's part when it has none left.
+    The last test to end should be a short one.
     """
     if not hasattr(config, "workerinput"):
         return
@@ -105,7 +105,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rest = [item for item in items if item.path.stem not in TAKE_LONGEST]
     total = len(items)
     for number, part in enumerate(parts):
-        # As xdist deals them out.
+        # The sizes of the parts are those that xdist deals out.
         wanted = max(0, total // (count - number) - len(part))
         part += rest[:wanted]
         del rest[:wanted]
@@ -114,9 +114,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Take what pytest, Beam and the test files have allocated out of garbage collection.
+    """Exclude what pytest, Beam and the test files have allocated from garbage collection.
 
-    An unload collects, and a collection of all that takes longer than most tests do without it.
+    Each unload collects garbage, and a collection of all these objects takes longer than most tests.
     """
     gc.collect()
     gc.freeze()
@@ -142,16 +142,16 @@ def _background_threads() -> set[str]:
 
 @pytest.fixture(autouse=True)
 def runtime_root() -> Iterator[Path]:
-    """The runtime directory of this test; afterwards nothing may be left of what the test did."""
-    # Not pytest's folder: the names of sockets may have no more than 107 characters.
+    """The runtime directory of this test, which must leave nothing behind."""
+    # Not pytest's folder: paths of sockets may have at most 107 characters.
     root = Path(tempfile.mkdtemp(prefix="mpmm-t"))
-    # With a file in it, mpmm does not remove the folder, whose identity is part of the names of segments.
+    # With a file in it, mpmm does not remove the folder, whose identity is part of segment names.
     (root / KEEP).touch()
-    # What an earlier test has left was told there.
+    # Leftovers of an earlier test are that test's failure.
     before, threads = children(), _background_threads()
-    # The command line changes it for its process.
+    # The command line changes the level for its process.
     level = logging.getLogger("mpmm").level
-    # Of its own, because what a test has patched must be itself again when we look.
+    # A context of its own, because what a test has patched must be restored before the check below.
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(RUNTIME_DIR_VARIABLE, str(root))
         names = prune._names
@@ -183,13 +183,13 @@ def runtime_root() -> Iterator[Path]:
 
 @pytest.fixture
 def namespace(runtime_root: Path) -> str:
-    """A name that nobody uses yet."""
+    """A name that no process uses yet."""
     return "test"
 
 
 @pytest.fixture
 def new_manager(namespace: str) -> Iterator[Callable[..., ModelManager]]:
-    """Makes managers in this process, and shuts them down in the end."""
+    """Makes managers in this process, and shuts them down at the end."""
     with ExitStack() as stack:
 
         def make(**arguments: Any) -> ModelManager:
@@ -202,7 +202,7 @@ def new_manager(namespace: str) -> Iterator[Callable[..., ModelManager]]:
 
 @pytest.fixture
 def new_process(namespace: str, runtime_root: Path) -> Iterator[Callable[..., Process]]:
-    """Makes processes with a manager each; with `attached=False`, without."""
+    """Makes processes, each with a manager unless `attached=False`."""
     made: list[Process] = []
 
     def make(attached: bool = True, **arguments: Any) -> Process:
@@ -217,7 +217,7 @@ def new_process(namespace: str, runtime_root: Path) -> Iterator[Callable[..., Pr
         for process in made:
             stack.callback(process.end)
     if any(process.killed for process in made):
-        # After a crash of all it is for the next to come, and to go, to clean up.
+        # If all processes were killed, the next one to attach and leave cleans up.
         if (runtime_root / namespace).exists():
             ModelManager(namespace=namespace, **SMALL).shutdown()
         registry_for(None).join()
@@ -240,9 +240,9 @@ def new_gate(tmp_path: Path) -> Iterator[Callable[[], Gate]]:
 
 @pytest.fixture(scope="session")
 def once_per_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
-    """Makes what takes long once, although several processes run the tests: `once_per_run(name, make)`.
+    """Makes something slow only once, although several processes run the tests: `once_per_run(name, make)`.
 
-    What `make()` returns has to be fit for JSON.
+    The result of `make()` must be JSON values.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -260,7 +260,7 @@ def once_per_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Cal
 
 @pytest.fixture(scope="session")
 def built_gpu(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """The simulated driver, loaded into this process: there is one for each test that has `new_gpus`."""
+    """The simulated driver, built and loaded once in this process, for all tests that use `new_gpus`."""
     built = build(tmp_path_factory.mktemp("simulated-driver"))
     built.load()
     return built
@@ -268,7 +268,7 @@ def built_gpu(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture
 def new_gpus(tmp_path: Path, built_gpu: Build, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimulatedGpus]:
-    """Makes simulated GPUs, which this process and its children find; see `SimulatedGpus.create`."""
+    """Makes simulated GPUs that this process and its children find; see `SimulatedGpus.create`."""
 
     def make(*totals_mb: float, **arguments: Any) -> SimulatedGpus:
         checkpoints = arguments.pop("checkpoints", False)
@@ -293,7 +293,7 @@ def new_device(tmp_path: Path) -> Callable[..., SimulatedDevice]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say at how many stores operations were killed or interrupted; with `-v`, for each operation."""
+    """Print at how many stores operations were killed or interrupted; with `-v`, for each operation."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     counted = [
         (report.nodeid.partition("::")[2], int(value), report)
@@ -312,7 +312,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if forked:
         terminalreporter.write_line(
             f"fork points: {len(forked)} operations, {sum(forks for forks, _ in forked)} forks before and after calls "
-            f"to the kernel, {sum(guarded for _, guarded in forked)} such moments at which nobody can fork"
+            f"to the kernel, {sum(guarded for _, guarded in forked)} such moments at which no thread can fork"
         )
     if not counted:
         return
@@ -329,12 +329,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def busy(namespace: str, new_manager: NewManager, new_process: NewProcess) -> ModelManager:
-    """A namespace with a bit of everything."""
+    """A namespace with an idle copy, an object in use, and a waiter."""
     manager = new_manager(fallback_memory_mb=250)
     manager._estimator.set_initial_estimate("big", 250)
     manager.release_model("idle", manager.acquire_model("idle", Loads("handle")))
     manager.acquire_model("object", LoadsObject())
     waiter = new_process()
     waiter.send(acquire, "big")
-    wait_until(lambda: waiting(namespace, "big"), "somebody waits")
+    wait_until(lambda: waiting(namespace, "big"), "a request waits")
     return manager

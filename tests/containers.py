@@ -1,4 +1,4 @@
-"""Namespaces of the kernel, as containers have them, and other users."""
+"""Run code in kernel namespaces, as in containers, and as another user."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as anot
 
 
 def as_nobody(action: Callable[[], object]) -> str:
-    """Return what `action` returns or raises, as text, when another user does it in a process of its own."""
+    """Run `action` as another user, in a process of its own; return what it returns or raises, as text."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""The compiled core in a lab: called as a process calls it, whose notes are by themselves, and at a pretended time."""
+"""Call the compiled core in a lab as a process does, with notes of its own, and at a pretended time."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ DEADLINE_NS = 2**62
 def is_built() -> bool:
     """Tell whether the core could be compiled where the package was installed."""
     try:
-        import mpmm.shared_state._core  # noqa: F401  # only whether it is there counts
+        import mpmm.shared_state._core  # noqa: F401  # only to see whether it exists
     except ImportError:
         return False
     return True
 
 
-# `pip install -e .` builds it where there is a compiler; a checkout that is merely on the path has none.
+# `pip install -e .` builds it where there is a compiler; a checkout that is only on the path has none.
 built = pytest.mark.skipif(not is_built(), reason="the core is not built: python setup.py build_ext --inplace")
 
 
 def pretend(now_ns: int, dies_at: int = 0, killed: bool = False) -> None:
-    """Let it be that time for the core, 0 for the true one; and have it make no store from one on, 0 for none.
+    """Set the core's time, 0 for the true one; from store number `dies_at` on, the core makes none, 0 for all.
 
-    killed: kill the process there.
+    killed: kill the process at that store instead.
     """
     from mpmm.shared_state._core import rehearse
 
@@ -46,7 +46,7 @@ def pretend(now_ns: int, dies_at: int = 0, killed: bool = False) -> None:
 
 
 class Caller:
-    """What calls the core in a lab: a process's notes, by themselves."""
+    """Calls the core in a lab with a process's notes."""
 
     def __init__(self, lab: Lab, row: int) -> None:
         words, at = lab.words, lab.tables.instance(row)

@@ -1,4 +1,4 @@
-"""Shared objects that tell about themselves and their process; for servers, in a module that imports little."""
+"""Shared objects that report on themselves and their process. Servers import this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def die_in_constructor() -> Counter:
 
 
 class SlowToConstruct:
-    """Makes a Counter once somebody writes into a pipe that lies in the file system; tells by another that it began."""
+    """Makes a Counter once the test writes to a named pipe; reports through another that it began."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -152,7 +152,7 @@ def remember_tag(tag: str) -> object:
 
 
 class Surroundings:
-    """A shared object that tells where it is."""
+    """A shared object that reports its process's surroundings."""
 
     def __init__(self) -> None:
         self.seen = os.environ.get("MPMM_TEST_SEEN")
@@ -185,7 +185,7 @@ class Surroundings:
 
 
 class Imported:
-    """Tells what a module holds, and what the import of it has left in this process."""
+    """Reports a module's contents, and the state of this process after importing it."""
 
     def __init__(self, module: str) -> None:
         self.module = __import__(module, fromlist=["*"])
@@ -201,7 +201,7 @@ class Imported:
         return found() if callable(found) else found
 
     def state(self) -> dict[str, Any]:
-        """What a server that was forked has to have in common with one that was spawned."""
+        """Return what must be equal in a forked and in a spawned server."""
         kept = ("MPMM_ZYGOTE", "PYTEST_CURRENT_TEST")
         return {
             "arguments": sys.argv,
@@ -227,7 +227,7 @@ class Imported:
         }
 
     def draws(self) -> dict[str, float]:
-        """What has to differ from server to server."""
+        """Return what must differ from server to server."""
         drawn = {"random": random.random()}
         if "numpy.random" in sys.modules:
             drawn["numpy"] = float(sys.modules["numpy.random"].random())
@@ -239,7 +239,7 @@ class Imported:
 def _kind_of_descriptor(fd: str) -> str:
     with contextlib.suppress(OSError):
         target = os.readlink(f"/proc/self/fd/{fd}")
-        # Each server has locks of its own.
+        # Locks differ from server to server.
         return "" if "/shared/" in target else target.rstrip("0123456789[]")
     return ""
 
@@ -261,7 +261,7 @@ class Imports:
 
 
 class Importing:
-    """Makes a Counter after importing a module, which a server has to learn about."""
+    """Makes a Counter after importing a module that the zygote has to find out about."""
 
     def __init__(self, module: str) -> None:
         self.module = module

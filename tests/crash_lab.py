@@ -1,4 +1,4 @@
-"""A namespace in which children die at a store of their choice, and what they leave: see `test_crash_points`."""
+"""A namespace in which children die at a chosen store, to check what they leave: see `test_crash_points`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KILLED = -signal.SIGKILL
 
 
 class KillAt:
-    """Words that kill the process at the n-th store, before it is made."""
+    """Words that kill the process before the n-th store."""
 
     def __init__(self, words: Any, store: int) -> None:
         self._words = words
@@ -58,7 +58,7 @@ class KillAt:
 
 
 class KeepImages:
-    """Words of which an image is kept before each store."""
+    """Words that write an image of the segment to a file before each store."""
 
     def __init__(self, words: Any, segment: Segment, path: Path) -> None:
         self._words = words
@@ -78,14 +78,14 @@ class KeepImages:
 
 
 def images_in(path: Path, size: int) -> list[bytes]:
-    """Return the images that `KeepImages` has written: the n-th is of the time before the n-th store."""
+    """Return the images that `KeepImages` has written: the n-th is from before the n-th store."""
     kept = path.read_bytes()
-    # The end of the process may have cut another thread off in the last one.
+    # The last image may be incomplete, if the process ended while another thread wrote it.
     return [kept[at : at + size] for at in range(0, len(kept) - size + 1, size)]
 
 
 def some_of(stores: int) -> set[int]:
-    """Return some of the store numbers 1 to `stores`: the first, the last, and one that lies between them."""
+    """Return some of the store numbers 1 to `stores`: the first, the middle and the last."""
     return {1, (stores + 1) // 2, stores}
 
 
@@ -194,12 +194,12 @@ class Lab:
         tr.holds.take_idle(t, row, self.victim + 1)
 
     def for_three(self, tag: str = "a") -> None:
-        """Let three use a copy of a model at a time that is loaded from now on."""
+        """Let copies of a model that are loaded from now on have three users at a time."""
         model = self.model(tag)
         self.do(lambda t, tr: tr.models.set_users(t, model, 3))
 
     def shared(self, used: int = 1, **options: Any) -> int:
-        """Make a copy that three may use; the victim does so in so many of its seats, and not in its own row."""
+        """Make a copy for three users; the victim uses `used` of its seats, but not its own row."""
         self.for_three()
         row = self.idle(**options)
         for seat in self.tables.seats_of(row)[:used]:
@@ -232,7 +232,7 @@ class Lab:
         return row
 
     def without_pids(self, image: bytes) -> bytes:
-        """Return an image without what tells one child from the next: who held the locks, who made the events."""
+        """Return an image without what differs between children: the pids of lock holders and of events."""
         copied = bytearray(image)
         words, events = memoryview(copied).cast("Q"), self.layout.events
         locks = Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.SPIN_LOCK
@@ -249,7 +249,7 @@ class Lab:
         self.words[:] = memoryview(saved).cast("Q")
 
     def comparable(self) -> bytes:
-        """Return the state without what is written raw or outside of what an operation promises."""
+        """Return the state without the words that are written raw or that no operation promises to restore."""
         copied = bytearray(self.segment.copy())
         words = memoryview(copied).cast("Q")
         raw = (Header.CHANGE, Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.ROLLBACKS, Header.NEXT_GENERATION)
@@ -257,15 +257,15 @@ class Lab:
             words[word] = 0
         for table in (self.layout.undo, self.layout.events):
             copied[8 * table.base : 8 * table.end] = bytes(8 * (table.end - table.base))
-        # A rolled-back event may stand in the ring, but the number of events does not count it.
+        # A rolled-back event may remain in the ring, but the number of events does not count it.
         return bytes(copied)
 
     def seen_by_sleepers(self) -> list[int]:
-        """Return the words on which somebody sleeps."""
+        """Return the words on which processes sleep."""
         return [self.words[word] for word in self.wake_words]
 
     def images(self, operation: Operation | None, path: Path) -> list[bytes]:
-        """Run an operation (None: only the recovery) in a child; return an image of the time before each store."""
+        """Run an operation (None: only the recovery) in a child; return an image from before each store."""
         assert self.child(operation, lambda words: KeepImages(words, self.segment, path)) == 0
         return images_in(path, self.layout.size_bytes)
 
@@ -290,7 +290,7 @@ class Lab:
         return run_in_child(action)
 
     def recover(self) -> None:
-        """Take the lock, as the next process does, and change nothing."""
+        """Take the lock as the next process does, and change nothing."""
         with self.namespace.transaction():
             pass
 
@@ -301,7 +301,7 @@ class Lab:
 
 @dataclass(frozen=True)
 class _Actor:
-    """A member that is no process."""
+    """A member without a process."""
 
     slot: int
     settings: Settings

@@ -1,4 +1,4 @@
-"""An operation for each transition, on a state in which it does all that it can: see `test_crash_points`."""
+"""An operation for each transition, on a state in which it does as much as possible: see `test_crash_points`."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         return lambda t, tr: tr.devices.sample(t, 0, 200.0, now)
 
     def returning(lab: Lab) -> int:
-        """Let the memory of a copy be awaited that has ended while a figure of 500 MB stood."""
+        """Unload a copy after a sample of 500 MB, so that the return of its memory is awaited."""
         copy = lab.unloading("a")
         lab.do(lambda t, tr: tr.members.lead(t, 0, b"test", (False, True, False)))
         lab.do(lambda t, tr: tr.devices.sample(t, 0, 500.0, 5))
@@ -222,7 +222,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         return copy
 
     def told_to_go(lab: Lab) -> int:
-        """Make a copy in use that is to be unloaded, whose memory a twin takes over."""
+        """Make a copy in use that was asked to unload, whose memory a twin takes over."""
         copy = lab.active("a", b"h", server=True)
         lab.idle("b", b"h")
         lab.do(lambda t, tr: tr.unloads.ask(t, copy, lab.victim))
@@ -233,7 +233,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         return int(lab.do(lambda t, tr: tr.tickets.enqueue(t, model, lab.victim, 1, 50.0, 2**62, steady=True)))
 
     def steady_load(lab: Lab) -> int:
-        """Make a load beside which a copy has to wait for its unload."""
+        """Make a load during which a copy has to wait for its unload."""
         lab.unloading("b")
         ticket = steady_ticket(lab)
         row: int = lab.do(lambda t, tr: tr.hand_over.allow_load(t, ticket, 1, 50.0, alone=False))
@@ -282,14 +282,14 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         return lab.resuming()
 
     def last_user(lab: Lab) -> int:
-        """Make a copy that is to be unloaded as soon as a seat is given back; return that."""
+        """Make a copy that is unloaded once its last seat is released; return that seat."""
         copy = lab.shared()
         lab.do(lambda t, tr: tr.unloads.ask(t, copy, lab.victim))
         (seat,) = lab.tables.seats_of(copy)
         return seat
 
     def before_last_user(lab: Lab) -> int:
-        """Make a twin in mid-unload that has the memory, of a copy that is unloaded after it; return the twin."""
+        """Make a twin in mid-unload that has the memory of a copy that is unloaded after it; return the twin."""
         copy, twin = lab.shared(server=True), lab.idle("b")
         lab.do(lambda t, tr: tr.unloads.ask(t, copy, lab.victim))
         lab.do(lambda t, tr: tr.unloads.ask(t, twin, lab.victim))
@@ -306,7 +306,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         return copy
 
     def shared_twin(lab: Lab) -> int:
-        """Make a copy whose memory goes over to a twin that several use."""
+        """Make a copy whose memory passes to a twin with several users."""
         copy = lab.idle("b", server=True)
         lab.shared()
         return copy
@@ -562,7 +562,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
     }
 
 
-# What parts of `Transitions` do for one another: no change by itself that leaves the invariants as they are to be.
+# What parts of `Transitions` do for one another: by itself, none of these keeps the invariants.
 STEPS = {
     "tickets.answer",
     "tickets.stop_waiting",

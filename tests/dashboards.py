@@ -1,6 +1,6 @@
-"""A dashboard in this process, requests to it, and namespaces that it can show something of.
+"""A dashboard in this process, requests to it, and namespaces for it to show.
 
-Whoever imports this is skipped without the extra web.
+Without the extra `web`, a test file that imports this module is skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKEN = "a-token.of_the~tests"
 
 @dataclass
 class Answer:
-    """What was answered to a request."""
+    """The answer to a request."""
 
     status: int
     headers: dict[str, str]
@@ -58,7 +58,7 @@ def ask(url: str, token: str | None = TOKEN, method: str = "GET", **headers: str
 
 
 class Served:
-    """A dashboard in this process, in a thread. Its watcher looks when it is told to."""
+    """A dashboard in a thread of this process. Its watcher looks only when asked."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
@@ -73,7 +73,7 @@ class Served:
         wait_until(lambda: self._server.started, "the server runs")
 
     def close(self) -> None:
-        """End it."""
+        """End the dashboard."""
         self._server.should_exit = True
         self._thread.join()
         self._listening.close()
@@ -96,7 +96,7 @@ def served() -> Iterator[Served]:
 
 @pytest.fixture
 def lively(namespace: str, new_manager: NewManager, new_process: NewProcess) -> ModelManager:
-    """A namespace with 200 MB, where a copy was evicted, one is idle, one is held, and somebody waits for that."""
+    """A namespace with 200 MB, an evicted copy, an idle one, one in use, and a request that waits for that."""
     manager, other = new_manager(fallback_memory_mb=200), new_process()
     manager.release_model("evicted", manager.acquire_model("evicted", Loads()))
     manager.acquire_model("held", Loads())
@@ -109,7 +109,7 @@ def lively(namespace: str, new_manager: NewManager, new_process: NewProcess) -> 
 
 
 def thousand(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot with a thousand copies and as many waiters, made of one that has some."""
+    """Return a snapshot with a thousand copies and as many waiters, made from one that has some."""
     copies, tickets = snapshot.instances, snapshot.tickets
     many = [replace(copies[n % len(copies)], row=n, tag=f"model-{n:04}", for_s=float(n)) for n in range(1000)]
     queue = [
@@ -120,7 +120,7 @@ def thousand(snapshot: Snapshot) -> Snapshot:
 
 @pytest.fixture
 def crowded(lively: ModelManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look finds a thousand copies."""
+    """Let each look find a thousand copies."""
     step = EventReader.step
 
     def many(self: EventReader) -> Step:

@@ -1,4 +1,4 @@
-"""The simulated device of most tests, in a module that imports little, as each model server imports it."""
+"""The simulated device of most tests, in a module that imports little, since each model server imports it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _numbers = itertools.count(1)
 
 
 class SimulatedDevice:
-    """A memory source: folders, one a device, in which every living process's allocations are files. Can be pickled.
+    """A memory source with a folder per device, in which living processes' allocations are files. Can be pickled.
 
-    What a process has allocated is free once it is dead, as on a real device. `linger_s`: memory that a living
-    process frees shows up only so much later.
+    A process's allocations are free once it is dead, as on a real device. `linger_s`: how much later memory that a
+    living process frees shows up as free.
     """
 
     name = "simulated"
@@ -51,15 +51,15 @@ class SimulatedDevice:
         return tuple(DeviceSample(i, None if dark else self.used_mb(i), taken) for i in range(len(self.totals_mb)))
 
     def go_dark(self) -> None:
-        """Let nobody read a figure until `come_back`."""
+        """Let every sample have no figure until `come_back`."""
         (self._folder / "dark").touch()
 
     def come_back(self) -> None:
-        """Let figures be read again."""
+        """Let samples have figures again."""
         (self._folder / "dark").unlink()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
     def used_mb(self, index: int = 0) -> float:
         """Return the memory in use, in MB."""
@@ -71,7 +71,7 @@ class SimulatedDevice:
         return used
 
     def allocate(self, mb: float, index: int = 0) -> Path:
-        """Take memory for this process. Raises MemoryError when there is not enough, as a real device does."""
+        """Take memory for this process. Raises MemoryError if there is not enough, as on a real device."""
         free = self.totals_mb[index] - self.used_mb(index)
         if mb > free:
             raise MemoryError(f"{mb:g} MB asked for on device {index}, {free:g} MB free")
@@ -80,7 +80,7 @@ class SimulatedDevice:
         return path
 
     def free(self, allocation: Path) -> None:
-        """Give memory back."""
+        """Free memory."""
         _, _, mb, number = allocation.name.split("_")
         if self._linger_s:
             allocation.rename(allocation.with_name(f"freed_{time.monotonic()}_{mb}_{os.getpid()}-{number}"))

@@ -1,4 +1,4 @@
-"""A pretended driver library and a pretended nvidia-smi."""
+"""A fake driver library and a fake nvidia-smi."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def process(pid: int, used_mb: int | None) -> SimpleNamespace:
 
 
 class FakeNvml(ModuleType):
-    """pynvml with the devices it is given; like the real one, it answers only between init and shutdown."""
+    """pynvml with given devices; like the real one, it answers only between init and shutdown."""
 
     NVMLError = NVMLError
 
@@ -124,7 +124,7 @@ class FakeNvml(ModuleType):
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No driver, and no setting that leaks in from the host the tests run on."""
+    """Give tests no driver, and no settings of the host that they run on."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("MPMM_MEMORY_SOURCE", raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(init_error="NVML Shared Library Not Found"))
@@ -155,7 +155,7 @@ class FakeSmi:
         self.calls.append((command, options))
         field = command[1].removeprefix("--query-gpu=").replace("memory.", "").replace(",", "_")
         answer = self.answers.get(field, subprocess.CalledProcessError(2, command))
-        if "-i" in command:  # of one GPU alone, where that has an answer of its own
+        if "-i" in command:  # one GPU, which may have an answer of its own
             answer = self.answers.get(f"{field} of {command[-1]}", answer)
         if isinstance(answer, Exception):
             raise answer

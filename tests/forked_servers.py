@@ -1,4 +1,4 @@
-"""Servers that are forked by a zygote or by one of its templates, and modules that note who imports them."""
+"""Servers that a zygote or one of its templates forks, and modules that note which processes import them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpmm.multi_process_shared.forkserver.client import zygote_pid
 from mpmm.multi_process_shared.forkserver.zygote import PROCESS_NAME
 from mpmm.multi_process_shared.registry import registry_for
 
-# How long a template may take for modules that import nothing themselves.
+# How long a template may take to import modules that import nothing themselves.
 LEARN_TIMEOUT_S = 20.0
 
 
@@ -32,7 +32,7 @@ def parent_of(pid: int) -> int:
 
 
 def zygote_of(path: str) -> int:
-    """Return the pid of the zygote, which has to be there."""
+    """Return the pid of the zygote, which must exist."""
     pid = zygote_pid(registry_for(path))
     assert pid is not None
     return pid
@@ -46,7 +46,7 @@ def templates_of(path: str) -> list[int]:
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Writes modules that note in a file, named as they are, the pids that import them."""
+    """Writes modules that note the pids of the processes that import them, in a file of the same name."""
     folder = tmp_path / "modules"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
@@ -57,12 +57,12 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         (folder / f"{name}.py").write_text("\n".join(lines))
         return name
 
-    make.folder = folder  # type: ignore[attr-defined]  # for whoever needs it
+    make.folder = folder  # type: ignore[attr-defined]  # for `pids_that_imported`
     return make
 
 
 def pids_that_imported(modules: Any, name: str) -> list[int]:
-    """Return who has imported a module, in order."""
+    """Return the pids of the processes that have imported a module, in order."""
     note: Path = modules.folder / f"{name}.pids"
     return [int(line) for line in note.read_text().split()] if note.exists() else []
 
@@ -78,7 +78,7 @@ def wait_for_template_with(path: str, modules: Any, name: str, timeout_s: float 
 
 
 def server_from(path: str, template: int, constructor: Callable[[], Any]) -> Any:
-    """Return a server that the template has forked, once it has done what it was told."""
+    """Return a server that the template has forked; start servers until it forks one."""
     for number in range(200):
         proxy = shared(path, f"from template {number}", constructor)
         pid = server_pid(f"from template {number}", path=path)

@@ -1,8 +1,8 @@
-"""Real processes for tests, driven by pipes, and what tests share; what they load is in `loaders` and `device`.
+"""Real processes for tests, driven through pipes, and helpers for all tests; models are in `loaders` and `device`.
 
 A `Process` is forked from the test's process. It runs functions that the test sends it, one after another in its
-main thread; a function gets the process's `Seat` as first argument and whatever else the test adds. So the order
-of events is the test's, and no test sleeps.
+main thread; a function gets the process's `Seat` as its first argument, and then the test's arguments. So the test
+determines the order of events, and no test sleeps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo, read_snapshot
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-# What most managers in tests have: one device that goes by accounting and takes ten models of the default size.
+# The arguments of most managers in tests: one device by accounting, which has room for ten models of the default size.
 SMALL: dict[str, Any] = {
     "memory_source": "booked",
     "fallback_memory_mb": 1000.0,
@@ -44,20 +44,20 @@ SMALL: dict[str, Any] = {
     "wait_timeout_seconds": 60.0,
     "lock_timeout_seconds": 60.0,
 }
-# With this file in it, mpmm does not remove a test's runtime root, whose identity is part of the names of segments.
+# With this file in it, mpmm does not remove a test's runtime root, whose identity is part of segment names.
 KEEP = ".keep"
-# Members that tests make up: the kernel gives no process such a pid, or one that has it would count as the member.
+# The pid of members that tests make up. The kernel gives no process such a pid, which would count as the member.
 NOBODYS_PID = 2**22
 # The property in which a test reports at how many stores it has killed or interrupted an operation.
 CRASH_POINTS = "crash_points"
-# MPMM_TEST_SCALE=5, say, makes what tests repeat, simulate and draw at random so many times as large.
+# The factor for the numbers of repeats, simulated steps and random draws in tests, such as MPMM_TEST_SCALE=5.
 SCALE = float(os.environ.get("MPMM_TEST_SCALE", "1"))
-# Likewise: forks that were made before and after calls to the kernel, and calls at which none can happen.
+# Likewise: the numbers of forks before and after calls to the kernel, and of calls at which no thread can fork.
 FORK_POINTS = "fork points"
-# What tests leave behind on purpose: a name of each test process's own, which those of others leave alone.
+# The prefix of what tests leave behind on purpose, and this test process's own name, which others leave alone.
 LEFT_OVER = "left-over-"
 OWN_LEFT_OVER = f"{LEFT_OVER}{os.getpid()}"
-# The loader where a test does not care.
+# The loader for tests that do not care which.
 LOADS = Loads()
 _PAUSE_S = 0.002
 _CONTEXT = multiprocessing.get_context("fork")
@@ -70,14 +70,14 @@ def scaled(count: int) -> int:
 
 
 def import_path(*first: Path) -> str:
-    """Return the PYTHONPATH with which a program imports what this process can; `first` come before that."""
+    """Return a PYTHONPATH with which a program can import what this process can, after `first`."""
     return os.pathsep.join([*map(str, first), *(path or os.getcwd() for path in sys.path)])
 
 
 def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> float:
-    """Return the seconds until `condition()` was true; an AssertionError that names `what` after the deadline.
+    """Return the seconds until `condition()` was true. Raises AssertionError with `what` after the deadline.
 
-    Both are those of a `Stopwatch`, in which time that the machine was busy counts less.
+    A `Stopwatch` measures both, on which time counts less while the machine is busy.
     """
     watch = Stopwatch()
     while not condition():
@@ -87,7 +87,7 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = D
 
 
 def know(manager: ModelManager, **estimates_mb: float) -> None:
-    """Tell the estimator what models take."""
+    """Tell the estimator the sizes of models."""
     learn(Seat(manager), **estimates_mb)
 
 
@@ -107,7 +107,7 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 
 def open_descriptors() -> set[str]:
-    """Return the descriptors that this process has open, and what they are."""
+    """Return the open descriptors of this process, each with its target."""
     gc.collect()
     found = set()
     for number in os.listdir("/proc/self/fd"):
@@ -131,8 +131,8 @@ def segments_of(root: Path) -> set[str]:
 
 
 def files_in(root: Path) -> list[str]:
-    """Return what is in a runtime root."""
-    # Not `rglob`, which raises when a folder is removed while it looks.
+    """Return the files and folders in a runtime root."""
+    # Not `rglob`, which raises if a folder is removed meanwhile.
     found = (os.path.join(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names))
     return sorted(os.path.relpath(path, root) for path in found if os.path.basename(path) != KEEP)
 
@@ -143,12 +143,12 @@ def model_of(namespace: str, tag: str) -> ModelInfo:
 
 
 def copies_of(namespace: str, tag: str) -> list[InstanceInfo]:
-    """Return the copies of a tag, loading and unloading ones too."""
+    """Return the copies of a tag, including loading and unloading ones."""
     return [copy for copy in read_snapshot(namespace).instances if copy.tag == tag]
 
 
 def waiting(namespace: str, *tags: str) -> list[TicketInfo]:
-    """Return the waiters, or those for some tags, first one first."""
+    """Return the waiters, or those for some tags, in the order of the queue."""
     tickets = read_snapshot(namespace).tickets
     return [ticket for ticket in tickets if ticket.state == "waiting" and (not tags or ticket.tag in tags)]
 
@@ -163,7 +163,7 @@ def leader_pid(snapshot: Snapshot) -> int | None:
 
 @dataclass
 class Seat:
-    """What a process keeps between two functions that it is sent."""
+    """What a process keeps between the functions that it runs."""
 
     manager: Any = None
     held: list[tuple[str, Any]] = field(default_factory=list)
@@ -176,20 +176,20 @@ def attach(seat: Seat, **arguments: Any) -> int:
 
 
 def acquire(seat: Seat, tag: str, loader: Callable[[], Any] = LOADS) -> str:
-    """Acquire and keep a copy; return it, if it is a handle, else its class's name."""
+    """Acquire and keep a copy; return it if it is a handle, else its class's name."""
     copy = seat.manager.acquire_model(tag, loader)
     seat.held.append((tag, copy))
     return copy if isinstance(copy, str) else type(copy).__name__
 
 
 def learn(seat: Seat, **estimates_mb: float) -> None:
-    """Tell the estimator what models take."""
+    """Tell the estimator the sizes of models."""
     for tag, mb in estimates_mb.items():
         seat.manager._estimator.set_initial_estimate(tag, mb)
 
 
 def release(seat: Seat, tag: str | None = None) -> None:
-    """Release the copy that was acquired last, of a tag or at all."""
+    """Release the copy that was acquired last, of a tag if one is given."""
     at = next(i for i in reversed(range(len(seat.held))) if tag in (None, seat.held[i][0]))
     name, copy = seat.held.pop(at)
     seat.manager.release_model(name, copy)
@@ -220,7 +220,7 @@ class Process:
         self._busy = False
 
     def send(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Have `function(seat, *args, **kwargs)` run; its `result` is to be fetched."""
+        """Have `function(seat, *args, **kwargs)` run; `result` returns its outcome."""
         self._busy = True
         self._ours.send((function, args, kwargs))
 
@@ -245,7 +245,7 @@ class Process:
         return self._ours.poll(0)
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
+        """Send SIGKILL, and wait for the end."""
         self.killed = True
         self._process.kill()
         self._process.join()
@@ -255,7 +255,7 @@ class Process:
         os.kill(self.pid, number)
 
     def stop(self) -> None:
-        """SIGSTOP, and wait until it has stopped."""
+        """Send SIGSTOP, and wait until the process has stopped."""
         self.signal(signal.SIGSTOP)
         self.wait_until_stopped()
 
@@ -264,20 +264,20 @@ class Process:
         wait_until(lambda: psutil.Process(self.pid).status() == psutil.STATUS_STOPPED, f"pid {self.pid} stopped")
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         self.signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """Let it leave in good order, or kill it if it cannot."""
+        """Let the process leave cleanly; kill it if it does not."""
         if self._process.is_alive():
             self.resume()
             if self._busy:
-                # The test has failed, or does not care any more.
+                # The test has failed, or no longer needs the result.
                 self.signal(signal.SIGINT)
         self._ours.close()
         self._process.join(DEADLINE_S)
         if self._process.is_alive():
-            # It says on stderr where its threads are.
+            # The process prints its threads' stacks on stderr.
             self.signal(signal.SIGUSR1)
             self._process.join(1)
             self.kill()
@@ -298,7 +298,7 @@ def _serve(theirs: Connection) -> None:
     for other in list(_conversations):
         other.close()
     faulthandler.register(signal.SIGUSR1, file=2)
-    # What the test process has allocated would make every collection slow, and an unload collects.
+    # The test process's objects would make every garbage collection slow, and each unload collects.
     gc.freeze()
     seat = Seat()
     while True:
@@ -312,14 +312,14 @@ def _serve(theirs: Connection) -> None:
         try:
             outcome = True, function(seat, *args, **kwargs)
         except BaseException as error:
-            # Without the traceback, whose frames would keep what they have seen.
+            # Without the traceback, whose frames would keep their objects alive.
             outcome = False, error.with_traceback(None)
         with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
             theirs.send(outcome)
         del outcome
 
 
-# The fixtures that make what a test needs; see `conftest`.
+# The types of the fixtures that make things; see `conftest`.
 NewManager = Callable[..., ModelManager]
 NewProcess = Callable[..., Process]
 NewGate = Callable[[], Gate]

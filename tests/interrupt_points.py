@@ -45,32 +45,32 @@ KW_NAMES = dis.opmap.get("KW_NAMES", -1)
 HEALS_WITHIN_S = 1.0
 
 
-# At 2 000 points, on two busy processors, no other process waited for the lock for longer than 0.21 s.
+# At 2 000 points, on two busy processors, no other process waited longer than 0.21 s for the lock.
 KEEPS_OUT_FOR_S = 1.0
 
 
 SMALL_TABLES = Capacities(members=8, models=16, instances=16, tickets=8, events=16)
 
 
-# A test that fails needs not say so a thousand times, a second each.
+# A failing test need not report a thousand failures, which take a second each.
 ENOUGH_FAILURES = 20
 
 
 class Interrupted(Exception):
-    """What a handler of a soft time limit raises."""
+    """Raised as by the handler of a soft time limit."""
 
 
 @cache
 def ways_out(code: CodeType) -> frozenset[int]:
-    """Return the offsets of the instructions with which `with` blocks that end normally call `__exit__`.
+    """Return the offsets of the instructions that call `__exit__` at the normal end of `with` blocks.
 
-    And of those that do nothing, like `try`: they, too, may be outside of the block that they stand in.
+    The offsets of NOPs, as for `try`, are included: they, too, may be outside the block in which they stand.
     """
     instructions = list(dis.get_instructions(code))
     offsets = {instruction.offset for instruction in instructions if instruction.opname == "NOP"}
     for place, first in enumerate(instructions[:-4]):
         if first.opname == "LOAD_CONST" and first.argval is None:
-            # Python 3.10 says the second and third None otherwise.
+            # Python 3.10 loads the second and third None in another way.
             nones = [i.opname == "DUP_TOP" or i.argval is None for i in instructions[place + 1 : place + 3]]
             calls = [i.opname in ("PRECALL", "CALL", "CALL_FUNCTION") for i in instructions[place + 3 : place + 5]]
             if all(nones) and calls[0]:
@@ -80,7 +80,7 @@ def ways_out(code: CodeType) -> frozenset[int]:
 
 
 class Interruption:
-    """Raises an exception before the n-th bytecode that the calling thread runs inside of the package."""
+    """Raises an exception before the n-th bytecode that the calling thread runs inside the package."""
 
     def __init__(self, at: int, error: BaseException) -> None:
         self.at = at
@@ -117,7 +117,7 @@ class Interruption:
 
     @staticmethod
     def _has_names(frame: FrameType) -> bool:
-        # Between KW_NAMES and CALL there is PRECALL with its cache in Python 3.11, and nothing later.
+        # Between KW_NAMES and CALL, Python 3.11 has PRECALL with its cache; later versions have nothing.
         code, at = frame.f_code.co_code, frame.f_lasti
         return KW_NAMES >= 0 and any(at >= back and code[at - back] == KW_NAMES for back in (2, 6))
 
@@ -138,12 +138,12 @@ _longest_wait_s = 0.0
 
 
 def stand_by(seat: Seat) -> None:
-    """In another process: take the lock all the time, and note how long that takes at most."""
+    """In another process: take the lock again and again, and note the longest wait."""
     namespace = seat.manager._connected().namespace
 
     def run() -> None:
         global _longest_wait_s
-        # The last one when the process leaves.
+        # Raised by the last transaction, when the process leaves.
         with suppress(ClosedError, ValueError):
             while True:
                 watch = Stopwatch()
@@ -156,12 +156,12 @@ def stand_by(seat: Seat) -> None:
 
 
 def longest_wait_s(seat: Seat) -> float:
-    """In that process: return how long it has waited for the lock at most."""
+    """In that process: return its longest wait for the lock."""
     return _longest_wait_s
 
 
 class Points:
-    """Runs an operation with an exception at one point after another, and looks whether all is well after each."""
+    """Runs an operation with an exception at one point after another, and checks the state after each."""
 
     def __init__(self, step: int) -> None:
         self.step = STEP or step
@@ -169,15 +169,15 @@ class Points:
         self.failures: list[str] = []
 
     def go_on(self) -> None:
-        """Do what the same thread must be able to do after each point."""
+        """Do what the same thread must still be able to do after each point."""
         raise NotImplementedError
 
     def left(self) -> list[str]:
-        """Return what is wrong after a point, and must be right within a second."""
+        """Return what is wrong after a point, which must be repaired within a second."""
         raise NotImplementedError
 
     def __call__(self, operation: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
-        """Try the points of an operation. prepare: called before each, to bring about the branch that is meant."""
+        """Try the points of an operation. prepare: called before each, so that it takes the tested branch."""
         at = 1 + OFFSET % self.step
         while len(self.failures) < ENOUGH_FAILURES:
             prepare()
@@ -190,12 +190,12 @@ class Points:
             except (KeyboardInterrupt, Interrupted):
                 pass
             except RemoteCallError as other:
-                # What ends an unpickling is an error of that.
+                # An exception that interrupts unpickling becomes the cause of this error.
                 escaped = "" if isinstance(other.__cause__, Interrupted) else f"RemoteCallError: {other}"
                 other.__cause__ = None
             except Exception as other:
                 escaped = f"{type(other).__name__}: {other}"
-            # The frames of the traceback would keep what they have in hand.
+            # The frames of the traceback would keep their objects alive.
             error.__traceback__ = None
             del error
             if not interruption.where:
@@ -208,7 +208,7 @@ class Points:
 
     def _check(self, where: str, escaped: str) -> None:
         wrong = [f"raised {escaped}"] if escaped else []
-        # First without a call that would find, and end, what was left.
+        # First without a call, which would find and end what was left.
         wrong += self._left_after_a_second()
         try:
             self.go_on()
@@ -226,13 +226,13 @@ class Points:
         return left
 
     def conclude(self) -> None:
-        """Say how many points there were, and fail if there was a failure."""
+        """Print the number of points, and fail if there was a failure."""
         print(f"{self.points} points, {len(self.failures)} failures")
         found = "\n".join(self.failures[:40])
         assert not self.failures, f"{len(self.failures)} of {self.points} points failed:\n{found}"
 
 
-# States in which a copy is only as long as a call, or a thread for it, goes on.
+# States that a copy has only while a call, or a thread for it, runs.
 NOT_AT_REST = ("active", "loading", "leased", "unloading", "suspending", "resuming")
 
 
@@ -250,7 +250,7 @@ class Sweep(Points):
             pass
 
     def left(self) -> list[str]:
-        """Return what is in use, or waits, and should not, and what is accounted for wrongly."""
+        """Return copies in use, waiters and locks that should be gone, and broken invariants."""
         snapshot = self.snapshot()
         rows = [f"{i.tag} is {i.state}" for i in snapshot.instances if i.state in NOT_AT_REST]
         rows += [f"{model.tag} is not suspended any more" for model in snapshot.models if model.unsuspendable]
@@ -269,15 +269,15 @@ class Sweep(Points):
 def sweep(
     new_manager: Callable[..., ModelManager], new_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Sweep]]:
-    """Makes a sweep over a manager; in the end there must not have been a failure, and others must have gone on."""
+    """Makes a sweep over a manager; at the end, no point may have failed, and other processes must still work."""
     monkeypatch.setattr("mpmm.model_manager.background.RECONCILE_S", 0.002)
     made: list[Sweep] = []
     bystanders: list[Process] = []
 
     def make(step: int, **arguments: Any) -> Sweep:
         # Small tables, because each look decodes all of them.
-        # A leader and two deputies, so that this process seldom looks around, and nothing mends by chance what an
-        # exception has left.
+        # A leader and two deputies, so that this process seldom checks the namespace, and does not by chance repair
+        # what an exception has left.
         for _ in range(1 + DEPUTIES):
             bystander = new_process(capacities=SMALL_TABLES, **arguments)
         bystander.call(stand_by)

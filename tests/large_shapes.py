@@ -1,12 +1,12 @@
-"""Pipelines on Beam's handlers for large libraries, run in one go by `test_large_shapes.py` as a program of their own.
+"""Pipelines on Beam's handlers for large libraries; `test_large_shapes.py` runs them all in one program.
 
-    python tests/large_shapes.py FOLDER          writes what each shape has predicted to FOLDER/results.json
+    python tests/large_shapes.py FOLDER          writes the predictions of each shape to FOLDER/results.json
 
-Each shape is a function of this module that makes a small model in the folder, adds its steps to the pipeline, and
-returns what it predicts and what plain Python computes with the same model: a collection and a list.
+Each shape is a function that makes a small model in the folder, adds its steps to the pipeline, and returns a
+collection of the predictions, and a list of what plain Python computes with the same model.
 """
 
-# Beam and the libraries are typed in part; where they are not, strictness would only complain about them.
+# Beam and the libraries are only partly typed; elsewhere strictness would complain about them alone.
 # mypy: disable-error-code="no-untyped-call,misc,no-any-return"
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _mutex = threading.Lock()
 
 
 def shape(function: Callable[[Any, Path], Outcome]) -> Callable[[Any, Path], Outcome]:
-    """Count a function among the shapes."""
+    """Register a function as a shape."""
     _shapes[function.__name__] = function
     return function
 
@@ -59,7 +59,7 @@ def infer(handler: Any, **options: Any) -> Any:
 
 
 def plain(found: Any) -> Any:
-    """Return numbers, of whatever library, as lists of rounded floats, and the rest as it is."""
+    """Return numbers of any library as lists of rounded floats, and everything else unchanged."""
     if isinstance(found, PredictionResult):
         return plain(found.inference)
     if isinstance(found, dict):
@@ -74,7 +74,7 @@ def plain(found: Any) -> Any:
 
 
 def predicted(examples: Any, handler: Any) -> Any:
-    """Return the predictions of a handler, as far as they are compared."""
+    """Return the predictions of a handler in the form in which they are compared."""
     return examples | infer(handler) | beam.Map(plain)
 
 
@@ -82,7 +82,7 @@ def predicted(examples: Any, handler: Any) -> Any:
 
 
 def linear(folder: Path, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Make a linear model; return it, and what Beam's handlers have to know of it."""
+    """Make a linear model; return it, and its description for Beam's handlers."""
     import torch
 
     torch.manual_seed(seed)
@@ -141,7 +141,7 @@ def torch_by_key_with_one_model_at_a_time(pipeline: Any, folder: Path) -> Outcom
 
 
 def by_key(pipeline: Any, folder: Path, **hints: Any) -> Outcome:
-    """Predict by two models, each for the examples of its key."""
+    """Predict with two models, each for the examples of its key."""
     import torch
     from apache_beam.ml.inference.pytorch_inference import PytorchModelHandlerTensor
 
@@ -158,7 +158,7 @@ def by_key(pipeline: Any, folder: Path, **hints: Any) -> Outcome:
 
 
 def tiny_bert(folder: Path) -> tuple[Any, Any, str]:
-    """Make a classifier of random weights and its tokenizer; return both, and the folder that has them."""
+    """Make a classifier with random weights and its tokenizer; return both, and their folder."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -208,7 +208,7 @@ def hugging_face_keyed_tensor(pipeline: Any, folder: Path) -> Outcome:
 
 
 def trees(folder: Path) -> tuple[Any, str]:
-    """Fit a model; return it, and the file that has it."""
+    """Fit a model; return it, and its file."""
     import xgboost
 
     model = xgboost.XGBRegressor(n_estimators=5, max_depth=2).fit(EXAMPLES, EXAMPLES.sum(axis=1))
@@ -255,7 +255,7 @@ def onnx_keyed(pipeline: Any, folder: Path) -> Outcome:
 
 
 def product(folder: Path) -> tuple[Any, Any]:
-    """Make a model that multiplies by weights; return Beam's handler of it, and them."""
+    """Make a model that multiplies by weights; return Beam's handler for it, and the weights."""
     import onnx
     from apache_beam.ml.inference.onnx_inference import OnnxModelHandlerNumpy
     from onnx import TensorProto, helper
@@ -278,7 +278,7 @@ def product(folder: Path) -> tuple[Any, Any]:
 
 
 class _Shape(beam.PTransform):
-    """A shape as one step, so that the names of its steps are its own."""
+    """A shape as one step, so that the names of its inner steps do not clash."""
 
     def __init__(self, build: Callable[[Any, Path], Outcome], folder: Path) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class _Shape(beam.PTransform):
 
 
 def main(folder: Path, names: Iterable[str]) -> None:
-    """Run shapes in one pipeline; write down what came out, and what should have."""
+    """Run shapes in one pipeline; write the actual and the expected predictions to a file."""
     import mpmm.beam
 
     mpmm.beam.install()
@@ -307,7 +307,7 @@ def main(folder: Path, names: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that workers' and servers' classes are the ones of this process.
+    # Import it under its own name, so that workers, servers and this process have the same classes.
     sys.path.insert(0, os.path.dirname(__file__))
     import large_shapes
 

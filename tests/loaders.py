@@ -1,4 +1,4 @@
-"""What tests load: handles, objects, and what model servers serve; in a module that imports little, as servers do."""
+"""What tests load: handles, objects, and what servers serve. Servers import this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Gate:
-    """A door that any process can open and that stays open; who waits for it wakes by the kernel. Can be pickled."""
+    """A door that any process can open and that stays open; the kernel wakes waiters. Can be pickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -31,15 +31,15 @@ class Gate:
         self._descriptor()
 
     def open(self) -> None:
-        """Let everybody through, now and later."""
+        """Let all processes through, now and later."""
         os.write(self._descriptor(), b"1")
 
     def wait(self, timeout_seconds: float = DEADLINE_S) -> None:
-        """Return once the gate is open; AssertionError at the deadline."""
+        """Return once the gate is open. Raises AssertionError at the deadline."""
         assert self.is_open(timeout_seconds), f"{self._path.name} was not opened within {timeout_seconds} s"
 
     def is_open(self, timeout_seconds: float = 0.0) -> bool:
-        """Tell whether somebody has opened the gate, waiting for it if asked to."""
+        """Tell whether the gate is open, after waiting for it at most `timeout_seconds`."""
         watch, left_s = Stopwatch(), timeout_seconds
         while not select.select([self._descriptor()], [], [], left_s)[0]:
             left_s = watch.left_s(timeout_seconds) if timeout_seconds else 0.0
@@ -48,14 +48,14 @@ class Gate:
         return True
 
     def close(self) -> None:
-        """Close this process's descriptor; the gate of the others stays as it is."""
+        """Close this process's descriptor; for other processes, the gate stays as it is."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def _descriptor(self) -> int:
         if self._fd < 0:
-            # For reading and writing: then neither opening nor a missing peer blocks or ends anything.
+            # For reading and writing, so that opening does not block, and a missing peer ends nothing.
             self._fd = os.open(self._path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         return self._fd
 
@@ -76,11 +76,11 @@ class Served:
             device.allocate(mb)
 
     def where(self) -> tuple[str | None, Placement | None]:
-        """Return what CUDA would see, and what the constructor was told."""
+        """Return what CUDA would see, and the placement that the constructor saw."""
         return os.environ.get("CUDA_VISIBLE_DEVICES"), self._placement
 
     def grow(self, mb: float, device: str | None = None) -> None:
-        """Take more memory of a simulated GPU, or give some back."""
+        """Take more memory of a simulated GPU, or free some."""
         assert self._gpus is not None
         if mb >= 0:
             self._gpus.allocate(mb, device)
@@ -92,9 +92,9 @@ class Served:
         return os.getpid()
 
     def outlive_by(self, seconds: float) -> None:
-        """Have what this process has locked stay locked after its death, as while the kernel frees much memory."""
+        """Keep this process's locks held after its death, as while the kernel frees much memory."""
         parent = os.getpid()
-        # As native code forks, so that no hook closes the descriptors of the locks.
+        # Fork as native code does, so that no hook closes the descriptors of the locks.
         if ctypes.CDLL(None).fork() == 0:
             while os.getppid() == parent:
                 time.sleep(0.01)
@@ -102,7 +102,7 @@ class Served:
             os._exit(0)
 
     def wait_at(self, began: Gate, go: Gate) -> None:
-        """A long call."""
+        """Make a long call, between two gates."""
         began.open()
         go.wait()
 
@@ -117,7 +117,7 @@ class MakesServed:
     go: Gate | None = None
 
     def __call__(self) -> Served:
-        """Make it."""
+        """Make the object."""
         if self.began is not None:
             self.began.open()
         if self.go is not None:
@@ -143,7 +143,7 @@ class Weights:
         self._allocation = device.allocate(mb, index) if device is not None else None
 
     def unload_model(self) -> None:
-        """Give the memory back; with a gate, open it and hang."""
+        """Free the memory; with a gate, open it and hang."""
         self.unloaded = True
         if self._unloading is not None:
             self._unloading.open()
@@ -172,7 +172,7 @@ class Loads:
         return self.load()
 
     def load(self) -> Any:
-        """Return what is loaded."""
+        """Return a new handle."""
         return f"{self.name}-{uuid.uuid4().hex[:8]}"
 
 
@@ -198,7 +198,7 @@ class LoadsServer:
     makes: MakesServed = field(default_factory=MakesServed)
 
     def __call__(self) -> str:
-        """Start the server; it lives on after this process has let go of its proxy."""
+        """Start the server; it lives on after this process has dropped its proxy."""
         from mpmm.multi_process_shared import MultiProcessShared
 
         MultiProcessShared(self.makes, tag=self.tag, always_proxy=True, spawn_process=True).acquire()

@@ -1,6 +1,6 @@
-"""How long tests wait: limits that mean what they say on an idle machine, and more on a busy one.
+"""How long tests wait: time limits that hold on an idle machine, and allow more on a busy one.
 
-Imports little, as each model server of a test imports it.
+Imports little, since each model server of a test imports it.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ import time
 
 # Guards against a hang; measures nothing.
 DEADLINE_S = 40.0
-# While processes stand in line for a processor, so many seconds count as one.
+# While processes wait for a processor, this many seconds count as one.
 BUSY_S = 5.0
 _PRESSURE = "/proc/pressure/cpu"
 
 
 def _stood_in_line_s() -> float | None:
-    """Return for how long, since the machine started, there was a process that waited for a processor, if known."""
+    """Return how many seconds since the machine's start some process has waited for a processor, if known."""
     try:
         with open(_PRESSURE, encoding="ascii") as file:
             return int(file.readline().rpartition("total=")[2]) / 1e6
     except (OSError, ValueError):
-        # Not every kernel counts it, and not every container shows it.
+        # Not every kernel counts this, and not every container shows it.
         return None
 
 
 class Stopwatch:
-    """Measures from its creation on.
+    """Measures time from its creation.
 
-    What has to happen within a second happens within five where there are five processes to a processor. A limit of
-    five seconds would not see what has become slower, and one of a second fails because other tests run: so limits
-    are for `calm_s`, in which time that somebody had to stand in line for a processor counts a fifth.
+    What takes a second takes five if there are five processes per processor. A limit of five seconds would not notice
+    a slowdown, and a limit of one second would fail because other tests run. So limits are for `calm_s`, in which time
+    counts a fifth while some process waits for a processor.
     """
 
     def __init__(self) -> None:
@@ -48,5 +48,5 @@ class Stopwatch:
         return passed - busy_s * (1.0 - 1.0 / BUSY_S)
 
     def left_s(self, limit_s: float) -> float:
-        """Return for how long to wait before looking at the limit again; 0 once it has passed."""
+        """Return how long to wait before checking the limit again; 0 once it has passed."""
         return max(0.0, limit_s - self.calm_s())

@@ -1,4 +1,4 @@
-"""What keeps and echoes payloads in a server, and things to send; in a module that imports little."""
+"""A shared object that keeps and echoes payloads, and things to send. Servers import it, so it imports little."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shared_buffers() -> int:
 
 
 class Store:
-    """The shared object: gives back what it gets, or keeps it."""
+    """The shared object: returns its arguments, or keeps them."""
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
@@ -58,7 +58,7 @@ class CarriesArray(Exception):
 
 
 class Subclass(np.ndarray):
-    """An array of somebody's own type."""
+    """An array of a user-defined type."""
 
 
 class HasBuffer:
@@ -76,7 +76,7 @@ class HasBuffer:
 
 
 class CallsWhenUnpickled:
-    """Unpickled in the process that made it, it makes a call of its own."""
+    """Makes a call when it is unpickled in the process that made it."""
 
     def __init__(self, home: int, proxy: Any) -> None:
         self.home = home
@@ -91,7 +91,7 @@ def arrive(home: int, proxy: Any) -> Any:
 
 
 class Registered:
-    """Pickled by a reducer in copyreg's table alone."""
+    """Pickled only by a reducer in copyreg's table."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -31,12 +31,12 @@ def acquired(spawn: bool = True) -> Any:
 
 @pytest.fixture
 def in_room(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Deletes the shared object in the end."""
-    # What is sent does not depend on how the server was started, and a single one is there soonest without a zygote.
+    """Delete the shared object at the end."""
+    # Payloads do not depend on how the server was started, and a single server starts fastest without a zygote.
     monkeypatch.setenv("MPMM_ZYGOTE", "0")
     yield
     unload(TAG)
-    # With the last of these goes the connection, and with that the shared buffer.
+    # Dropping the last link closes the connection, and with it the shared buffer.
     if (link := known_link(registry_for(None), TAG)) is not None:
         forget_link(link)
         del link
@@ -59,7 +59,7 @@ def pair() -> Iterator[tuple[Channel, Channel]]:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Fail unless an array is like the one that a plain pickle brings."""
+    """Fail unless an array equals the one that a plain pickle returns."""
     assert type(found) is type(expected)
     np.testing.assert_array_equal(found, expected)
     if isinstance(expected, np.ndarray):

@@ -1,4 +1,4 @@
-"""Shared objects for the tests of servers; in a module that imports little."""
+"""Shared objects for the tests of servers, which import this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Speaker:
 
 
 class LongNative:
-    """Is made by native code that goes on after every signal, and never looks at Python's handlers."""
+    """Made by native code that continues after every signal, and never runs Python's handlers."""
 
     def __init__(self) -> None:
         import ctypes
@@ -64,12 +64,12 @@ class LongNative:
         lock = ctypes.create_string_buffer(64)
         library.pthread_mutex_lock(lock)
         Path(os.environ["BEGAN"]).write_text(str(os.getpid()))
-        # The second time it waits for itself, for good.
+        # The second call waits for the first lock forever.
         library.pthread_mutex_lock(lock)
 
 
 class TakesSigterm:
-    """Is made by code that has a handler of its own for SIGTERM."""
+    """Made by code that has a handler of its own for SIGTERM."""
 
     def __init__(self) -> None:
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -79,7 +79,7 @@ class TakesSigterm:
 
 
 class NotesSignals:
-    """Sends itself a signal so that the main thread's sleep is not interrupted."""
+    """Sends a signal to a thread of its process, so that the main thread's sleep is not interrupted."""
 
     def pid(self) -> int:
         return os.getpid()
@@ -94,7 +94,7 @@ class NotesSignals:
 
 
 class ForksChildren:
-    """Has a child that is ended by SIGTERM."""
+    """Has a child that SIGTERM ends."""
 
     def end_child(self) -> int:
         import multiprocessing
@@ -107,7 +107,7 @@ class ForksChildren:
 
 
 class ForksAndComesBack:
-    """Forks without `os._exit` in the child, which so comes back from a call, or the constructor, a second time."""
+    """Forks without `os._exit` in the child, which then returns from a call, or the constructor, a second time."""
 
     def __init__(self, child: str = "") -> None:
         self.status = self.fork(child) if child else -1

@@ -1,4 +1,4 @@
-"""What the tests of the policy look at: models, waiters, copies and devices, and a view of them."""
+"""Models, waiters, copies and devices for the tests of the policy, and a view of them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def idle(
 
 
 def held_for_long(one: ModelView) -> ModelView:
-    """The model, whose holds take so much longer than its loads that nobody waits for an instance in use."""
+    """Return the model with holds so much longer than its loads that no request waits for an instance in use."""
     return replace(one, load_s=1.0, hold_s=9.0)
 
 
@@ -97,7 +97,7 @@ def view(
     isolated: bool = False,
     leases: tuple[PlacedInstance, ...] = (),
 ) -> View:
-    """A state. in_use: copies on the first device that nothing is known of but that they are in use."""
+    """Return a view. in_use: number of copies on the first device of which only their use is known."""
     waiting = Counter(t.model for t in tickets)
     there = [device()] if devices is None else devices
     nameless = tuple(BusyInstance(1000 + row, models[0].model, 0, 0.0, math.inf, pinned=True) for row in range(in_use))
@@ -117,7 +117,7 @@ def view(
 
 
 def wanted(row: int, need: float, rate: float, **more: Any) -> ModelView:
-    """A model with one copy, whose loads take 2 s."""
+    """Return a model with one copy, whose loads take 2 s."""
     values = {"load_s": 2.0, "hold_s": 0.1, "rate": rate, **more}
     return replace(model(row, need, shared=1), **values)
 
@@ -130,7 +130,7 @@ def in_use(row: int, of: int, mb: float, free_in_s: float) -> BusyInstance:
 
 
 def busy(**values: Any) -> ModelView:
-    """A known model with one copy, in use, that takes 2 s to load and is held for 0.1 s."""
+    """Return a known model with one copy, in use, that takes 2 s to load and is held for 0.1 s."""
     return ModelView(
         **{
             "model": A,
@@ -147,7 +147,7 @@ def busy(**values: Any) -> ModelView:
 
 
 def loading_for(seconds: float, **values: Any) -> ModelView:
-    """The same model while another process loads its only copy."""
+    """Return the same model while another process loads its only copy."""
     more = {"shared": 0, "loading": {OTHER: 1}, "shares": values.get("load_s", 2.0) > 0, "loading_for_s": seconds}
     return busy(**more, **values)
 
@@ -156,5 +156,5 @@ def loading_for(seconds: float, **values: Any) -> ModelView:
 
 
 def usable_on(one: TicketView, on: int) -> TicketView:
-    """The waiter, to whom only what lies on one device is of use."""
+    """Return the waiter, now restricted to copies on one device."""
     return replace(one, loadable_on=(on,), usable_on=(on,))

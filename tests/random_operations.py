@@ -1,7 +1,7 @@
-"""Random operations on the rows of a namespace, each of which its owner may make: see `test_views`.
+"""Random operations on the rows of a namespace, each allowed to its member: see `test_views`.
 
-They go through `transitions` as managers, leaders and servers do, without a process for each. What a policy would
-forbid for want of memory is allowed: nothing here decides. An operation for which there is no row does nothing.
+They use `transitions` as managers, leaders and servers do, without a process for each. They do not follow the policy,
+and load even without enough memory. An operation for which there is no row does nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OF_LEASES = (Reason.LEASED, Reason.BEHIND)
 
 
 def step(made: RandomTables) -> None:
-    """Let some time pass, and make one operation, if it is possible."""
+    """Let some time pass, and make one random operation, if it is possible."""
     made.now += made.chance.choice([10**6, 10**8, SECOND_NS, 3 * SECOND_NS])
     weights = [weight for weight, _ in OPERATIONS]
     _, operation = made.chance.choices(OPERATIONS, weights)[0]
@@ -63,7 +63,7 @@ def change_model(made: RandomTables, t: Transaction) -> None:
 
 def begin_load(made: RandomTables, t: Transaction) -> None:
     mb = made.chance.choice([100.0, 300.0])
-    # Of some models there is no copy for longer where everything is plain.
+    # If everything is plain, only one model has copies.
     model = made.transitions.models.claim(t, "m0", b"m0") if made.plain else made.claim_model(t)
     member, devices = made.chance.choice(WORKERS), made.some_devices()
     if not devices or made.has_enough(model):
@@ -301,7 +301,7 @@ def run_alone(made: RandomTables, t: Transaction) -> None:
         made.transitions.isolation.begin(t, row)
 
 
-# How often each is made, in relation to the others.
+# How often each operation is made, in relation to the others.
 OPERATIONS: list[tuple[int, Callable[[RandomTables, Transaction], None]]] = [
     (3, change_model),
     (10, begin_load),

@@ -1,8 +1,8 @@
-"""What is read of random rows, by snapshots, by `reads` and by `tables`; recorded as checksums in `recorded_reads.txt`.
+"""What snapshots, `reads` and `tables` read from random rows, recorded as checksums in `recorded_reads.txt`.
 
-Rows are made by `random_operations`. For each question and each seed there is a checksum of all answers to it. If an
-answer is meant to be another one, or the random operations are changed, `PYTHONPATH=tools python tests/random_reads.py`
-records the answers anew.
+`random_operations` makes the rows. For each question and each seed there is a checksum of all answers. After a change
+of the random operations, or an intended one of an answer, run `PYTHONPATH=tools python tests/random_reads.py` to record
+the answers again.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from mpmm.shared_state.transaction import Transaction
 
 RECORDED = Path(__file__).parent / "recorded_reads.txt"
 SEEDS = range(10)
-# As many states of the rows are looked at for each seed, after so many operations each.
+# The number of states that are read for each seed, and the operations before each.
 LOOKS, STEPS = 6, 25
 WALL_S = 1.7e9
 START_NS = 10**15
-# Fields of a snapshot that go by the process, or the machine.
+# Fields of a snapshot that depend on the process or the machine.
 OF_THE_PROCESS = ("lock", "segment", "namespace", "root", "suspend_budget_mb", "created_wall_s")
 
 
 class RandomRows:
-    """Random rows, and what can be asked of them."""
+    """Random rows, and the questions about them."""
 
     def __init__(self, made: RandomTables) -> None:
         self.made = made
@@ -57,11 +57,11 @@ class RandomRows:
             t.set_text(at + Member.NAME, b"ours")
 
     def answers(self) -> dict[str, str]:
-        """Return what is answered now, by question."""
+        """Return the current answers, by question."""
         return {name: self._shown(answer) for name, answer in self._answers()}
 
     def _shown(self, answer: Any) -> str:
-        # Of what is random in the process alone, rows have its pid.
+        # The pid is the only thing in rows that differs from process to process.
         return repr(answer).replace(f"pid={os.getpid()},", "pid=ours,")
 
     def _answers(self) -> Iterator[tuple[str, Any]]:
@@ -206,7 +206,7 @@ class RandomRows:
         yield "has_row_for_instance", scheduler.table_rows.has_row_for_instance()
 
     def _of_changes(self) -> Iterator[tuple[str, Any]]:
-        """Say what the scheduler would change; all of it is undone."""
+        """Yield what the scheduler would change; every change is rolled back."""
         scheduler, tables, reset = self.scheduler, self.tables, self.made.transitions.reset
         held = tables.rows_where(self.layout.instances, Instance.STATE, Instance.ACTIVE)
         waiting = tables.rows_where(self.layout.tickets, Ticket.STATE, Ticket.WAITING)
@@ -233,7 +233,7 @@ class RandomRows:
     def _changed_by(self, change: Callable[[Transaction], Any]) -> tuple[Any, list[tuple[int, int]]]:
         """Return what a change returns, and the words that it changes."""
         end = self.layout.observations.end
-        # What is never undone: generations, and words that others wait for.
+        # Generations, and words on which others wait, are never rolled back.
         before = self.words[:end].tolist()
         with self.made.attempt() as t:
             try:
@@ -248,7 +248,7 @@ class RandomRows:
 
 
 def answers_of(seed: int) -> dict[str, list[str]]:
-    """Return what is answered to each question, in one state of the rows after the other."""
+    """Return the answers to each question, in one state of the rows after another."""
     found: dict[str, list[str]] = {}
     made: list[RandomTables] = []
     with (
@@ -272,7 +272,7 @@ def lines_of(seed: int) -> list[str]:
 
 
 def main() -> None:
-    """Record what is answered."""
+    """Record the answers."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: folder}):
         RECORDED.write_text("".join(f"{line}\n" for seed in SEEDS for line in lines_of(seed)))
 

@@ -1,7 +1,7 @@
-"""Random states of all that a plan is made from, and the plans that are recorded for them in `recorded_plans.txt`.
+"""Random states as input for plans, and the plans that are recorded for them in `recorded_plans.txt`.
 
-A plan that is another one than before shows what a change of the policy does, also where nobody has thought of it. If
-that is meant, `python tests/random_states.py` records the plans anew; read what differs.
+A plan that differs from the recorded one shows an effect of a change of the policy, even an unexpected one. If it is
+intended, run `python tests/random_states.py` to record the plans again, and read the differences.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from mpmm.policy.view import (
 RECORDED = Path(__file__).parent / "recorded_plans.txt"
 STATES = 1000
 NOW_S = 1000.0
-# Few different sizes, so that some fit exactly, and alternatives are as good as one another.
+# Few different sizes, so that some models fit exactly, and some alternatives are equally good.
 SIZES_MB = (100.0, 200.0, 250.0, 300.0, 400.0, 500.0, 600.0)
 
 
 class RandomState:
-    """A state in which what is counted fits together: copies, who uses, loads and suspends them, and their memory."""
+    """A state whose counts are consistent: copies, their uses, loads and suspensions, and their memory."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -48,7 +48,7 @@ class RandomState:
         self.loading: dict[int, Counter[int]] = defaultdict(Counter)
         self.used_mb: Counter[int] = Counter()
         self.sizes = {row: self.pick(*SIZES_MB) for row in range(self.models)}
-        # Evictions go by costs where all of them are known.
+        # Evictions are decided by costs if all costs are known.
         self.costs_are_known = self.now_and_then(2)
         self.leases = {row for row in range(self.models) if self.now_and_then(12)}
 
@@ -57,11 +57,11 @@ class RandomState:
         return self.chance.choice(values)
 
     def now_and_then(self, one_in: int) -> bool:
-        """Return True once in so many times."""
+        """Return True once in `one_in` times, on average."""
         return self.chance.randrange(one_in) == 0
 
     def view(self) -> View:
-        """Return the state."""
+        """Return the state as a view."""
         idle = [one for _ in range(self.chance.randrange(5)) for one in self._idle()]
         busy = [self._busy() for _ in range(self.pick(0, 0, 1, 2))]
         leases = [
@@ -215,7 +215,7 @@ class RandomState:
 
 
 def shown(value: object) -> str:
-    """Return a value in as few letters as say what it is."""
+    """Return a value as a short text."""
     if isinstance(value, Why):
         figures = [value.need_mb, value.free_mb, value.coming_mb, value.seconds]
         about = [] if value.other is None else [f"of {value.other}"]
@@ -227,7 +227,7 @@ def shown(value: object) -> str:
 
 
 def decided(decision: Decision) -> str:
-    """Return what is decided for a waiter."""
+    """Return the decision for a waiter as text."""
     fields = {name: value for name, value in vars(decision).items() if name not in ("ticket", "why", "reason")}
     said = [f"{name}={shown(value)}" for name, value in fields.items() if value not in (False, None)]
     why = getattr(decision, "why", None)

@@ -1,4 +1,4 @@
-"""A namespace with made-up members and devices, whose rows `random_operations` fills at random: see `test_views`."""
+"""A namespace with invented members and devices, whose rows `random_operations` fills at random: see `test_views`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOMY = Capacities(
 DEVICES = [(b"uuid-0", b"gpu 0", 8000.0), (b"uuid-1", b"gpu 1", 8000.0), (b"uuid-2", b"gpu 2", 4000.0)]
 # Whether the source measures processes, frees late, and only accounts for what is loaded.
 FLAGS = [(True, False, False), (True, True, False), (False, True, False), (False, False, True)]
-# What waiters may be told in one namespace.
+# The reasons that waiters may have in one namespace.
 REASONS = [
     (Reason.SHARING, Reason.COPIES),
     (Reason.LEASED, Reason.EXTERNAL, Reason.SHARING, Reason.BEHIND),
@@ -42,15 +42,14 @@ class _Undo(Exception):
 class RandomTables:
     """A namespace with up to three devices, three workers and three model servers, and a clock that stands still.
 
-    `random_operations.step` moves the clock and makes an operation; the rest here chooses rows for that.
+    `random_operations.step` moves the clock and makes an operation; the methods here choose rows for it.
 
-    plain: all models are known, all copies are handles, of which none is suspended, no load fails, and most who wait
-    want one model, and no more than a copy of it. Of every other seed: there the scheduler's shortcuts often know what
-    to do.
+    plain: all models are known, all copies are handles and never suspended, no load fails, and most waiters want one
+    model, and only a copy of it. Every other seed is plain, because the scheduler's shortcuts often apply there.
     """
 
     def __init__(self, seed: int, devices: int | None = None) -> None:
-        """devices: how many, else as the seed says."""
+        """devices: their number, by default drawn by the seed."""
         self.chance = random.Random(seed)
         self.now = 10**15
         self.most_copies = self.chance.choice([2, 100])
@@ -101,7 +100,7 @@ class RandomTables:
             raise _Undo
 
     def come_to_rest(self) -> None:
-        """Let nobody wait for, load or hold a copy any more, nor want one kept; what unloads or suspends goes on."""
+        """End all waits, pins, loads, resumes and holds; unloads and suspensions continue."""
         transitions, instances = self.transitions, self.layout.instances
         with self.namespace.transaction() as t:
             for ticket in self.tables.used_rows(self.layout.tickets):
@@ -122,7 +121,7 @@ class RandomTables:
     # ---- what there is ---------------------------------------------------------------------------------------
 
     def some(self, *states: int) -> int | None:
-        """Return a row of a copy or lease in one of these states; no seat."""
+        """Return a row of a copy or lease in one of these states, but not of a seat."""
         found = [row for row in self.tables.used_rows(self.layout.instances) if self._is_in(row, states)]
         return self.chance.choice(found) if found else None
 
@@ -131,22 +130,22 @@ class RandomTables:
         return one.state in states and one.seat_of is None
 
     def some_unused(self) -> int | None:
-        """Return an idle copy that nobody uses."""
+        """Return an idle copy without a seat in use."""
         row = self.some(Instance.IDLE)
         return None if row is None or self.tables.is_in_use(row) else row
 
     def some_place(self, state: int) -> int | None:
-        """Return a row in a state, a copy's or a seat's."""
+        """Return a row of a copy or a seat in a state."""
         found = self.tables.rows_where(self.layout.instances, Instance.STATE, state)
         return self.chance.choice(found) if found else None
 
     def claim_model(self, t: Transaction) -> int:
-        """Return the row of one of the models, which has one now if it had none."""
+        """Return the row of a random model, which gets one if it has none."""
         tag = f"m{self.chance.randrange(self.models)}"
         return self.transitions.models.claim(t, tag, tag.encode())
 
     def some_devices(self) -> int:
-        """Return the bits of devices on which something may be placed, 0 if the choice falls on one that is taken."""
+        """Return the bits of random devices for a placement, 0 if one of them is isolated."""
         bits = self.chance.choice(self.places)
         return 0 if any(self.tables.devices[device].isolated is not None for device in device_rows(bits)) else bits
 
@@ -161,12 +160,12 @@ class RandomTables:
         return figures.copies + figures.loading >= self.most_copies
 
     def some_unloading(self) -> int | None:
-        """Return a copy whose unload can come to its end."""
+        """Return a copy whose unload can end."""
         row = self.some(Instance.UNLOADING)
-        # Nobody begins before the last seat is given back.
+        # An unload does not begin before the last seat is released.
         return None if row is None or self.tables.instances[row].seats else row
 
     def steady(self) -> list[int]:
-        """Return the rows of what holds back loads and unloads on its devices until it has started."""
+        """Return the rows that hold back loads and unloads on their devices until they have started."""
         used = self.tables.used_rows(self.layout.instances)
         return [row for row in used if self.tables.instances[row].steady]

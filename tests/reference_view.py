@@ -1,6 +1,6 @@
-"""What a plan is to be made from, read from the rows of a namespace one by one, in no hurry: see `test_views`.
+"""The view for a plan, read simply and slowly from the rows of a namespace, one by one: see `test_views`.
 
-Written down from what `mpmm.policy.view` says of each field, and not from `mpmm.scheduling`. Times stand still.
+Written from the description of each field in `mpmm.policy.view`, and not from `mpmm.scheduling`. Times stand still.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Reference:
     # ---- parts -----------------------------------------------------------------------------------------------
 
     def shares(self, row: int) -> dict[int, float]:
-        """What a copy takes, by device."""
+        """Return the memory of a copy, by device."""
         one = self.rows[row]
         if len(one.devices) == 1:
             return {one.devices[0]: one.mb}
@@ -62,12 +62,12 @@ class Reference:
         return {device: self.floats[first + n] for n, device in enumerate(one.devices)}
 
     def equal(self, row: int, mb: float) -> dict[int, float]:
-        """The same on each device of a copy."""
+        """Return equal shares of `mb` on the devices of a row."""
         devices = self.rows[row].devices
         return {device: mb / len(devices) for device in devices}
 
     def reserved(self, row: int) -> dict[int, float]:
-        """What a load, a resume or a lease counts for, by device."""
+        """Return the reservation of a load, a resume or a lease, by device."""
         one = self.rows[row]
         if one.state == Instance.LEASED:
             return self.equal(row, max(one.reserved_mb, one.mb))
@@ -83,49 +83,49 @@ class Reference:
         return {device: max(mb, has) for (device, mb), has in zip(shares.items(), measured, strict=True)}
 
     def placed(self, row: int, shares: dict[int, float]) -> PlacedInstance:
-        """Where a row lies."""
+        """Return the placement of a row."""
         (device, mb), *others = shares.items()
         return PlacedInstance(row, self.rows[row].model, device, mb, other_shares=tuple(others))
 
     def pinned(self, row: int) -> bool:
-        """Whether somebody wants the model kept."""
+        """Tell whether the model is pinned."""
         return self.tables.models[self.rows[row].model].pins > 0
 
     def owner(self, row: int) -> int | None:
-        """A reference to the only member that can use a copy."""
+        """Return a reference to the only member that can use a copy; None if all can."""
         owner = self.rows[row].owner
         return None if owner is None else owner + 1
 
     def goes(self, row: int) -> bool:
-        """Whether a copy in use, or about to be, is unloaded when it is given back."""
+        """Tell whether a copy that is in use, or about to be, is unloaded when it is released."""
         one = self.rows[row]
         return bool(one.unload_on_release) or bool(one.seats and one.state == Instance.UNLOADING)
 
     def users(self, row: int) -> list[InstanceRow]:
-        """The places of a copy that are in use."""
+        """Return the places of a copy that are in use."""
         return [self.rows[place] for place in self.places[row] if self.rows[place].state == Instance.ACTIVE]
 
     def movable(self, row: int) -> Movable:
-        """What is known of a copy's suspension."""
+        """Return the known figures of a copy's suspension."""
         one, model = self.rows[row], self.tables.models[self.rows[row].model]
         mb = one.device_mb or one.mb
         return Movable(mb, Way(one.way), model.load_s, model.suspend_s, model.resume_s, self.rate(one.model))
 
     def demand(self, row: int) -> Demand:
-        """The demand for a model, counted up to now."""
+        """Return the demand for a model, counted up to now."""
         model = self.tables.models[row]
         requests = model.hits + model.loads + model.resumes + model.loading + model.waiting
         before = Demand(model.mean_interarrival_s, model.requests, model.requested_at / 1e9)
         return before.counted(requests, self.now / 1e9)
 
     def rate(self, row: int) -> float:
-        """Requests a second."""
+        """Return the requests per second for a model."""
         return self.demand(row).per_second(self.now / 1e9)
 
     # ---- what the view has -----------------------------------------------------------------------------------
 
     def devices(self) -> tuple[DeviceView, ...]:
-        """The devices, as admission counts them."""
+        """Return the devices, as admission counts them."""
         return tuple(self._device(row) for row in self._used(self.layout.devices))
 
     def _device(self, row: int) -> DeviceView:
@@ -159,7 +159,7 @@ class Reference:
         )
 
     def model(self, row: int) -> ModelView:
-        """A model."""
+        """Return a model."""
         model = self.tables.models[row]
         of_model = {copy: one for copy, one in self.copies.items() if one.model == row}
         stays = [copy for copy, one in of_model.items() if one.state in (Instance.ACTIVE, Instance.IDLE)]
@@ -204,7 +204,7 @@ class Reference:
         )
 
     def busy(self) -> list[BusyInstance]:
-        """The copies in use, and those that come."""
+        """Return the copies in use, and those that load or resume."""
         found = []
         for row, one in self.copies.items():
             model, used = self.tables.models[one.model], self.users(row)
@@ -227,7 +227,7 @@ class Reference:
         return found
 
     def idle(self) -> list[IdleInstance]:
-        """The places that nobody uses."""
+        """Return the places that are not in use."""
         found = []
         for row, copy in self.copies.items():
             whole = copy.state == Instance.IDLE and not self.users(row)
@@ -248,7 +248,7 @@ class Reference:
         return found
 
     def would_be_suspended(self, row: int) -> bool:
-        """Whether an idle copy would be suspended if it were evicted."""
+        """Tell whether an idle copy would be suspended if it were evicted."""
         one, model = self.rows[row], self.tables.models[self.rows[row].model]
         handle = self.tables.handle_of(row)
         twins = [other for other in self.copies if other != row and handle and self.tables.handle_of(other) == handle]
@@ -268,7 +268,7 @@ class Reference:
         return room.dropped_for(movable.mb, movable.worth_suspending) is not None
 
     def saved_share(self, way: Way) -> float:
-        """What suspension would save of the loads of all models."""
+        """Return the share of all models' loads that suspension would save."""
         models = []
         for row in self._used(self.layout.models):
             one = self.tables.models[row]
@@ -278,16 +278,16 @@ class Reference:
         return saved_share(models)
 
     def budget_mb(self) -> float:
-        """Host memory for suspended copies."""
+        """Return the host memory for suspended copies."""
         chosen = self.settings.suspend_budget_mb
         return self.tables.header.host_share_mb if math.isnan(chosen) else chosen
 
     def host_free_mb(self) -> float:
-        """What is left of it."""
+        """Return the rest of the host memory for suspended copies."""
         return self.budget_mb() - sum(one.host_mb for one in self.copies.values() if one.state in IN_HOST)
 
     def suspended(self) -> list[SuspendedInstance]:
-        """The copies in the host."""
+        """Return the suspended copies."""
         found = []
         for row, one in self.copies.items():
             if one.state == Instance.SUSPENDED:
@@ -301,14 +301,14 @@ class Reference:
         return found
 
     def leases(self) -> list[PlacedInstance]:
-        """The leases."""
+        """Return the leases."""
         leased = [row for row, one in self.rows.items() if one.state == Instance.LEASED]
         return [self.placed(row, self.equal(row, self.rows[row].reserved_mb)) for row in leased]
 
     # ---- the queue -------------------------------------------------------------------------------------------
 
     def queue(self) -> list[int]:
-        """The rows of those who wait, first one first."""
+        """Return the rows of the waiters, in the order of the queue."""
         rows = [row for row in self._used(self.layout.tickets) if self.tables.tickets[row].state == Ticket.WAITING]
         tickets = {row: self.tables.tickets[row] for row in rows}
         return sorted(
@@ -317,12 +317,12 @@ class Reference:
         )
 
     def _class(self, ticket: TicketRow) -> int:
-        # After four times the bound a waiter for a known model stands among those for unknown ones.
+        # After four times the bound, a waiter for a known model is ranked among those for unknown ones.
         long = self.now - ticket.enqueued >= 4e9 * self.settings.max_overtake_seconds
         return 0 if ticket.priority == 1 and long else ticket.priority
 
     def chosen(self) -> list[int]:
-        """The rows of the waiters that a plan is to look at."""
+        """Return the rows of the waiters that a plan considers."""
         order = self.queue()
         if len(order) <= QUEUE_PART:
             return order
@@ -336,7 +336,7 @@ class Reference:
         return part
 
     def tickets(self, rows: Sequence[int]) -> list[TicketView]:
-        """Waiters."""
+        """Return waiters."""
         return [self._ticket(row) for row in rows]
 
     def _ticket(self, row: int) -> TicketView:
@@ -360,11 +360,11 @@ class Reference:
         )
 
     def expected_wait(self, row: int) -> tuple[int, int, int, float, float, float]:
-        """By what the wait of a ticket is foretold.
+        """Return the figures that predict a ticket's wait.
 
-        That is its member, those of its model before it, its reason, the seconds of that, its wait so far, and in how
-        many seconds those before it have room. Those who preload want no copy to use. A back-off
-        has gone on since the reason was written down.
+        These are its member, the number of waiters for its model before it, its reason and that reason's seconds, its
+        wait so far, and the seconds until the waiters before it have room. Preloads do not count as waiters for its
+        model, because they use no copy. A back-off has advanced since the reason was written.
         """
         one, model = self.tables.tickets[row], self.tables.models[self.tables.tickets[row].model]
         others = [self.tables.tickets[other] for other in self._used(self.layout.tickets)]
@@ -387,6 +387,6 @@ class Reference:
         return (one.member or 0) + 1, len(before), one.reason, seconds, waited_s, room_ahead_s
 
     def isolates_unknown(self) -> bool:
-        """Whether a model is to be measured by running alone."""
+        """Tell whether unknown models are measured by running alone."""
         words = self.words
         return not words[Header.SOURCE_MEASURES_PROCESSES] and not words[Header.SOURCE_ACCOUNTING_ONLY]

@@ -1,7 +1,7 @@
 """What each transition changes, word by word: rows, events and wake-ups, and nothing else.
 
-Each case makes rows, and an operation on them; its table says all that this changes: `now` is the time of the
-operation, and other times are some seconds from that.
+Each case makes rows, and an operation on them; its table lists everything that the operation changes. `now` is the time
+of the operation, and other times are given as seconds from it.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ ROWS = {
     "devices": Device,
     "observations": Observation,
 }
-# Words of whole transactions, whichever it is.
+# Words that every transaction changes.
 OF_ALL = ("CHANGE", "UNDO_COUNT", "LOCK_HOLDER", "LOCK_TAKEN", "EVENTS", "NEXT_GENERATION", "CONTENDED", "SPIN_LOCK")
-# Times that are no `…_AT`; what is told of them is how many seconds they are from now.
+# Times that do not end in `_AT`; they are shown as seconds from now.
 TIMES = {
     *("SINCE", "ENQUEUED", "DEADLINE", "ATTACHED", "SAMPLED", "PEAK_RESET", "TRIED", "UPDATED", "RANK"),
     *("LEADER_SINCE", "POLLED", "SETTINGS_CHANGED", "CALLED_UP", "STARTED_WALL"),
@@ -75,7 +75,7 @@ _names = itertools.count()
 
 
 def _fields(row: type) -> dict[int, str]:
-    """Return the fields of a row by their offsets; the names behind WORDS are of values."""
+    """Return the fields of a row by their offsets; the names after WORDS are those of values."""
     names = [name for name in vars(row) if name.isupper()]
     names = names[: names.index("WORDS")]
     kinds = ("_BYTES", "_LENGTH", "_KEPT", "_WORDS", "IS_CLOSED")
@@ -87,10 +87,10 @@ CAUSE = Cause(Reason.CHEAPEST_RELOAD, 1.0, 2.0, 3.0, 4.0, 2, 6)
 
 
 class RowChanges:
-    """A namespace with four members beside this one, three devices and three models, and a clock that stands still.
+    """A namespace with four members besides this one, three devices and three models, and a clock that stands still.
 
-    Members 1 and 2 are workers, 3 and 4 servers. Model 0 is nobody's, but for its copy in row 0 on device 2, its ticket
-    and its pin, in the first rows of their tables.
+    Members 1 and 2 are workers, 3 and 4 servers. Model 0 stands for models of others: it has a copy in row 0 on
+    device 2, a ticket and a pin, in the first rows of their tables.
     """
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class RowChanges:
             for tag in ("nobody's", "a", "b"):
                 self.to.models.claim(t, tag, tag.encode())
             self.to.members.lead(t, 2, b"made up", (True, False, False))
-            # Whatever is counted begins with a number that nothing else has.
+            # Every counter begins with a number of its own.
             for number, word in enumerate(("HITS", "LOADS", "EVICTIONS", "FAILED_LOADS", "SUSPENDS", "RESUMES"), 1):
                 t.set(getattr(Header, word), 10 * number)
             for row in (1, 2):
@@ -121,8 +121,8 @@ class RowChanges:
                 for number, word in enumerate(("LOAD_S", "HOLD_S", "SUSPEND_S", "RESUME_S"), 1):
                     t.set_float(at + getattr(Model, word), 10.0 * row + number)
         self.wait(10)
-        # Of each table a row is another's, so that the rows that a test is about are not the first ones; and it is
-        # full, so that whoever looks a few words before the next row finds something there.
+        # The first row of each table belongs to model 0, so that a test's rows are not the first ones; and its words
+        # are not 0, so that code that reads a few words before the next row finds something there.
         self.active(handle=b"h" * Instance.HANDLE_BYTES, model=0, member=2, devices=(2,), mb=150.0)
         why = Cause(Reason.EXTERNAL, 1.0, 2.0, 3.0, 4.0, 1, 4)
         self.ticket(
@@ -138,7 +138,7 @@ class RowChanges:
             t.set_all([(self.tables.device(1) - number, number) for number in range(1, 80)])
 
     def close(self) -> None:
-        """Leave the namespace, and let time go on."""
+        """Leave the namespace, and let the clock run again."""
         self.namespace.leave()
         self._clock.stop()
 
@@ -147,7 +147,7 @@ class RowChanges:
         self.now += int(seconds * SECOND_NS)
 
     def do(self, operation: Callable[[Transaction], Any], after_s: float = 1) -> Any:
-        """Make an operation; let time pass then. Return what it returns."""
+        """Make an operation, then let time pass; return its result."""
         with self.namespace.transaction() as t:
             result = operation(t)
         self.wait(after_s)
@@ -170,13 +170,13 @@ class RowChanges:
         return row
 
     def idle(self, **active: Any) -> int:
-        """Return a copy that nobody holds any more."""
+        """Return a copy that its holder has released."""
         row = self.active(**active)
         self.do(lambda t: self.to.holds.release(t, row), 4)
         return row
 
     def suspended(self, **idle: Any) -> int:
-        """Return a copy that is suspended."""
+        """Return a suspended copy."""
         row = self.suspending(**idle)
         self.do(lambda t: self.to.suspensions.end(t, row), 6)
         return row
@@ -201,17 +201,17 @@ class RowChanges:
         return row
 
     def leased(self, member: int = 1, devices: tuple[int, ...] = (1,), mb: float = 300.0) -> int:
-        """Return a lease that a member has."""
+        """Return a lease of a member."""
         model = self.do(lambda t: self.to.leases.claim(t, b"lease", mb))
         return int(self.do(lambda t: self.to.leases.begin(t, model, member, device_bits(devices), mb), 3))
 
     def ticket(self, model: int = 1, member: int = 2, **more: Any) -> int:
-        """Return a ticket of a member that waits."""
+        """Return a waiting ticket of a member."""
         values = {"priority": 1, "need_mb": 700.0, "deadline_ns": self.now + 60 * SECOND_NS, **more}
         return int(self.do(lambda t: self.to.tickets.enqueue(t, model, member, **values), 2))
 
     def users(self, users: int, model: int = 1) -> None:
-        """Let so many use a copy of a model that is loaded from now on."""
+        """Let copies of a model that are loaded from now on have `users` users."""
         self.do(lambda t: self.to.models.set_users(t, model, users))
 
     def claim(self, tag: str) -> None:
@@ -232,13 +232,13 @@ class RowChanges:
         self.do(lambda t: self.to.unloads.end(t, row))
 
     def unload_two(self) -> None:
-        """Unload two copies of device 1, each after a figure that was taken while it was there."""
+        """Unload two copies from device 1, each after a sample that was taken while it was loaded."""
         for row in self.idle(handle=b"1", mb=600.0), self.idle(handle=b"2", mb=400.0):
             self.sample(1, 1100.0)
             self.unload(row)
 
     def sample(self, device: int, mb: float) -> None:
-        """Take a figure of a device."""
+        """Sample a device."""
         self.do(lambda t: self.to.devices.sample(t, device, mb, self.now))
 
     def observe(self, copies: list[tuple[int, int]], mb: float, device: int) -> None:
@@ -254,7 +254,7 @@ class RowChanges:
         self.do(lambda t: self.to.unloads.begin(t, row, 2, False))
 
     def poke(self, word: int, value: float) -> None:
-        """Write a word: a float if that is what the value is."""
+        """Write a word, as a float if the value is one."""
         self.do(lambda t: t.set(word, float_bits(value) if isinstance(value, float) else value), 0)
 
     def act_as(self, slot: int) -> None:
@@ -266,7 +266,7 @@ class RowChanges:
     # ---- what changes ----------------------------------------------------------------------------------------
 
     def changes(self, operation: Callable[[Transaction], Any]) -> str:
-        """Make an operation; return what it changes, a line for each row, event and wake-up, and what it returns."""
+        """Make an operation; return its changes, a line for each row, event and wake-up, and its result."""
         after: list[Any] = []
 
         def call() -> Any:
@@ -278,7 +278,7 @@ class RowChanges:
         return self.changes_of(call, after)
 
     def changes_of(self, call: Callable[[], Any], after: Sequence[Any] = ()) -> str:
-        """Make a call with transactions of its own; return what it changes. after: what follows these."""
+        """Make a call with transactions of its own; return its changes. after: the calls that follow these."""
         before, events = self.words.tolist(), self.words[Header.EVENTS]
         result = call()
         lines = [*self._rows_since(before), *self._events_since(events), *map(self._call, after)]
@@ -300,7 +300,7 @@ class RowChanges:
         return [f"{row}: {' '.join(changed)}" for row, changed in rows.items()]
 
     def _place(self, index: int) -> tuple[str, str, int]:
-        """Return the row and the field of a word, and which word of the field it is."""
+        """Return the row and the field of a word, and its offset in the field."""
         row, offset, fields = "header", index, _fields(Header)
         for table in self.layout.tables:
             if table.base <= index < table.end and table.name in ROWS:
@@ -314,7 +314,7 @@ class RowChanges:
         if field == "STATE" and table in STATES:
             row, names = STATES[table]
             return next(name for name in names if getattr(row, name) == value)
-        # Rows of these are a time and then floats.
+        # Entries of these consist of a time and then floats.
         in_row = {"RETURNS": offset % Device.RETURN_WORDS, "RING": offset % 2}.get(field)
         # A model's SHARES is a flag.
         if in_row or (field in FLOATS and table != "model") or field.endswith(("_MB", "_S")):
@@ -351,7 +351,7 @@ class RowChanges:
         return found
 
     def _call(self, call: Any) -> str:
-        """Return what is to be done after the transaction."""
+        """Return a call that follows the transaction, as text."""
         if not isinstance(call, partial):
             return str(call.__name__)
         if call.func is wake_all:
@@ -364,18 +364,18 @@ Make = Callable[[RowChanges], Operation]
 
 
 class Cases:
-    """Cases of one test file, by the names of the functions that make them."""
+    """The cases of one test file, by the names of the functions that make them."""
 
     def __init__(self) -> None:
         self._cases: dict[str, tuple[Make, str]] = {}
 
     @property
     def names(self) -> list[str]:
-        """The cases."""
+        """The names of the cases."""
         return list(self._cases)
 
     def case(self, expected: str) -> Callable[[Make], Make]:
-        """Have a case tested: what its operation changes is this."""
+        """Register a case whose operation changes what `expected` lists."""
 
         def keep(make: Make) -> Make:
             assert make.__name__ not in self._cases
@@ -385,16 +385,16 @@ class Cases:
         return keep
 
     def check(self, it: RowChanges, name: str) -> None:
-        """Fail unless the operation of a case changes what it is to."""
+        """Fail unless the operation of a case changes what it should."""
         make, expected = self._cases[name]
-        # Long lines go on in the next one, further in.
+        # Long lines continue on the next one, indented.
         told = textwrap.dedent(expected.strip("\n")).replace("\n  ", " ").splitlines()
         assert it.changes(make(it)).splitlines() == told
 
 
 @pytest.fixture
 def it() -> Iterator[RowChanges]:
-    """Made-up rows."""
+    """A namespace with invented rows."""
     with closing(RowChanges()) as made:
         yield made
 
@@ -407,7 +407,7 @@ def raised(call: Callable[[], object]) -> str:
 
 
 def when_long(t: Transaction, call: Callable[[], object], after: int) -> object:
-    """Return what a call returns in a transaction that is long after it has been asked so often whether it is."""
+    """Return what a call returns in a transaction whose `is_long` is true from the `after`-th read on."""
     asked = itertools.count()
     with mock.patch.object(Transaction, "is_long", property(lambda _: next(asked) >= after)):
         return call()

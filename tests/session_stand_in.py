@@ -1,4 +1,4 @@
-"""Objects whose methods return what cannot be pickled, like an inference session of ONNX; for model servers."""
+"""Objects for model servers whose methods return what cannot be pickled, like an inference session of ONNX."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Input:
-    """Describes an input of a model, and refuses to be pickled, as what is written in C++ does."""
+    """Describes an input of a model, and refuses to be pickled, like objects written in C++."""
 
     def __init__(self, name: str, shape: list[int]) -> None:
         self.name = name
@@ -33,7 +33,7 @@ class Session:
         return self._inputs
 
     def knows(self, one: object) -> bool:
-        """Whether it is one of its inputs itself."""
+        """Tell whether an object is one of this session's inputs."""
         return any(one is other for other in self._inputs)
 
     def make_input(self) -> Input:
@@ -42,7 +42,7 @@ class Session:
         return made
 
     def inputs_left(self) -> int:
-        """How many of those that it made are still there."""
+        """Return how many of the inputs that it made still exist."""
         return len(self._made)
 
     def count(self, to: int, fail_at: int = -1) -> Iterator[int]:

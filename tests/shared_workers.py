@@ -1,4 +1,4 @@
-"""Processes that use shared objects when a test says so, and what they share."""
+"""Processes that use shared objects on a test's orders, and the objects that they share."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.shared_state.lock_file import LockFile
 
-# The time after its last client in which a server has to be gone: a probe a second.
+# How soon after its last client's end a server must have ended; it probes once a second.
 LAST_CLIENT_S = 10.0
 
 
 class Attachable:
-    """Shared state by itself, as a model manager is."""
+    """An object that shares its state by itself, like a model manager."""
 
     attach_in_place = True
     made: ClassVar[int] = 0
@@ -49,7 +49,7 @@ class Attachable:
 
 
 class NotesThatNobodyIsLeft:
-    """Note in a file that it was called, and whether the lock is free for whoever cleans up."""
+    """Notes in a file that it was called, and whether the lock is free for a process that cleans up."""
 
     def __init__(self, lock: Path, note: Path) -> None:
         self.lock = lock
@@ -86,7 +86,7 @@ def call_pickled(memory: dict[str, Any], pickled: bytes) -> int:
 
 
 def descriptors_left_by_a_host(memory: dict[str, Any], path: str) -> int:
-    """Host an object for several threads, delete it, see its threads end, and count the descriptors that stay."""
+    """Host an object for several threads, delete it, wait until its threads end, and count the descriptors left."""
 
     def threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
@@ -94,10 +94,10 @@ def descriptors_left_by_a_host(memory: dict[str, Any], path: str) -> int:
     def use(proxy: Any) -> None:
         proxy.increment()
         gate.wait(DEADLINE_S)
-        # Long enough for another thread to be made ready for the next client.
+        # Long enough for the host to start another thread for the next client.
         time.sleep(0.05)
 
-    # What a process needs once.
+    # The first object opens what a process needs once.
     shared(path, tag="another", always_proxy=True).acquire().unsafe_hard_delete()
     wait_until(lambda: not threads(), DEADLINE_S, lambda: str(threads()))
     before = len(os.listdir("/proc/self/fd"))
@@ -117,7 +117,7 @@ def descriptors_left_by_a_host(memory: dict[str, Any], path: str) -> int:
 
 
 def run_forked_starter(memory: dict[str, Any], tag: str, path: str) -> int | None:
-    """Have a child that multiprocessing forked start a server and leave; return its exit code."""
+    """Let a child that multiprocessing forks start a server and leave; return its exit code."""
     child = multiprocessing.get_context("fork").Process(target=acquire, args=({}, tag, path))
     child.start()
     child.join(DEADLINE_S)
@@ -125,7 +125,7 @@ def run_forked_starter(memory: dict[str, Any], tag: str, path: str) -> int | Non
 
 
 class Client:
-    """A process that does what it is told, until it is told to leave or is killed."""
+    """A process that follows orders until it is ordered to leave or is killed."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -156,7 +156,7 @@ class Client:
 
     def kill(self) -> None:
         self.process.kill()
-        # Not `join`: a child that the worker forked keeps open the pipe whose end `join` waits for.
+        # Not `join`, which waits for the end of a pipe that a forked child of the worker keeps open.
         wait_until(lambda: not self.process.is_alive(), DEADLINE_S, lambda: "the worker survives SIGKILL")
 
 
@@ -186,12 +186,12 @@ def new_worker() -> Iterator[Callable[[], Client]]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[str]:
-    """A folder for one registry, which has to be gone in the end once this process has left it too."""
+    """A folder for one registry, which must be empty once this process has left the registry, too."""
     folder = tmp_path / "p"
     folder.mkdir()
     yield str(folder)
     registry = registry_for(str(folder))
-    # What this process itself would serve to its end; spawned servers have to go by themselves.
+    # This process would serve its own object to its end; spawned servers must end by themselves.
     if (host := find_host(registry, "it")) is not None:
         host.hard_delete()
     registry.leave()
@@ -206,7 +206,7 @@ def wait_until(condition: Callable[[], bool], deadline_s: float, what: Callable[
 
 
 def holds_for(duration_s: float, condition: Callable[[], bool]) -> bool:
-    """Tell whether the condition stays true; the clock is what is tested here."""
+    """Tell whether the condition stays true; uses real time, which is what the test is about."""
     end = time.monotonic() + duration_s
     while condition():
         if time.monotonic() >= end:
@@ -217,7 +217,7 @@ def holds_for(duration_s: float, condition: Callable[[], bool]) -> bool:
 
 def is_running(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
-        # An orphan's zombie stays where no init reaps it.
+        # An orphan's zombie stays if no init reaps it.
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
 

@@ -1,4 +1,4 @@
-"""Objects that can sleep, for tests: they take memory of a simulated device, and give it up while they are asleep."""
+"""Objects that can sleep, for tests: they take memory of a simulated device, and free it while they are asleep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Sleeper:
-    """A model that sleeps; a file counts its naps. Can fail or hang when it is told to by files in a folder."""
+    """A model that can sleep; a file counts its naps. Files in a folder make it fail or hang."""
 
     def __init__(self, folder: Path, device: SimulatedDevice | None = None, mb: float = 0.0, hang: Gate | None = None):
         self._folder = folder
@@ -28,7 +28,7 @@ class Sleeper:
         self._allocation = device.allocate(mb) if device is not None else None
 
     def sleep(self, level: int = 1) -> None:
-        """Give the memory up."""
+        """Free the memory."""
         self._step("sleep")
         if self._device is not None and self._allocation is not None:
             self._device.free(self._allocation)
@@ -63,12 +63,12 @@ class Sleeper:
 
 
 class CarefulSleeper(Sleeper):
-    """A model that does nothing when it is asked for what it has done already, as `mpmm.suspend.TorchModule`."""
+    """A model that ignores a repeated request to sleep or wake up, like `mpmm.suspend.TorchModule`."""
 
     _asleep = False
 
     def sleep(self, level: int = 1) -> None:
-        """Give the memory up, unless it has."""
+        """Free the memory, unless it is free already."""
         if not self._asleep:
             super().sleep(level)
             self._asleep = True
@@ -91,32 +91,32 @@ class MakesSleeper:
     kind: type[Sleeper] = Sleeper
 
     def __call__(self) -> Sleeper:
-        """Make it."""
+        """Make the sleeper."""
         return self.kind(self.folder, self.device, self.mb, self.hang)
 
 
 @dataclass(frozen=True)
 class LoadsSleeper:
-    """A loader that starts a server of a `Sleeper` and returns the handle; in this process, unless `spawn`."""
+    """A loader that serves a `Sleeper` and returns the handle; in this process, unless `spawn`."""
 
     tag: str
     makes: MakesSleeper
     spawn: bool = False
 
     def __call__(self) -> str:
-        """Start it."""
+        """Start serving it."""
         MultiProcessShared(self.makes, tag=self.tag, always_proxy=True, spawn_process=self.spawn).acquire()
         return self.tag
 
 
 def steps(folder: Path, what: str) -> int:
-    """Return how often something has been done: `sleep` or `wake`."""
+    """Return how often `sleep` or `wake` has been done."""
     path = folder / what
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def pretend_load_s(manager: ModelManager, tag: str, seconds: float) -> None:
-    """Let loads of a model take so long by accounting, so that no test has to."""
+    """Enter a load time for a model in the tables, so that no test has to load for that long."""
     from mpmm.shared_state.layout import Model
 
     namespace = manager._connected().namespace

@@ -1,8 +1,8 @@
-"""A stand-in of AMD's Python package `amdsmi`, for tests: its folder goes to `sys.path`, or to PYTHONPATH.
+"""A stand-in for AMD's Python package `amdsmi`; tests put its folder on `sys.path` or PYTHONPATH.
 
-It has the functions that mpmm asks, with their types and failures: it answers only between `amdsmi_init` and
-`amdsmi_shut_down`, tells bytes, and raises `AmdSmiLibraryException`. The GPUs are those that `AmdGpus` has described in
-the folder $AMDSMI_STAND_IN; memory on them is declared by `AmdGpus.allocate`, a file for as long as its process lives.
+It has the functions that mpmm calls, with their types and failures: it answers only between `amdsmi_init` and
+`amdsmi_shut_down`, returns bytes, and raises `AmdSmiLibraryException`. `AmdGpus.describe` describes the GPUs in the
+folder $AMDSMI_STAND_IN; `AmdGpus.allocate` declares memory on them, a file that counts while its process lives.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 FOLDER_VARIABLE = "AMDSMI_STAND_IN"
 MIB = 2**20
 _numbers = itertools.count(1)
-# By pid, as a forked child has not initialised anything.
+# By pid, because a forked child has not initialised the library.
 users: dict[int, int] = {}
 
 
 class AmdSmiException(Exception):
-    """The base of all that the package raises."""
+    """The base of the package's errors."""
 
 
 class AmdSmiLibraryException(AmdSmiException):
-    """What the library has answered instead."""
+    """An error of the library."""
 
 
 class AmdSmiMemoryType(IntEnum):
@@ -44,14 +44,14 @@ class AmdGpus:
         self.folder = folder
 
     def describe(self, *gpus: dict[str, Any], init_error: str | None = None) -> None:
-        """Say what there is, in the library's order; see `gpu`."""
+        """Set the GPUs, in the library's order; see `gpu`."""
         (self.folder / "taken").mkdir(exist_ok=True)
         draft = self.folder / f"draft{next(_numbers)}"
         draft.write_text(json.dumps({"gpus": gpus, "init_error": init_error}))
         draft.replace(self.folder / "gpus")
 
     def read(self) -> dict[str, Any]:
-        """Return what `describe` was told."""
+        """Return what `describe` has written."""
         found: dict[str, Any] = json.loads((self.folder / "gpus").read_text())
         return found
 
@@ -62,7 +62,7 @@ class AmdGpus:
         (self.folder / "taken" / f"{nodes[first]}_{os.getpid()}_{mb}_{next(_numbers)}").touch()
 
     def taken_mb(self, number: int) -> dict[int, float]:
-        """Return what living processes have taken of a GPU, by pid."""
+        """Return the memory of living processes on a GPU, by pid."""
         found: dict[int, float] = {}
         for name in os.listdir(self.folder / "taken"):
             gpu, pid, mb, _ = name.split("_")
@@ -74,8 +74,8 @@ class AmdGpus:
 def gpu(uuid: str, total_mb: float | None, used_mb: float = 0.0, **more: Any) -> dict[str, Any]:
     """Return the description of a GPU.
 
-    more: name and serial (texts), node_id (of the kernel), processes ({pid: MB, or None where it is withheld}, or None
-    where the list is refused), broken (a text: it answers nothing else).
+    more: name and serial (texts), node_id (of the kernel), processes ({pid: MB, or None if withheld}, or None if the
+    list is refused), broken (the error that every question gets).
     """
     rest: dict[str, Any] = {"name": "N/A", "serial": "N/A", "node_id": None, "processes": {}, "broken": None}
     return {"uuid": uuid, "total_mb": total_mb, "used_mb": used_mb, **rest, **more}
@@ -110,7 +110,7 @@ def _about(handle: int, what: str) -> Any:
 
 
 def amdsmi_init() -> None:
-    """Begin."""
+    """Initialise the library."""
     error = _gpus().read()["init_error"]
     if error:
         raise AmdSmiLibraryException(error)
@@ -118,7 +118,7 @@ def amdsmi_init() -> None:
 
 
 def amdsmi_shut_down() -> None:
-    """End."""
+    """End one initialisation."""
     users[os.getpid()] -= 1
 
 

@@ -1,4 +1,4 @@
-"""Stands in for `onnx` where that is not installed: a model's file holds the number that it multiplies by."""
+"""Stands in for `onnx` where that is not installed: a model's file contains the number by which it multiplies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stands in for `onnxruntime`: sessions whose inputs' descriptions refuse to be pickled, as the real ones do."""
+"""Stands in for `onnxruntime`: descriptions of sessions' inputs refuse to be pickled, like the real ones."""
 
 from __future__ import annotations
 
