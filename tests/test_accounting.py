@@ -1,4 +1,4 @@
-"""Figures of single processes beside the figure of the whole device: nothing is given away twice."""
+"""Figures of single processes and of the whole device: no memory is given away twice."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_an_unload_notes_the_figure_that_stood_then_if_there_was_one(lab: Lab) -
 @pytest.mark.parametrize("state", ["loading", "resuming", "active"])
 @pytest.mark.parametrize("devices", [1, 3], ids=["one device", "two devices"])
 def test_people_see_as_taken_what_admission_counts(lab: Lab, state: str, devices: int) -> None:
-    """What a server has taken beyond its reservation, too, as long as the source tells it."""
+    """Also memory that a server has taken beyond its reservation, as long as the source measures processes."""
     first = lab.resuming("a", server=True) if state == "resuming" else None
     model = lab.model("a")
     with lab.namespace.transaction() as t:

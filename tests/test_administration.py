@@ -1,4 +1,4 @@
-"""What people ask for by hand: to unload one model, to pin it for all, to change the settings of a living namespace."""
+"""Administration by hand: unloading one model, pinning it for all, changing the settings of a living namespace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Grafana dashboard and the alert rules: that they ask for what is exported, and fire when they should."""
+"""The Grafana dashboard and the alert rules: they query exported metrics, and fire when they should."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_what_they_ask_for_is_exported(exported: dict[str, set[str]]) -> None:
         used |= {name for group in re.findall(r"\b(?:by|on) \(([^)]*)\)", query) for name in group.split(", ")}
         used |= set(re.findall(r"\{\{(\w+)\}\}", shown))
         assert not used - labels, query
-        # What only rises is looked at as a rate, and nothing else is.
+        # The rules use rates of counters, and of nothing else.
         for rated in re.findall(r"(?:rate|increase)\((\w+)", query):
             assert rated.endswith(("_total", "_bucket")), query
 

@@ -1,4 +1,4 @@
-"""The source `amdsmi`, on a stand-in of AMD's package: what it measures, what it does not believe, what it shows."""
+"""The source `amdsmi`, on a stand-in of AMD's package: what it measures, which figures it rejects, what it shows."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def test_the_reference_has_every_public_name(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'index.html'}\n"
     pages = {module: tmp_path / f"{module.replace('.', '/')}.html" for module in MODULES}
-    # No page but these: what is not for use from outside is not documented.
+    # No other pages: private modules are not documented.
     assert set(tmp_path.rglob("*.html")) == {*pages.values(), tmp_path / "index.html"}
     text = pages["mpmm"].read_text()
     documented = set(re.findall(r'<section id="(\w+)">', text))

@@ -148,7 +148,7 @@ def test_a_block_that_is_dropped_while_the_lock_is_taken_gives_its_copy_back(
     # So that there is one that takes the work at once.
     _threads_of(manager._connected()).transactions.submit(int).result()
     with lock_taken(manager):
-        # What asyncio says of a pending task that is collected.
+        # asyncio's message about a pending task that is garbage-collected.
         held._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
         del held
         gc.collect()

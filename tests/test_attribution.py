@@ -1,4 +1,4 @@
-"""Whose memory is whose: read from processes where that is possible, inferred from what remains, never both."""
+"""Attribution of memory to copies: read from processes where possible, else inferred from the rest, never both."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_manager_that_selects_devices_uses_no_others(
 
 
 class OneContainer(SimulatedDevice):
-    """A device as it is seen in a container: what is in use as a whole, and of processes those that are in it."""
+    """A device as seen in a container: the memory in use as a whole, and only the container's own processes."""
 
     name = "by process"
     measures_processes = True

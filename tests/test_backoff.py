@@ -1,4 +1,4 @@
-"""Loads that fail are remembered: nothing that is asked for is evicted for them again and again."""
+"""Failed loads are remembered: the policy does not evict models that are in demand for them again and again."""
 
 from __future__ import annotations
 

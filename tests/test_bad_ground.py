@@ -1,4 +1,4 @@
-"""Bad ground: junk in the segment, other users, missing files and descriptors, many forks and threads."""
+"""Bad conditions: junk in the segment, other users, missing files and descriptors, many forks and threads."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_without_descriptors_joining_fails_with_the_systems_error_and_succeeds_l
 def test_a_manager_that_may_open_too_few_files_says_how_few_and_leaves_nothing_that_is_in_the_way(
     namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What it could not delete, the next one that makes a namespace does.
+    # The next process that creates a namespace deletes what this one could not.
     monkeypatch.setattr("mpmm.shared_state.runtime_dir.REMOVAL_S", 0.0)
     _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     refused: list[str] = []

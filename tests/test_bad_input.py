@@ -1,7 +1,7 @@
-"""What the doors of the package make of values that are none: an error of ours that names them, and nothing changed.
+"""Invalid values for the package's public functions: an MpmmError names them, and nothing changes.
 
 The tables below hold every public function and parameter that takes a number, a text, a path or a choice of devices;
-`test_every_parameter_is_in_a_table` fails when one is added and is in none.
+`test_every_parameter_is_in_a_table` fails if a new one is in none of them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ SETTING: dict[str, tuple[Any, ...]] = {
     "capacities": (5, 0, "", {}, {"models": 5}, Capacities),
     "runtime_root": NO_PATH,
 }
-# What is used as true or false.
+# Values used as true or false.
 FLAGS = {"verbose_logging", "always_proxy", "spawn_process", "for_all", "if_free", "steady"}
 
 Call = Callable[[ModelManager, Any], Any]
@@ -98,7 +98,7 @@ REQUEST: dict[str, tuple[Any, ...]] = {
     "keep_alive_seconds": (-2, -0.5, math.nan, "5", True),
     "users": (0, -1, 129, 1.5, math.inf, "5", True),
 }
-# Method: what is bad for each parameter.
+# By method: bad values for each parameter.
 METHODS: dict[str, dict[str, tuple[Any, ...]]] = {
     "acquire_model": REQUEST,
     "model": REQUEST,
@@ -361,7 +361,7 @@ def test_the_command_line_refuses_what_it_cannot_use(
     try:
         status: object = main(arguments)
     except SystemExit as end:
-        # What the parser itself finds.
+        # The parser's own errors.
         status = end.code
     assert status in (2, 125)
     said = capsys.readouterr()
@@ -377,7 +377,7 @@ def test_every_parameter_is_in_a_table() -> None:
         return found - {"options"} | set(AcquireOptions.__annotations__) - FLAGS if "options" in found else found
 
     assert parameters(ModelManager) == set(SETTING)
-    # What is for the log, for people, or what was acquired: anything goes.
+    # Texts for the log or for people, and acquired objects may be anything.
     free = {"ticket_num", "instance", "message", "args", "kind", "error", "trace"}
     # As in `SETTING`, see `test_administration`.
     free.add("changes")

@@ -1,7 +1,7 @@
-"""`mpmm.beam`: what installing changes, what it puts back, and how it reaches workers.
+"""`mpmm.beam`: what installing changes, what uninstalling restores, and how workers get it.
 
-Whether Beam's modules are replaced is a matter of the whole process, so most of this happens in
-subprocesses. Importing Beam takes seconds: each subprocess makes one point with several observations.
+Replacing Beam's modules affects the whole process, so most tests use subprocesses. Importing Beam takes
+seconds, so each subprocess makes several observations.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ MAKE_PICKLES = """
         pass
     for name, dumps in libraries.items():
         Path(sys.argv[1], f"{name}.dofn").write_bytes(dumps(transform))
-    # What travels from a worker to a model server.
+    # The object that a worker sends to a model server.
     Path(sys.argv[1], "pickle.loader").write_bytes(pickle.dumps(base.OOMProtectedFn(handler.load_model)))
 """
 LOAD_PICKLE = """

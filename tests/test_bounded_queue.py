@@ -1,4 +1,4 @@
-"""A bounded queue refuses at once what would wait too long, and everybody can see how long a wait is expected to be."""
+"""A bounded queue refuses at once a request that would wait too long, and every process can see the expected wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However much a process leaves behind, taking it back goes on in steps, each of which fits into the undo log."""
+"""However much a dead process leaves behind, it is reclaimed in steps that each fit into the undo log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANY = 120
 
 
 def hold_many(seat: Seat, count: int) -> None:
-    """Hold so many copies."""
+    """Hold `count` copies."""
     for number in range(count):
         seat.manager.acquire_model(f"model-{number}", lambda number=number: f"handle-{number}")
 

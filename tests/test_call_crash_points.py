@@ -1,7 +1,7 @@
 """A process dies at every store of whole calls of the manager, and the others go on; see `test_crash_points`.
 
-The creation of a namespace, and the calls that make and remove files, are killed at every store indeed, since an image
-has no files.
+In the creation of a namespace, and in calls that make and remove files, a process is really killed at every store,
+since an image has no files.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Survivor:
         self.worker = self.manager._connected()
         self.use()
         self._segment = self.worker.namespace.segment
-        # What it knows of its copies when the children's images are made.
+        # The process's notes about its copies when the children's images are made.
         owned, held = self.worker.owned, self.worker.held
         self._known: Any = [(notes, copy(notes)) for notes in (owned.in_rows, owned.rows_of_model, held._handles)]
         self._image = self._segment.copy()
@@ -249,7 +249,7 @@ def test_kill_at_any_store_of_the_creation_leaves_a_namespace_that_the_next_one_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     monkeypatch.setenv("MPMM_RUNTIME_DIR", str(tmp_path / "run"))
-    # What counts the stores is no memory for the compiled core, which makes none of a creation's.
+    # The compiled core cannot use the words that count stores; and it makes none of a creation's stores.
     monkeypatch.setenv(CORE_VARIABLE, "python")
     original = Segment.__init__
     store = 0

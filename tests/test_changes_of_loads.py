@@ -415,7 +415,7 @@ def fail_to_load_alone(it: RowChanges) -> Operation:
     wake member 2 BELL
 """)
 def fail_a_steady_load_beside_others(it: RowChanges) -> Operation:
-    """Those that had to wait for it begin now: what is unloaded or suspended on its device, and nothing else."""
+    """The unloads and suspensions on its device that had to wait for it begin now, and no others."""
     it.idle(handle=b"1")
     it.suspending(handle=b"2")
     it.active(handle=b"3")

@@ -186,7 +186,7 @@ def test_list_without_any(capsys: Capture) -> None:
 
 def test_check_is_content_with_a_sound_state(busy: ModelManager, namespace: str, capsys: Capture) -> None:
     assert main(["check", namespace]) == 0
-    # What needs attention is not looked at, so nothing is said that would contradict that.
+    # Without `--health`, it does not check what needs attention, and must not imply that nothing does.
     said = capsys.readouterr().out
     assert said == f"{namespace}: all invariants hold; `mpmm check --health` also says what needs attention\n"
 

@@ -1,4 +1,4 @@
-"""The command line where there is something odd: below the runtime root, about other namespaces, or its streams."""
+"""The command line under odd conditions: below the runtime root, in other namespaces, or in its streams."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_namespace_that_cannot_be_read_hides_no_other(
     assert namespace in said
 
 
-# Makes a namespace, but stops with its segment as yet of so many bytes, until its input ends.
+# Creates a namespace, but stops while its segment has only the given number of bytes, until its input ends.
 STOPS = """
 import os, sys
 from mpmm import ModelManager
@@ -113,7 +113,7 @@ def test_a_namespace_is_no_problem_while_it_is_made_but_one_once_its_maker_is_de
         assert "namespace 'coming' is unfinished: the process that made it has died" in one_line(capsys)
     assert main(["check", "coming"]) == 2
     assert "has died" in one_line(capsys)
-    # Whoever comes next makes it, as the message says.
+    # The next process creates it, as the message says.
     with ModelManager(namespace="coming", memory_source="booked"):
         assert main(["check", "--health"]) == 0
 

@@ -18,7 +18,7 @@ from mpmm.cli import main
 from mpmm.commands.parser import make_parser
 from mpmm.observability.completion import SHELLS, completion, man_page
 
-# What bash does when somebody presses Tab, with the words of the command line as arguments.
+# What bash does when the user presses Tab, with the words of the command line as arguments.
 PRESS_TAB = 'COMP_LINE=$*; COMP_POINT=${#COMP_LINE}; _mpmm mpmm "${!#}"; printf "%s\\n" "${COMPREPLY[@]}"'
 PROMPT = b"ready> "
 
@@ -120,7 +120,7 @@ def test_bash_completes_tags_with_colons_and_blanks_however_they_are_quoted(comm
             for begin in typed:
                 assert f"\n<pin><{tag}>" in terminal.type(f"mpmm pin {begin}\t").replace("\r", ""), begin
         assert "<events><--model=group/model:v2>" in terminal.type("mpmm events --model=group/model:\t")
-        # What would be added behind this `$` would be run.
+        # The shell would run anything added after this `$`.
         assert "<pin><run $>" in terminal.type('mpmm pin "run $\t"')
     finally:
         terminal.close()

@@ -1,4 +1,4 @@
-"""How many copies there are, and which ones stay: limits, pins, lifetimes and preloads."""
+"""The number of copies, and which ones stay loaded: limits, pins, lifetimes and preloads."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The compiled core of the warm path does what Python does, to the bit, or nothing.
+"""The compiled core of the warm path does exactly what Python does, or nothing.
 
-The same operation is made by both from the same state, at the same pretended time, and all words of the segment are
-compared: those of the rows, of the undo log and of the ring of events. Where the core leaves an operation to Python,
-nothing may have changed. A process is killed at each of its stores, and Python takes the lock next.
+Both make the same operation from the same state, at the same pretended time, and all words of the segment are
+compared: those of the rows, of the undo log and of the ring of events. If the core leaves an operation to Python, it
+must have changed nothing. A process is killed at each of the core's stores, and Python takes the lock next.
 """
 
 from __future__ import annotations
@@ -379,7 +379,7 @@ def keep_again(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
 
 
 def keep_for_the_next(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
-    """Keep the copy; whoever was called up before has been served meanwhile, so that the first waiter is now."""
+    """Keep the copy; the waiter called up before has been served meanwhile, so the first waiter is called up now."""
     by_python, _ = keep(caller, lab)
     return by_python, partial(caller.release, way=KEEP)
 
@@ -448,7 +448,7 @@ def test_it_does_not_wait_for_long_nor_undo_what_others_left(lab: Lab) -> None:
 
     def declines() -> bool:
         before, taken = lab.comparable(), caller.take(place, core)
-        # As Python does: so that whoever lets go of the lock wakes one of those who may sleep.
+        # As Python does, so that a process that releases the lock wakes one of the sleeping ones.
         lab.words[Header.CONTENDED] = 0
         return taken is None and lab.comparable() == before and not caller.held and caller.operation.held is None
 

@@ -1,4 +1,4 @@
-"""The compiled core in the queue: who may join it without a plan, and the sleeps, for an answer and for the lock."""
+"""The compiled core in the queue: joining it without a plan, and sleeps for an answer and for the lock."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_it_sleeps_while_another_process_has_the_spin_lock(lab: Lab) -> None:
         thread.start()
         wait_until(lambda: sleeps_on(address, thread), "it sleeps")
     finally:
-        # What a process has that is stopped, or dead, lapses.
+        # The turn of a stopped or dead process lapses.
         pretend(0)
     thread.join(DEADLINE_S)
     assert taken == [caller.handles[caller.row]]
@@ -277,7 +277,7 @@ def test_who_was_woken_for_the_lock_has_the_next_one_woken(lab: Lab) -> None:
         wake_one(address)
     first.join()
     if taken == [None]:
-        # On a busy machine that took so long that it has left the lock to Python.
+        # On a busy machine, this took so long that the core has left the lock to Python.
         wake_one(address)
     second.join(DEADLINE_S / 2)
     assert not second.is_alive()

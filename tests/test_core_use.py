@@ -1,4 +1,4 @@
-"""Who uses the compiled core of the warm path, whether there is one, and which one it is."""
+"""Which processes use the compiled core of the warm path, whether it exists, and which version it is."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_environment_chooses(namespace: str, new_manager: NewManager, monkey
 def test_without_the_extension_python_does_it(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What the interpreter takes for a module that cannot be imported.
+    # The interpreter treats this as a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "mpmm.shared_state._core", None)
     assert which() == "python"
     assert new_manager()._connected().namespace.lock.core is None

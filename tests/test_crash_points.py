@@ -1,10 +1,10 @@
 """A process dies at every store of every operation that writes the segment.
 
-Each *transition* (a public method of a part of `Transitions`) is run in a forked child that keeps an image of the
-segment before its first, second, … n-th store: what a child that is killed there leaves. Some children are in fact
-killed, with SIGKILL, and must have left that image bit by bit. From each image another process takes the lock, and must
-find the words as they were before the operation or as they are after it, bit by bit. The list of operations comes from
-the classes, so that a transition without a scenario fails the test.
+Each *transition* (a public method of a part of `Transitions`) runs in a forked child that keeps an image of the
+segment before its first, second, … n-th store: what a child that is killed there leaves. Some children are really
+killed, with SIGKILL, and must leave exactly that image. From each image, another process takes the lock, and must
+find all words exactly as before the operation or as after it. The list of operations comes from the classes, so that
+a transition without a scenario fails the test.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def test_death_at_any_store_leaves_before_or_after(
         lab.restore(image)
         seen = lab.seen_by_sleepers()
         lab.recover()
-        # Who has seen a word of what is undone would sleep through the next news if those made the same word again.
+        # A process that has seen a word later rolled back would miss the next news if that stored the same word again.
         assert lab.seen_by_sleepers() == seen
         state = lab.comparable()
         assert state in (before, after), f"store {store} of {name} left something in between"
         done.append(state == after)
-    # One store empties the log: whoever dies before it leaves the old state, whoever dies after it the new one.
+    # One store empties the log: a death before it leaves the old state, a death after it the new one.
     assert after == before or (not done[0] and done == sorted(done))
     assert lab.problems() == []
     for store in some_of(len(images)):

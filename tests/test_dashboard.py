@@ -1,4 +1,4 @@
-"""The dashboard: who is let in, what is answered, and the command that starts it."""
+"""The dashboard: access, answers, and the command that starts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dashboard's page in a real browser: what it shows, and how it is used by keyboard and on small screens."""
+"""The dashboard's page in a real browser: what it shows, and its use by keyboard and on small screens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What dies costs what it was doing and nothing else: real processes, real signals.
+"""A process that dies loses its own work, and no other process does: real processes, real signals.
 
-`SOON_S` is the promise of a second, and a second more; the figures are printed.
+`SOON_S` is the promised second plus one more; the tests print the figures.
 """
 
 from __future__ import annotations
@@ -542,7 +542,7 @@ def test_a_newcomer_gives_up_on_time_where_the_lock_is_taken_when_it_has_just_jo
         manager.acquire_model("a", Loads("a"))
     assert watch.calm_s() < 5.0
     elsewhere.close()
-    # What it has left behind is in nobody's way.
+    # Its remains do not get in the way of others.
     first.call(acquire, "a")
     first.call(release)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""A size that a user declares counts until the model is measured, and spares it being loaded alone for that."""
+"""A declared size counts until the model is measured, so that the model need not be loaded alone."""
 
 from __future__ import annotations
 
@@ -330,12 +330,12 @@ def test_a_handler_says_what_its_model_takes(namespace: str, new_manager: NewMan
     manager.unload("a")
     assert manager.preload("a", Loads(), if_free=True) == 1
     assert [copy.mb for copy in copies_of(namespace, "a")] == [42]
-    # What a request says itself counts.
+    # The request's own size counts.
     manager.unload("a")
     with manager.model("a", Loads(), expect_mb=7):
         assert [copy.mb for copy in copies_of(namespace, "a")] == [7]
     manager.unload("a")
-    # Nothing is set any more; what was said last stands.
+    # Nothing is set any more; the last declared size remains.
     manager.set_request_defaults("a")
     with manager.model("a", Loads()):
         assert [copy.mb for copy in copies_of(namespace, "a")] == [7]

@@ -1,4 +1,4 @@
-"""Changes that wait for the lock: made together, with one decision of the policy, and none lost by another's error."""
+"""Changes that wait for the lock: made together, with one decision of the policy, and none is lost if another fails."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Bench:
         self.wakes += 1
 
     def defer(self, name: str, words: int = 1, error: Callable[[], Exception | None] = lambda: None) -> None:
-        """Leave a change that overwrites so many words, or raises what `error` returns."""
+        """Defer a change that overwrites `words` words, or raises what `error` returns."""
 
         def change(t: Transaction) -> bool:
             self.attempts.append(name)

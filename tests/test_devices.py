@@ -1,4 +1,4 @@
-"""Several devices: where copies go and how they learn of it, and what each device tells of them."""
+"""Several devices: where copies are placed, how they find out, and the figures of each device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names for people beside tags that say nothing to them: where they are shown, and that programs see tags."""
+"""Display names for tags that mean nothing to people: where they are shown; programs see tags."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_the_dashboard_has_names_and_goes_by_tags(
     # Spans go by tags in their second place.
     texts = sentences("", {**state, "names": {}, "spans": [span[3:] for span in state["spans"]]})
     assert [text for text in texts if TAG in text] == []
-    # What it knows by now it is not told again.
+    # A name that the recorder knows is not sent again.
     recorder.look()
     assert recorder.state(state["epoch"], state["look"], 600.0)["names"] == {}
     manager.release_model(TAG, handle)
@@ -211,7 +211,7 @@ def test_a_name_that_comes_later_takes_the_place_of_another(
     set_display_name(TAG, "short")
     third = manager.acquire_model(TAG, Loads())
     assert name_in_row() == "short"
-    # Who knows no name takes none away.
+    # A manager without names removes none.
     set_display_name(TAG, TAG)
     fourth = manager.acquire_model(TAG, Loads())
     assert name_in_row() == "short"
@@ -292,7 +292,7 @@ def test_at_80_columns_different_models_read_differently(
             assert max(map(len, found)) <= 80
             ends = ("[01230456…]", "[01231456…]", "v1/model.joblib", "v2/model.joblib")
             assert all(name.endswith(end) for name, end in zip(sorted(names), ends, strict=True))
-            # What is shown can be typed.
+            # Shown names can be typed.
             meant = {
                 meant_tag(name, {model.tag: model.name for model in read_snapshot(namespace).models}) for name in names
             }

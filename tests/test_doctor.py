@@ -121,7 +121,7 @@ def test_only_the_variables_that_mpmm_and_drivers_read_are_named(monkeypatch: py
     assert "hunter2" not in report(groups)
 
 
-# What mpmm sets for programs and servers that it starts, and what it so tells itself.
+# Variables that mpmm sets for the programs and servers that it starts, in which mpmm reads them.
 _SET_BY_MPMM = {"MPMM_LEASE_MB", "MPMM_DEVICES", "MPMM_MEMORY_FRACTION", "MPMM_SERVER_LIVES_BY"}
 
 

@@ -1,4 +1,4 @@
-"""Seconds that are as long, or as short, as the settings allow: nothing overflows, and nobody loses a hold."""
+"""Durations as long, or as short, as the settings allow: nothing overflows, and no process loses a hold."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_time_that_a_setting_allows_can_be_lived_with(
         manager = new_manager(**arguments)
         with pytest.raises(AcquireTimeoutError), manager.reserve(950, timeout_seconds=math.inf):
             manager.acquire_model("b", Loads("b"))
-        # What is free is had without waiting.
+        # An acquire gets free memory without waiting.
         manager.release_model("b", manager.acquire_model("b", Loads("b")))
         assert problems(namespace) == []
         return
@@ -97,7 +97,7 @@ def test_every_time_that_a_setting_allows_can_be_lived_with(
         arguments["poll_interval"] = 30.0
     manager = new_manager(**arguments)
     if "poll_interval" in arguments:
-        # What is being loaded at a poll has taken too long.
+        # A load in progress at a poll has taken too long.
         words = manager._connected().namespace.segment.words
         wait_until(lambda: words[Header.POLLED] > words[Header.LEADER_SINCE], "the first poll is over")
     hold_and_hand_over(namespace, manager, new_process(**arguments))

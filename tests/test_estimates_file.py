@@ -1,4 +1,4 @@
-"""Estimates in a file: a second run profiles nothing, many write it, and damage costs only what was in it."""
+"""Estimates in a file: a second run measures nothing, many processes write it, and damage costs only its contents."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The examples run as they stand, print what they promise, share one copy, and leave nothing behind.
 
-Those that need libraries which are not in the extra `dev` have a mark, and run with
+Examples that need libraries outside the extra `dev` have a mark, and run with
 
     pip install -e '.[dev,examples]' && python -m pytest -m examples tests/test_examples.py
     pip install -e '.[dev,hosts]' && python -m pytest -m hosts tests/test_examples.py

@@ -1,4 +1,4 @@
-"""Who gets the memory, with real processes: nobody waits for ever, and nothing is loaded twice for nothing."""
+"""Fairness with real processes: no request waits forever, and no model is loaded twice for nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def use(seat: Seat, tag: str, loader: Loads) -> None:
 
 
 def acquire_in_threads(seat: Seat, tag: str, count: int) -> None:
-    """Use a model in so many threads at once."""
+    """Use a model in several threads at once."""
     threads = [threading.Thread(target=use, args=(seat, tag, Loads())) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -152,7 +152,7 @@ def test_a_stream_of_unknown_models_does_not_starve_a_known_one(
     stop.open()
     for process in newcomers:
         process.result()
-    # Twelve of each process took so long, after which the known model would have come last.
+    # Twelve uses by each process take this long, and the known model would have come after all of them.
     assert waited < 2.4
     assert problems(namespace) == []
 

@@ -1,9 +1,9 @@
-"""Forks at every system call of join, leave, acquire and so on: no child gets a lock, whatever the moment is.
+"""Forks at every system call of join, leave, acquire and so on: no child inherits a lock at any moment.
 
-A thread performs an operation. Before and after each call of a C function of those modules that talk to the kernel it
-stops, and another thread forks. The child looks at what it has open: a lock of ours there would outlive its owner, and
-keep newcomers waiting, for as long as the child lives. Where the thread holds `fork_guard` no fork can happen at all;
-such calls are counted apart.
+A thread performs an operation. It stops before and after each call of a C function in the modules that talk to the
+kernel, and another thread forks. The child checks its open files: one of our locks among them would outlive its owner,
+and keep newcomers waiting as long as the child lives. While the thread holds `fork_guard`, no thread can fork; such
+calls are counted separately.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from mpmm.suspend.helper import ask_helper, kill_stopped_helper
 KERNEL = ("posix", "fcntl", "mmap", "_posixshmem", "_posixsubprocess", "_socket", "socket", "_io", "select")
 # A fork waits for what is in the middle of these, by hooks of their own.
 FORK_WAITS_FOR = ("logging", "importlib")
-# What of them asks the kernel for nothing.
+# Functions of these modules that do not call the kernel.
 MERE_TEXT = ("fspath", "_path_normpath", "_path_splitroot_ex", "WIFSTOPPED", "waitstatus_to_exitcode")
-# Waits repeat themselves; after so many forks at one line, it is known what happens there.
+# Waits repeat themselves; after this many forks at one line, further ones show nothing new.
 FORKS_AT_A_LINE = int(os.environ.get("MPMM_FORKS_AT_A_LINE", "2"))
 
 
@@ -54,7 +54,7 @@ def descriptors() -> dict[int, str]:
         with suppress(OSError):
             path = os.readlink(f"/proc/self/fd/{fd}")
             facts = Path(f"/proc/self/fdinfo/{fd}").read_text()
-            # What is open for reading only is no lock, and will be none.
+            # A file that is open only for reading is no lock, and cannot become one.
             may_lock = (".lock" in path or ".life" in path) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
             if path.startswith("socket:") or ((may_lock or "lock:" in facts) and "mpmm" in path):
                 found[fd] = path
@@ -164,7 +164,7 @@ def _callers(frame: Any) -> str:
 
 
 class Object:
-    """What a model server holds."""
+    """The object in a model server."""
 
     def ping(self) -> int:
         """Answer."""

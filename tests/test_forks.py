@@ -1,4 +1,4 @@
-"""Forks at the wrong moment: what a thread is opening, a child of another thread must not keep open."""
+"""Forks at the wrong moment: a child must not keep open what another thread is opening."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def forked_at(moment: Moment, action: Callable[[], object]) -> Iterator[int]:
 
 
 def locks_open_in(pid: int | str, root: Path) -> list[str]:
-    """Return the paths of the files with locks below a folder that a process has open, whoever has taken the locks.
+    """Return the paths of the lock files below a folder that a process has open, whether or not it holds the locks.
 
     Below this test's own, because a descriptor that an exception kept from being closed, in a test before, stays open.
     """
@@ -97,7 +97,7 @@ def test_a_fork_while_another_thread_joins_gives_the_child_no_lock(
     monkeypatch.setattr(psutil.Process, "create_time", create_time)
     with forked_at(moment, lambda: made.append(ModelManager(namespace=namespace, memory_source="booked"))) as child:
         assert locks_open_in(child, runtime_root) == []
-        # Whoever comes next is not kept waiting for the lifecycle lock.
+        # The next process does not have to wait for the lifecycle lock.
         new_process()
         assert len(read_snapshot(namespace).members) == 2
         made[0].shutdown()

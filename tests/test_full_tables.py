@@ -1,4 +1,4 @@
-"""A table that is full of idle things makes room; one that is full of things in use is an error that says so."""
+"""A table full of idle rows makes room; a table full of rows in use leads to an error that says so."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def use(manager: ModelManager, tag: str, loader: Callable[[], object] | None = N
 def test_a_table_full_of_idle_models_makes_room_with_the_one_used_least_recently(
     namespace: str, new_manager: NewManager, loader: Loads
 ) -> None:
-    # To collect the garbage of a process with so many objects takes seconds on a busy machine, and late unloads are not
+    # Garbage collection in a process with this many objects takes seconds on a busy machine, and late unloads are not
     # waited for.
     manager = new_manager(capacities=Capacities(models=3), memory_return_seconds=60)
     for tag in ("a", "b", "c", "a"):

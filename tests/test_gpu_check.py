@@ -1,4 +1,4 @@
-"""`tools/gpu_check.py` on a simulated GPU: all its checks run, and what it expects is met."""
+"""`tools/gpu_check.py` on a simulated GPU: all its checks run, and meet their expected values."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def test_alone_the_process_accounts_for_itself(source: FakeSource, monitor: GPUM
 
 def test_a_forked_child_can_start_a_thread_of_its_own(source: FakeSource, monitor: GPUMonitor) -> None:
     monitor.start()
-    with monitor._lock:  # in the child nobody will ever let go of this one
+    with monitor._lock:  # in the child, no thread will ever release this lock
         pid = os.fork()
         if pid == 0:
             monitor._local.reset_peak()
@@ -388,7 +388,7 @@ def test_a_source_that_hangs_is_waited_for_no_longer_than_asked_and_its_figure_a
     assert not monitor.refresh(timeout_s=-1.0)
     monitor.request_refresh()
     assert watch.calm_s() < 0.1
-    # What it says in the end counts, though nobody waits for it any more.
+    # Its late answer counts, although no caller waits for it any more.
     hanging.answer.set()
     assert monitor.refresh()
     assert monitor.get_stats()[0] == 700.0

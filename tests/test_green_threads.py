@@ -1,4 +1,4 @@
-"""Greenlets: where they replace threads, all doors are shut with an error; beside threads they are fine."""
+"""Greenlets: if they replace threads, every public call raises an error; next to threads they work."""
 
 from __future__ import annotations
 

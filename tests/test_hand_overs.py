@@ -1,4 +1,4 @@
-"""Many processes and threads pass one copy from hand to hand: no wake-up is lost."""
+"""Many processes and threads hand one copy over to each other: no wake-up is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mpmm help`: pages made from tables and docstrings, which the signature and the source are held equal to."""
+"""`mpmm help`: pages made from tables and docstrings, which must match the signatures and the source."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ sys.stdin.readline()
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[str]]:
-    """A process that holds BALLAST_MB, lets go of it at a line on stdin, and ends at the next."""
+    """A process that holds BALLAST_MB, frees it at a line on stdin, and ends at the next."""
     with subprocess.Popen(
         [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as running:
@@ -148,7 +148,7 @@ class TestHostMemory:
         (mount / "pod" / "memory.current").write_text("4000\n")
         (mount / "pod" / "memory.stat").write_text("anon 1\ninactive_file 1500\nactive_file 9\n")
         assert cgroup_limits(mount, membership) == [(5000, 2500)]
-        # What holds a group up counts as what it may not pass, wherever it is less.
+        # The throttling limit of a group counts like its hard limit wherever it is lower.
         (mount / "pod" / "memory.high").write_text("4500\n")
         (mount / "pod" / "box" / "memory.high").write_text("max\n")
         assert cgroup_limits(mount, membership) == [(4500, 2500)]

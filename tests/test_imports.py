@@ -1,4 +1,4 @@
-"""Imports run downwards only: which part of the package imports which; and no modules import each other."""
+"""Imports run only downwards between the parts of the package, and no two modules import each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness import CHECKOUT
 
-# What each part may import, inside of functions and for type checkers, too; from the doors down to the ground. The
+# The parts that each part may import, also inside functions and for type checkers, from the doors to the ground. The
 # package itself does not count: its names are imported at their first use, and all parts may ask for its version.
 PARTS = {
     "__main__": "cli",

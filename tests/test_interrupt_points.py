@@ -1,19 +1,19 @@
 """An exception at any bytecode of the package, as a signal handler may raise it, leaves nothing behind.
 
-Each operation is run again and again, with an exception at the first, second, ... last bytecode that it runs inside of
-mpmm. After each, within a second: the lock is free, no row is in use, loading or waiting on account of this process,
-the invariants hold, and the same thread can go on; at the end of an operation's points another process can, too. All
-the time, a process that only takes the lock again and again has it within a second.
+Each operation runs again and again, with an exception at the first, second, ... last bytecode that it runs inside
+mpmm. Within a second after each, the lock is free, no row is in use, loading or waiting because of this process,
+the invariants hold, and the same thread can continue; after an operation's last point, another process can, too. During
+all this, a process that takes the lock again and again always gets it within a second.
 
-By default every k-th point of each operation is tried, from an offset that changes from day to day, so that all of it
-takes 20 seconds. `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
+By default, the tests try every k-th point of each operation, from an offset that changes daily, which takes 20 seconds
+in all. `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
 
     MPMM_INTERRUPT_STEP=1 python -m pytest -s tests/test_interrupt_points.py
 
-The interpreter looks for signals behind calls, at the beginning of functions and at jumps backwards, and nowhere else.
-So three of the places where no handler ever runs are left out: the return from the package to its caller; a call that
-was just told the names of its arguments, which Python 3.11 would take for those of the next call; and the way out of a
-`with` block up to the call of `__exit__`, where a lock would stay taken.
+The interpreter checks for signals only after calls, at the beginning of functions and at jumps backwards. So three of
+the places where no handler ever runs are left out: the return from the package to its caller; a call that has just
+received the names of its arguments, which Python 3.11 would use for the next call; and the way out of a `with` block up
+to the call of `__exit__`, where a lock would stay taken.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from mpmm.shared_state.layout import Header
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.snapshot import read_snapshot
 
-# What is raised in a finalizer, of a lock file say, is lost to the program and reported so.
+# An exception in a finalizer, such as that of a lock file, does not reach the program; Python reports it as such.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -117,7 +117,7 @@ class Plain:
 
 @pytest.mark.parametrize("what", ["handle", "object"])
 def test_load(sweep: Callable[..., Sweep], what: str) -> None:
-    # Room for two: what was loaded last is evicted for the next.
+    # Memory for two: the model loaded last is evicted for the next.
     one = sweep(1609, fallback_memory_mb=200.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
@@ -144,7 +144,7 @@ def in_loop(one: Sweep, tag: str, model: Any) -> Callable[[], None]:
             loop.run_until_complete(task)
         finally:
             sys.settrace(None)
-            # As `asyncio.run` does; what has ended the loop is in the task, too.
+            # As `asyncio.run` does; the exception that ended the loop is in the task, too.
             task.cancel()
             with suppress(asyncio.CancelledError, KeyboardInterrupt, Interrupted):
                 loop.run_until_complete(asyncio.wait_for(task, DEADLINE_S))
@@ -571,7 +571,7 @@ def test_no_lock_between_threads_stays_taken_by_a_loop() -> None:
         for block in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.With)):
             what = ast.unparse(block.items[-1].context_expr)
             inside = range(block.lineno, block.end_lineno or 0)
-            # What a transaction leaves is ended by who comes next.
+            # The next process that takes the lock ends an interrupted transaction.
             if re.search(r"(lock|mutex|guard)(\(\))?$", what) and lines.intersection(inside):
                 found.append(f"{file}:{block.lineno} with {what}")
     assert found == []

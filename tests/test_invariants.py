@@ -1,4 +1,4 @@
-"""Every invariant of `layout` that a snapshot shows is found broken: the checks on which all other tests rely."""
+"""The checks find every broken invariant of `layout` that a snapshot shows; all other tests rely on them."""
 
 from __future__ import annotations
 

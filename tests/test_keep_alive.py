@@ -1,4 +1,4 @@
-"""How long idle copies are kept is a matter of their model: for ever, for some seconds, or not at all."""
+"""Each model determines how long its idle copies are kept: forever, for some seconds, or not at all."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ The libraries take gigabytes, so this is left out by default:
 
     pip install -e '.[dev,large]' && python -m pytest -m large
 
-With the CPU build of torch, which its own index has, that is 4 GB; with PyPI's build, which holds CUDA, 8 GB. That one
-brings triton, which crashes in a process that has imported TensorFlow, so what needs both is left out then.
+With the CPU build of torch, from its own index, that is 4 GB; with PyPI's build, which contains CUDA, 8 GB. The latter
+brings triton, which crashes in a process that has imported TensorFlow, so tests that need both are then left out.
 
-Models are made on the spot, of random weights; nothing is downloaded. All shapes run once, in one program
+The tests make models with random weights; nothing is downloaded. All shapes run once, in one program
 (`large_shapes.py`).
 """
 
@@ -31,7 +31,7 @@ from mpmm.suspend import TorchModule
 TIMEOUT_S = 900.0
 large = pytest.mark.large
 
-#: What each shape needs.
+#: The libraries that each shape needs.
 SHAPES = {
     "torch_tensor": ("torch",),
     "torch_keyed_tensor": ("torch",),
@@ -58,7 +58,7 @@ def missing(shape: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[dict[str, list[Any]]]:
-    """What each shape has predicted, and what it should have, by name."""
+    """The actual and the expected predictions of each shape, by name."""
     # Not pytest's folder: the names of sockets may have no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="mpmm-t", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "run").mkdir(mode=0o700)

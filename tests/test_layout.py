@@ -19,7 +19,7 @@ from mpmm.shared_state.settings import SETTINGS, Settings
 from mpmm.sources.base import Measures
 
 ROWS = ("Header", "Member", "Model", "Instance", "Ticket", "Pin", "Device", "Observation", "Event", "Undo")
-# By version, a checksum of all that the words of a segment mean. Whoever changes that raises the version, and notes
+# By version, a checksum of all that the words of a segment mean. A change of it must raise the version, and note
 # here what the new one is: else a process of an earlier release would take one word for another.
 LAYOUTS = {11: 1755061728}
 NUMBERS: dict[type[IntEnum], str] = {

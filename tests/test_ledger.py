@@ -268,7 +268,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
 
     @property
     def ours_mb(self) -> float:
-        """What instances have, and what ended ones have not given back yet."""
+        """The memory of instances, and memory of ended ones that is not free yet."""
         copies = (*self.loading, *self.idle, *self.unloading)
         return sum(copy.has_mb for copy in copies) + self.lingering_mb
 
@@ -345,7 +345,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
     @rule(which=st.integers(0, 9), lingers_ms=st.integers(0, 900))
     @precondition(lambda self: self.loading)
     def fail_load(self, which: int, lingers_ms: int) -> None:
-        """A load fails; what it has loaded by then is with its server, which is to be ended, or lingers."""
+        """A load fails; the memory that it has taken belongs to its server, which is ended or lingers."""
         copy = self.loading.pop(which % len(self.loading))
         with self.namespace.transaction() as t:
             self.namespace.transitions.loads.give_up(t, copy.row)

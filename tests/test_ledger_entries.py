@@ -1,4 +1,4 @@
-"""What each instance and lease may have had of a device while a figure of it was taken: at least, and at most."""
+"""Bounds on what each instance and lease had of a device while a figure of it was taken: at least, and at most."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpmm.shared_state.transaction import Transaction, float_bits
 
 # More than all that there is, so that each bound shows.
 FIGURE_MB = 8000.0
-# The figure was asked for and there so many seconds before now.
+# How many seconds before now the figure was requested, and had arrived.
 TAKEN_S, DONE_S = 20, 10
 Made = Callable[[RowChanges], int]
 WORDS = {name: getattr(Instance, name) for name in ("SINCE", "LOADED_AT", "PROGRAM", "SEATS", "SERVER", "MB")}

@@ -1,4 +1,4 @@
-"""Nobody is left asleep, or with what nobody takes, by a wake-up that was not made or by a job that was not done."""
+"""A missing wake-up or an undone job leaves no process asleep, and no answer unconsumed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.transitions import Transitions, part
 
-# What heals by itself at the next poll is no mend.
+# A repair by the next poll does not count: it comes later than this.
 SOON_S = 8.0
 RARE_POLLS: dict[str, Any] = {"poll_interval": 30.0}
 

@@ -1,4 +1,4 @@
-"""Loads that take only what is free: `preload(if_free=True)`, and a Beam worker's loads before its first batches."""
+"""Loads that use only free memory: `preload(if_free=True)`, and a Beam worker's loads before its first batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the log says of loads, evictions and long waits, and what errors say of who has what was waited for."""
+"""The log lines about loads, evictions and long waits, and what errors say about the holders of awaited copies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def preload(seat: Seat, tag: str) -> None:
 
 
 def wait_in_line(namespace: str, count: int) -> bool:
-    """Tell whether so many requests wait."""
+    """Tell whether this number of requests waits."""
     return len(waiting(namespace)) == count
 
 

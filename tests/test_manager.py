@@ -1,4 +1,4 @@
-"""ModelManager: what it promises, with several real processes on one state."""
+"""ModelManager: its promises, with several real processes on one state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mpmm.shared_state.snapshot import read_snapshot
 
 
 def longest_round(seat: Seat, tag: str, rounds: int) -> float:
-    """Return the seconds that the slowest of so many warm rounds of acquire and release took."""
+    """Return the seconds of the slowest of several warm rounds of acquire and release."""
     longest = 0.0
     for _ in range(rounds):
         began = time.monotonic()
@@ -93,7 +93,7 @@ def test_two_loads_that_fit_run_side_by_side(namespace: str, new_process: NewPro
 
 
 def take_times(seat: Seat, tag: str, load_s: float, hold_s: float) -> None:
-    """Let a model be taken for one that loads and is held for so long."""
+    """Enter the durations of a model's loads and holds in the tables."""
     namespace = seat.manager._connected().namespace
     with namespace.transaction() as t:
         at = namespace.tables.model(namespace.transitions.models.claim(t, tag, tag.encode()))
@@ -106,7 +106,7 @@ def test_two_copies_of_one_model_load_side_by_side_when_both_are_wanted_and_fit(
 ) -> None:
     first, second = new_process(), new_process()
     go, gates = new_gate(), [new_gate(), new_gate()]
-    # Held for so much longer than it loads, that nobody waits for the load of another.
+    # Held so much longer than it loads that no request waits for another's load.
     first.call(take_times, "a", 0.1, 60.0)
     for process, gate in zip((first, second), gates, strict=True):
         process.send(acquire, "a", Loads("a", gate, go))

@@ -1,4 +1,4 @@
-"""The manager: models that cannot be had, wrong releases, loaders that fail, and full tables."""
+"""The manager: models that do not fit, wrong releases, failing loaders, and full tables."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def test_shutdown_unloads_what_is_ours_and_the_last_one_everything(
 
 
 class Interrupted(BaseException):
-    """What a signal handler raises."""
+    """Raised by a signal handler."""
 
 
 class Ends:

@@ -1,4 +1,4 @@
-"""Metrics: that parsers accept them, that they say what is so, and the ways to get at them."""
+"""Metrics: parsers accept them, they are true, and all ways to export them work."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_all_namespaces_are_exported_while_they_are_there(new_manager: NewManage
 def test_a_namespace_that_has_ended_is_forgotten_and_looked_for_no_more_often(
     new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With so many events at a time the next look comes sooner.
+    # With this many events at a time, the next look comes sooner.
     monkeypatch.setattr(event_reader, "WANTED_AT_A_TIME", 4)
     manager = new_manager()
     with closing(Exporter(follow=False)) as exporter:

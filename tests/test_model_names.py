@@ -1,4 +1,4 @@
-"""Which model people mean who type what a screen shows: tags, their beginnings, names, and what was shortened."""
+"""Names of models as people type them from a screen: tags, their beginnings, display names, and shortened ones."""
 
 from __future__ import annotations
 

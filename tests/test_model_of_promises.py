@@ -1,9 +1,9 @@
 """Random calls of several pretend processes against a small model of what the manager promises.
 
 The pretend processes are members of one namespace in this process, each with a manager's code of its own; some of
-them vanish: their member lock is dropped, as the kernel does for a dead process, and whatever they had must be
-taken back. Model servers are members, too, and vanish as well; loads are given up, at times before their loader knows
-of them. The model is a handful of dicts. Hypothesis prints a shrunk list of calls when the two disagree.
+them vanish: their member lock is dropped, as the kernel does for a dead process, and everything they had must be
+reclaimed. Model servers are members, too, and also vanish; loads are abandoned, at times before their loader knows
+of them. The model is a handful of dicts. Hypothesis prints a shrunk list of calls if the two disagree.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import read_snapshot
 
 TAGS = {"a": 300.0, "b": 400.0, "c": 900.0, "d": 100.0}
-# So many may use a copy at a time.
+# How many may use a copy at a time.
 USERS = {"b": 2, "d": 3}
 TOTAL_MB = 1000.0
 MOST_PROCESSES = 4

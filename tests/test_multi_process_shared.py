@@ -1,4 +1,4 @@
-"""Shared objects between real processes: who serves, who lives how long, what deaths cost."""
+"""Shared objects between real processes: which process serves, lifetimes, and what deaths cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tools/mutate.py`: its changes are changes, and it says which of them nothing notices."""
+"""`tools/mutate.py`: its changes change the code, and it reports those that no test notices."""
 
 from __future__ import annotations
 
@@ -415,7 +415,7 @@ def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(
     assert asked.witnesses(found[3, "another comparison"], 1.0) == [FIRST, other]
     assert asked.witnesses(found[3, "another comparison"], 1.0, one_of_each=False) == [FIRST]
     assert asked.witnesses(found[3, "another comparison"], 20.0) == [FIRST, other, slow]
-    # What runs at the import may be noticed by whoever runs anything of the file.
+    # Every test that runs any of the file may notice a change in code that runs at its import.
     assert asked.witnesses(found[1, "another number"], 20.0) == [SECOND, FIRST, other, slow]
     assert Covering(seconds, {file: {3: [slow]}}).witnesses(found[5, "nothing returned"], 20.0) == []
     assert asked.all_of(["test_a"]) == [SECOND, FIRST, slow]

@@ -1,4 +1,4 @@
-"""Coming to a namespace and leaving it: bad ground, other versions, full memory, forks."""
+"""Joining and leaving a namespace: bad conditions, other versions, full memory, forks."""
 
 from __future__ import annotations
 
@@ -388,7 +388,7 @@ def test_a_guest_that_is_left_alone_removes_nothing(
     guest = Namespace.join(namespace, kind=Member.GUEST, must_exist=True)
     process.kill()
     guest.leave()
-    # What was learnt of its models is the next one's.
+    # The next process inherits the figures of its models.
     assert segment_file(runtime_root).exists()
     new_manager()
     assert not segments_of(runtime_root) - {segment_name(runtime_root, namespace)}
@@ -435,7 +435,7 @@ def test_a_full_shared_memory_is_a_clear_error_and_leaves_nothing(
     assert caught.value.size_bytes > 1_000_000
     assert isinstance(caught.value, MemoryError)
     assert not segment_file(runtime_root).exists()
-    # What there was room for is no obstacle to those who come later.
+    # The part that could be written does not hinder later processes.
     ModelManager(namespace=namespace, **BOOKED).shutdown()
 
 
@@ -499,7 +499,7 @@ def test_a_visitor_leaves_no_trace_and_starts_no_tracker(
         env={**os.environ, "PYTHONPATH": import_path()},
     )
     assert visitor.returncode == (3 if how == "raise" else 0), visitor.stderr
-    # What it has to say about other parameters than ours goes to the log, so to stderr; nothing else may.
+    # Its messages about unknown parameters are logged, and so reach stderr; nothing else may.
     complaints = [line for line in visitor.stderr.splitlines() if " stays " not in line]
     assert (visitor.stdout.strip(), complaints) == (handle, [])
     assert segment_file(runtime_root).exists()
@@ -556,7 +556,7 @@ def test_a_process_with_eight_busy_threads_can_be_forked_and_its_children_use_th
 
 
 def fork_while_busy(seat: Seat, forks: int) -> int:
-    """Fork so often while eight threads work; return how many children could use the manager."""
+    """Fork repeatedly while eight threads work; return how many children could use the manager."""
     manager = seat.manager
     stop = threading.Event()
     errors: list[BaseException] = []
@@ -633,7 +633,7 @@ def test_newcomers_leave_the_lock_to_who_starves_while_the_claim_holds(namespace
 def test_who_waits_for_the_lock_has_it_soon_after_it_is_free_without_a_claim(
     namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nobody ever waits for so long that it claims the lock.
+    # No process ever waits long enough to claim the lock.
     monkeypatch.setattr(transaction, "STARVES_AFTER_S", math.inf)
     joined = Namespace.join(namespace)
     elsewhere = joined.segment.lock_file()

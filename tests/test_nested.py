@@ -1,4 +1,4 @@
-"""Models used inside the use, or the load, of others by one thread: what can work works, the rest is said at once."""
+"""Models used by one thread during the use, or the load, of others: what cannot work raises an error at once."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_loader_that_starts_quietly_is_told_at_once_that_nothing_else_loads_me
     assert problems(namespace) == []
 
 
-#: What a loader that starts quietly would wait for itself with, beside an idle copy that can be suspended.
+#: Cases in which a quietly starting loader would wait for itself, while there is an idle copy that can be suspended.
 WAITS_FOR_ITSELF: dict[str, Callable[[ModelManager], object]] = {
     "reserve": lambda manager: manager.reserve(10, name="inner"),
     "unload": lambda manager: manager.unload("idle"),

@@ -1,4 +1,4 @@
-"""What the one that makes a namespace writes into its segment."""
+"""What the process that creates a namespace writes into its segment."""
 
 from __future__ import annotations
 

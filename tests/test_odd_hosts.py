@@ -1,8 +1,8 @@
-"""Hosts and programs that are not as most are.
+"""Unusual hosts and programs.
 
-They lack shared memory, /proc, room, rights, a working directory, a main file, or set what holds for all that they run.
+They lack shared memory, /proc, space, rights, a working directory or a main file, or change process-wide settings.
 
-Either all works there, or an MpmmError says at once what is missing, whose it is, and what to change.
+Either everything works there, or an MpmmError says at once what is missing, who owns it, and what to change.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def test_a_runtime_directory_without_room_says_which_file_had_none(tmp_path: Pat
         print(done.stderr)
         """,
     )
-    # In a server or here: what the error of the server says comes last, too.
+    # In a server or here: the text of a server's error also comes last.
     last = answer.splitlines()[-1]
     assert last.startswith(f"mpmm.errors.RuntimeDirectoryError: {tmp_path}/root/"), answer
     assert "free space" in last
@@ -529,7 +529,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("switch", ["0", "1"], ids=["spawn", "zygote"])
 @pytest.mark.parametrize("closed", ["before", "later"])
 def test_no_file_of_ours_is_ever_a_standard_output(tmp_path: Path, closed: str, switch: str) -> None:
-    """As some daemons are started, or close them: what a server printed went into the segment, or a lock file."""
+    """As some daemons are started, or close them: a server's output used to go into the segment, or a lock file."""
     program, answer = tmp_path / "program.py", tmp_path / "answer"
     program.write_text(WITHOUT_STANDARD_DESCRIPTORS)
     subprocess.run(

@@ -1,4 +1,4 @@
-"""What `python -O` leaves out guards nothing: a change that the state forbids is an error, and changes nothing."""
+"""`python -O` leaves out no check: a change that the state forbids raises an error, and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpmm.shared_state.layout import Instance
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.shared_state.transaction import Transaction
 
-# What is left says only what type checkers cannot know.
+# The remaining assertions state only what type checkers cannot know.
 MAY_ASSERT = {"lease.py": 1, "trace.py": 1, "client.py": 1, "channel.py": 1, "fork_parent.py": 1, "timeline.py": 1}
 
 

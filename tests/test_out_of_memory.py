@@ -1,4 +1,4 @@
-"""Running out of memory: how it is recognised, and what is done about it."""
+"""Running out of memory: how mpmm recognises it, and what it does about it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def caused(error: Exception, cause: BaseException) -> Exception:
 
 
 class LoadError(Exception):
-    """What a library might wrap every trouble in."""
+    """An error in which a library might wrap every other."""
 
 
 CUDA = "CUDA out of memory. Tried to allocate 166.00 MiB (GPU 0; 8.00 GiB total capacity; 6.93 GiB already allocated)"
@@ -159,7 +159,7 @@ def test_a_bound_is_what_was_free_but_never_impossible() -> None:
 
 @dataclass
 class Stubborn:
-    """A loader that counts its calls, of which the first so many run out of memory."""
+    """A loader that counts its calls, of which the first ones run out of memory."""
 
     failures: int
     errors: list[Exception] = field(default_factory=list)
@@ -202,7 +202,7 @@ def test_a_load_that_runs_out_of_memory_is_repeated_once_there_is_more_room(
     assert model_of(namespace, "greedy").estimate_mb == 800
     [event] = [event for event in snapshot.events if event.kind == "out_of_memory"]
     assert (event.tag, event.value) == ("greedy", 400)
-    # What made room says why it went.
+    # The evicted copy's event says why.
     [unload] = [event for event in snapshot.events if event.kind == "unload_began"]
     assert (unload.tag, unload.reason) == ("idle", Reason.OUT_OF_MEMORY)
 

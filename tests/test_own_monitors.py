@@ -1,4 +1,4 @@
-"""Monitors of the caller's own in the place of ours, as Beam's manager takes them."""
+"""Callers' monitors in place of ours, as Beam's manager accepts them."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def expect_sound(metadata: email.message.Message) -> None:
     assert metadata["Keywords"] and metadata["Description-Content-Type"] == "text/markdown"
     extras = metadata.get_all("Provides-Extra") or []
     assert {"all", "beam", "cli", "metrics", "plot", "web"} <= set(extras)
-    # What stands in it is needed, and nothing else.
+    # Everything in it is needed, and nothing else.
     needed = {line.split(">=")[0] for line in metadata.get_all("Requires-Dist") or [] if "extra" not in line}
     assert needed == {"filelock", "numpy", "nvidia-ml-py", "psutil", "scipy"}
 

@@ -1,4 +1,4 @@
-"""Large payloads through shared objects: all arrives as it was, and nothing changes it afterwards."""
+"""Large payloads through shared objects: they arrive unchanged, and nothing changes them afterwards."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ ARRAYS: dict[str, Any] = {
 }
 
 
-# What arrives.
+# Arrival.
 
 
 def test_arrays_arrive_as_from_a_plain_pickle(proxy: Any) -> None:
@@ -194,7 +194,7 @@ def test_a_call_in_the_middle_of_unpickling_does_not_disturb_the_answer(spawned:
     assert spawned.echo(sent) == ["x" * 1000, "y" * 1000]
 
 
-# Whose memory it is.
+# Ownership of memory.
 
 
 def test_what_was_received_does_not_change_with_later_calls(spawned: Any) -> None:

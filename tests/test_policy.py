@@ -1,4 +1,4 @@
-"""The policy: what happens to whoever waits, as a table of cases."""
+"""The policy: the decision for each waiter, as a table of cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy: which copies are unloaded, by what it costs to be wrong."""
+"""The policy: which copies are evicted, by the cost of a wrong choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of the policy by themselves, in what whole plans seldom tell apart."""
+"""Parts of the policy by themselves, where whole plans seldom show a difference."""
 
 from __future__ import annotations
 
@@ -384,7 +384,7 @@ def test_a_device_without_room_beside_leases_is_drained_only_where_all_are(
 def test_one_that_memory_is_on_its_way_for_holds_up_others(
     there: dict[str, Any], unloading: int, holds_up: bool
 ) -> None:
-    """Nothing can be evicted for it: what leaves no room is in use elsewhere by its own model."""
+    """Nothing can be evicted for it: its own model uses the missing memory elsewhere."""
     wanted = model(A, 600.0)
     seen = view([wanted], [ticket(1, A)], devices=[device(used=500.0, **there)], unloading=unloading)
     assert holds_up_others(PlanState(seen), ticket(1, A), wanted) is holds_up

@@ -129,7 +129,7 @@ def no_device_goes_over_its_limit(state: View, plan: Plan) -> None:
 def a_load_takes_what_its_model_needs(state: View, plan: Plan) -> None:
     for load in loads_of(plan):
         wanted, largest = state.models[waiter_of(state, load).model], max(limits_mb(state))
-        # What is only assumed does not make a model impossible.
+        # An assumed size does not make a model impossible.
         assert load.need_mb in (wanted.need_mb, largest)
         assert load.need_mb == wanted.need_mb or (not wanted.known and wanted.need_mb > largest)
 
@@ -225,7 +225,7 @@ def states_at_rest(draw: st.DrawFn) -> View:
         leased = draw(st.sampled_from([0.0, 0.0, 200.0]))
         external = draw(st.sampled_from([0.0, 48.0, 100.0, 300.0, 700.0]))
         ours = sum(copy.mb for copy in copies if copy.device == row)
-        # What instances have grown by may count as external; on a device that has none, all of it is certain.
+        # Growth of instances may count as external memory; on a device without instances, all of that is certain.
         least = draw(st.floats(0, external)) if ours else external
         figures = {"reserved_mb": leased, "leased_mb": leased, "external_mb": external, "external_least_mb": least}
         devices.append(device(row, total, ours + external, **figures))

@@ -1,4 +1,4 @@
-"""The policy: who stands before whom, who may overtake, and which load is first."""
+"""The policy: the order of the queue, which requests may overtake, and which load is first."""
 
 from __future__ import annotations
 

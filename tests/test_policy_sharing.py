@@ -1,4 +1,4 @@
-"""The policy: when a waiter shares a copy, and what only several copies, waiters or devices show."""
+"""The policy: when a waiter shares a copy, and cases that need several copies, waiters or devices."""
 
 from __future__ import annotations
 

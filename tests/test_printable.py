@@ -1,4 +1,4 @@
-"""Nothing that others have named reaches a terminal or a log as an order to it; what programs read stays exact."""
+"""No name from users reaches a terminal or a log as a control sequence; programs read names unchanged."""
 
 from __future__ import annotations
 

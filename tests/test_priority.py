@@ -1,4 +1,4 @@
-"""Urgent requests go first, by a head start that is bounded, so that nobody starves."""
+"""Urgent requests come first, by a bounded head start, so that no request starves."""
 
 from __future__ import annotations
 

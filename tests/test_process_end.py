@@ -1,6 +1,6 @@
-"""The end of a process finds its threads at work: none of them holds it up, writes a traceback, or joins again.
+"""A process ends while its threads work: none of them delays the end, writes a traceback, or joins again.
 
-Threads that the process waits for go on as ever.
+Threads that the process waits for continue as usual.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mpmm.shared_state.snapshot import read_snapshot
 
 manager = ModelManager(namespace="ends", memory_source="booked", fallback_memory_mb=100, default_estimate_mb=100)
 """
-# What a daemon thread is at: it says so by `begins`, and would come to its end only once the process has left.
+# What a daemon thread does: it calls `begins`, and would end only after the process has left.
 CALLS = {
     "waits for a model": "begins.set(); manager.acquire_model('b', dict)",
     "waits for a lease": "begins.set(); manager.reserve(50, name='mine')",

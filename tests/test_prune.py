@@ -1,4 +1,4 @@
-"""Segments that belong to nobody: swept by whoever makes a namespace, and by `mpmm prune`; nothing else is."""
+"""Segments without an owner: a process that creates a namespace removes them, and so does `mpmm prune`; no others."""
 
 from __future__ import annotations
 

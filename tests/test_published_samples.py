@@ -1,4 +1,4 @@
-"""What a published sample changes of members and of what their servers keep, word by word."""
+"""What a published sample changes in members and in their servers' figures, word by word."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every code block and command of README.md is taken out of the file itself and run, or checked where it takes long.
+"""Every code block and command of README.md is taken from the file itself and run, or only checked if it takes long.
 
 Not run here are the main job and the test command, which take minutes (`test_the_long_commands_have_all_their_parts`);
-the tests of the demo and `.ci/run` run them. The screen of `mpmm inspect` is compared by its tables and columns.
+the tests of the demo and `.ci/run` run them. Of the screen of `mpmm inspect`, the tables and columns are compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INSTALL, MAIN_JOB, TESTS, RUN = range(4)
 WITH_BEAM, FIRST_USE, MORE_USES = range(3)
 TIMEOUT_S = 300
 
-#: What the examples take for granted: a model, and an image.
+#: What the examples assume: a model, and an image.
 BEFORE = """
 import os
 

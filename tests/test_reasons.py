@@ -157,7 +157,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
     Reason.ONLY_COPY: (
         view([held_for_long(model(A, 901, shared=1))], [ticket(1, A)], devices=[device(used=100)], in_use=1),
         first,
-        # What the device takes is no figure of what is free.
+        # The sentence gives the device's limit, not its free memory.
         "waits for a copy that is in use: another one would need 901 MB, but the largest device takes only 900",
     ),
     Reason.LEASED: (
@@ -231,7 +231,7 @@ TABLE: dict[Reason, tuple[View, Callable[[View], Decision], str]] = {
         "is refused: needs 901 MB, but the largest device takes only 900",
     ),
 }
-#: What no plan says: it is what holds for a ticket without a decision, and what a full table does.
+#: Sentences of no plan: those for a ticket without a decision, and for a full table.
 ELSEWHERE = {
     Reason.BEHIND: "waits: a request before it must not be delayed, or a model runs alone",
     Reason.NO_ROW: "is evicted for b, because the table of copies, or of models, is full",

@@ -1,4 +1,4 @@
-"""What is said of rows in which one field is changed is what was recorded: see `broken_rows`."""
+"""The findings about rows with one changed field are those that were recorded: see `broken_rows`."""
 
 from __future__ import annotations
 

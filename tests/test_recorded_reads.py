@@ -1,4 +1,4 @@
-"""What is read of many random rows is what was recorded: see `random_reads`."""
+"""The answers about many random rows are those that were recorded: see `random_reads`."""
 
 from __future__ import annotations
 

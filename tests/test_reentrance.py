@@ -1,4 +1,4 @@
-"""Calls from signal handlers and finalizers, which come in the middle of other calls of their own thread."""
+"""Calls from signal handlers and finalizers, in the middle of other calls of the same thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of shared objects as one process sees it: its key, its locks, and how long it stays."""
+"""The registry of shared objects in one process: its key, its locks, and its lifetime."""
 
 from __future__ import annotations
 

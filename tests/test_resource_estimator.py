@@ -1,4 +1,4 @@
-"""ResourceEstimator and the pure functions under it; estimates reported to Beam."""
+"""ResourceEstimator and the pure functions that it uses; estimates reported to Beam."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ from mpmm.shared_state.snapshot import InstanceInfo, find_namespaces, read_snaps
 Start = Callable[..., subprocess.Popen[str]]
 
 SOON_S = 1.5
-# What the issue asks for: one device of 16 GB, by accounting.
+# One device of 16 GB, by accounting.
 SIXTEEN_GB: dict[str, Any] = {"memory_source": "booked", "fallback_memory_mb": 16000.0, "slack_percentage": 0.1}
 
 
 @pytest.fixture
 def start(namespace: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts `mpmm run` in the namespace; what is still there in the end is killed."""
+    """Starts `mpmm run` in the namespace, and kills what still runs at the end."""
     monkeypatch.setenv("PYTHONPATH", import_path())
     started: list[subprocess.Popen[str]] = []
 

@@ -1,4 +1,4 @@
-"""How the scheduler writes a plan down, where the rows that a plan leads to do not show it."""
+"""How the scheduler carries out a plan, where the resulting rows do not show it."""
 
 from __future__ import annotations
 

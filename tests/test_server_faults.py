@@ -1,4 +1,4 @@
-"""What goes wrong beside a model server, for a moment, costs nobody the server, nor a right answer."""
+"""A short fault outside a model server costs no client the server or a right answer."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_an_order_that_comes_to_nothing_is_given_up(monkeypatch: pytest.MonkeyPa
 def test_a_client_that_is_not_answered_leaves_no_descriptor_open(tmp_path: Path) -> None:
     listener = sockets.listen(tmp_path, "socket")
     before = open_descriptors()
-    # Whoever keeps the error keeps what its frames refer to.
+    # A kept error keeps everything that its frames refer to.
     with pytest.raises(BlockingIOError) as error:
         sockets.dial(tmp_path, "socket", bytes(32), timeout_seconds=0.05)
     assert not open_descriptors() - before
@@ -304,7 +304,7 @@ def test_a_load_that_fails_ends_no_server_that_others_use(
 
 
 def hold_the_lock(seat: Seat, seconds: float) -> None:
-    """Be inside a transaction for so long, as a process is that is stopped there."""
+    """Stay inside a transaction for some seconds, like a process that is stopped there."""
     with seat.manager._connected().namespace.transaction():
         time.sleep(seconds)
 

@@ -1,4 +1,4 @@
-"""Model servers as processes of the program that started them: what they import, keep open, say, and heed."""
+"""Model servers as processes of the program that started them: their imports, open files, output, and signals."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_a_main_module_that_fails_in_the_server_says_so_to_the_starter(
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-# What a server says.
+# Output.
 
 
 @pytest.fixture
@@ -414,7 +414,7 @@ def test_sigterm_ends_a_server_while_it_imports_a_main_module_that_takes_the_sig
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_arrives_as_the_main_thread_falls_asleep_ends_the_server(start_method: str, number: int) -> None:
-    """What was lost: Python's handler is noted after the last bytecode, and the wait is never interrupted again."""
+    """Such a signal was lost: Python notes it after the last bytecode, and nothing interrupts the wait again."""
     proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
     pid = proxy.pid()
     # The kernel gives it to a thread that is not the main one, whose sleep goes on.
@@ -515,7 +515,7 @@ def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:
     unload("it")
 
 
-# What a tag stands for.
+# Tags.
 
 
 def name_of(constructor: Any) -> str:

@@ -1,4 +1,4 @@
-"""Shared buffers, through which payloads go: when there are some, and what deaths, forks and signals leave of them."""
+"""Shared buffers for payloads: when they exist, and what deaths, forks and signals leave of them."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_payload_is_an_error(
 ) -> None:
     monkeypatch.setenv(LIMIT_VARIABLE, limit_mb)
     pid = spawned.pid()
-    # In the middle: what is received is stopped, and the payload larger than what is on its way at once.
+    # In the middle: the receiver is stopped, and the payload is larger than what can be in transit at once.
     spawned.echo(NUMBERS)
     os.kill(pid, signal.SIGSTOP)
     raised: list[BaseException] = []
@@ -342,7 +342,7 @@ def test_a_call_from_a_signal_handler_in_the_middle_of_a_payload_has_a_connectio
 
 def test_a_call_that_is_interrupted_in_the_middle_of_a_payload_is_not_answered_later(spawned: Any) -> None:
     class Interrupted(BaseException):
-        """As KeyboardInterrupt: what is no Exception passes through unpickling as it is."""
+        """Like KeyboardInterrupt: a BaseException that is no Exception passes through unpickling unchanged."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise Interrupted

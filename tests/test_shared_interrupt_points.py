@@ -18,7 +18,7 @@ from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.multi_process_shared.client import _known
 from mpmm.multi_process_shared.registry import registry_for
 
-# What is raised in a finalizer, of a lock file say, is lost to the program and reported so.
+# An exception in a finalizer, such as that of a lock file, does not reach the program; Python reports it as such.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 

@@ -1,7 +1,7 @@
-"""What is known without a plan is known in every case that Q1 to Q5 of `mpmm.scheduling.shortcuts` name, and no other.
+"""Shortcuts answer without a plan in exactly the cases that Q1 to Q5 of `mpmm.scheduling.shortcuts` name.
 
-`test_without_a_plan` holds the answers right. That they are given at all, which saves the plan, is compared here with
-the rules as statements about the rows, after each of many random operations.
+`test_without_a_plan` checks that the answers are right. Whether there is an answer, which saves the plan, is compared
+here with the rules as statements about the rows, after each of many random operations.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def copy_beside_which_the_last_loader_made_an_object(made: RandomTables, t: Tran
     made.transitions.unloads.begin(t, row, 1, False, Cause(Reason.BY_HAND))
     made.transitions.unloads.end(t, row)
     made.transitions.tickets.enqueue(t, model, 2, 1, 100.0, LONGEST_NS, cause=Cause(Reason.SHARING))
-    # A load would take so long that any wait is sooner.
+    # A load takes so long that any wait ends sooner.
     t.set_float(made.tables.model(model) + Model.LOAD_S, 1000.0)
 
 

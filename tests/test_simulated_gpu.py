@@ -1,4 +1,4 @@
-"""The simulated GPUs: real nvidia-ml-py, Beam's own GPUMonitor and mpmm read the same figures off them."""
+"""The simulated GPUs: real nvidia-ml-py, Beam's own GPUMonitor and mpmm read the same figures from them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_nvidia_ml_py_beam_and_mpmm_read_the_same_figures(
         ours.stop()
         assert ours.get_stats() == beam_monitor.get_stats() == (2884, 2884, 16384)
 
-    # What a process had is free when it is dead, before anybody has waited for it.
+    # A process's memory is free when it is dead, even before its parent has waited for it.
     holder.kill()
     wait_until(lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used == 884 * MIB, "the memory of the dead is free")
     gpus.free(500, 0)

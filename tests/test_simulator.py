@@ -26,7 +26,7 @@ def simulated(*arguments: str) -> dict[str, dict[str, Any]]:
 
 
 Found = dict[str, dict[str, Any]]
-# So many requests with one client, and with 64: enough for queues of all of them.
+# The numbers of requests with one client, and with 64: enough for all of them to queue.
 ALONE, CROWDED = scaled(1000), scaled(400)
 
 
@@ -69,7 +69,7 @@ def test_with_many_clients_fewer_loads_are_needed_and_nobody_waits_longer_than_u
 
 
 def test_the_workers_of_a_pipeline_need_few_more_loads_than_if_all_that_they_ask_for_was_known() -> None:
-    # What four workers of Beam asked for, 28 batches each; without a load that goes before the first waiter's it is 60.
+    # The requests of four Beam workers, 28 batches each; without loads before the first waiter's, there are 60 loads.
     sequences = [[int(model) for model in order * 7] for order in ("0213", "1032", "2103", "3120")]
     for load_s in (0.3, 1.0, 10.0):
         setting = Setting([4000.0] * 4, 4500.0, load_s, hold_s=0.012, unload_s=0.1)

@@ -208,7 +208,7 @@ def test_a_load_that_a_shutdown_overtakes_is_a_closed_error(new_manager: NewMana
     go_on.set()
     thread.join(DEADLINE_S)
     assert outcomes == [ClosedError]
-    # What the loader has made is nobody's, so it goes.
+    # No caller gets the loaded object, so it is unloaded.
     assert Thing.unloaded == 1
 
 

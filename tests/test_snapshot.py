@@ -1,4 +1,4 @@
-"""What a snapshot and typed reads show of the words of the segment, and that states mean the same everywhere."""
+"""What a snapshot and typed reads show of the segment's words; states mean the same everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which memory source is chosen, and what sources tell of themselves."""
+"""Which memory source mpmm chooses, and how sources describe themselves."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ class TestSilence:
         source = NvmlSource()
         (sample,) = source.sample((7, 8))
         assert source.measures_processes
-        # What the daemon has for its clients is not counted twice.
+        # The memory that the daemon has for its clients is not counted twice.
         assert sample.process_mb == {1: 100, 7: 300, 8: 200} and sample.unrelated_mb((7, 8)) == 100
 
     def test_a_list_that_the_driver_does_not_have_is_asked_for_once(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Drivers that fail under a manager, on simulated GPUs: what it does then, and that it holds up nobody."""
+"""Drivers that fail under a manager, on simulated GPUs: what it does then; no request is delayed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.sources.nvidia_smi import NvidiaSmiSource
 from mpmm.sources.nvml import NvmlSource
 
-# What of an acquire may be noticed; the failures here last for seconds.
+# The longest delay of an acquire that is accepted; the failures here last for seconds.
 AT_ONCE_S = 1.0
 
 
@@ -162,7 +162,7 @@ def test_fields_that_are_not_available_are_unknown_and_not_zero(
 
 @pytest.fixture
 def ignored_children(new_gpus: NewGpus) -> Iterator[None]:
-    """What a starter leaves that ignores SIGCHLD: the kernel keeps no exit status of this process's children."""
+    """As a starter that ignores SIGCHLD leaves it: the kernel keeps no exit status of this process's children."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGCHLD, before)
@@ -306,7 +306,7 @@ def test_nobody_but_the_leader_polls_while_its_samples_are_fresh(
         process.call(acquire, f"model {process.pid}")
         process.call(release)
 
-    # Not whoever else looks at GPUs, as a monitor of an earlier test may.
+    # Not other processes that read GPUs, such as a monitor of an earlier test.
     members = {process.pid for process in processes}
 
     def polled() -> list[int]:
@@ -603,7 +603,7 @@ def test_unknown_models_are_measured_alone_where_the_driver_does_not_tell_proces
     assert not snapshot.measures_processes
     assert gpus.highest_mb(0) <= 16000
     assert [model.estimate_mb for model in snapshot.models] == pytest.approx([5000] * 4, rel=0.02)
-    # What is ours is not taken for somebody else's, so that it goes when something else needs the room.
+    # Our memory does not count as external, so it is evicted when another model needs it.
     first = processes[0]
     first.call(learn, large=9000.0)
     assert [device.unrelated_mb for device in devices(namespace)] == [0]

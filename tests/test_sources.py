@@ -1,4 +1,4 @@
-"""NVML and nvidia-smi as memory sources: against a pretended driver and a pretended program."""
+"""NVML and nvidia-smi as memory sources: against a fake driver and a fake program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quiet start: while an engine sizes itself by what is free, nothing else comes or goes on its device."""
+"""A quiet start: while an engine sizes itself by the free memory, nothing else is loaded or unloaded on its device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_nothing_else_loads_or_unloads_while_copies_are_used(
     load_steadily(namespace, engine, go)
     other.send(acquire, "new")
     wait_until(lambda: reason_of(namespace, "new") == Reason.QUIET, "another load waits, though there is room")
-    # What there is may be used.
+    # Copies on the device may be used.
     with manager.model("idle", Loads(), keep_alive_seconds=0):
         pass
     assert manager.unload("idle", timeout_seconds=0) in (0, 1)

@@ -1,4 +1,4 @@
-"""Processes that are stopped or stuck, not dead: the others name them, and stand in for them."""
+"""Processes that are stopped or stuck, but not dead: the others name them, and do their work."""
 
 from __future__ import annotations
 

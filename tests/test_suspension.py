@@ -156,7 +156,7 @@ def test_where_little_is_saved_in_all_only_what_is_clearly_quicker_to_bring_back
         assert large is not None
         transitions.suspensions.expect(t, large, 30.0, 10.0)
     assert told() == {"clear"}
-    # What is not to be suspended for another reason says nothing of what there is to save.
+    # A model that cannot be suspended for another reason does not count for the saved share.
     with session.namespace.transaction() as t:
         t.set(tables.model(large) + Model.UNSUSPENDABLE, Unsuspendable.TIMED_OUT)
     assert told() == {"small", "clear"}
@@ -207,7 +207,7 @@ def test_what_the_host_has_no_room_for_makes_the_oldest_go(new_manager: NewManag
     manager = new_manager(suspend_budget_mb=1300.0, default_estimate_mb=600.0)
     for tag in "abcd":
         use(manager, tag, MakesSleeper(tmp_path))
-    # What had to go for the last one may be on its way still.
+    # The copy evicted for the last one may still be unloading.
     wait_until(lambda: host_mb(read_snapshot(manager.namespace)) == 1200.0, "the others are gone")
     snapshot = read_snapshot(manager.namespace)
     suspended = sorted(copy.tag for copy in snapshot.instances if copy.state == "suspended")
@@ -473,7 +473,7 @@ def test_a_resume_whose_end_is_undone_is_given_up(
 
 
 class TooLate(Exception):
-    """What the handler of a time limit of the program's own raises."""
+    """Raised by the handler of a time limit that the program has set itself."""
 
 
 def resume_too_late(seat: Seat, tag: str) -> str:
@@ -779,7 +779,7 @@ def start_quietly(seat: Seat, go: Gate) -> None:
 
 @pytest.fixture
 def engine(namespace: str, manager: ModelManager, new_process: NewProcess, new_gate: NewGate, tmp_path: Path) -> Gate:
-    """What lets the load of an engine end, which began when a copy of `a` was idle."""
+    """A gate that lets the load of an engine end, which began when a copy of `a` was idle."""
     manager._estimator.set_initial_estimate("engine", 100.0)
     use(manager, "a", MakesSleeper(tmp_path))
     go = new_gate()

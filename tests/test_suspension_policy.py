@@ -1,4 +1,4 @@
-"""Suspended instances as the policy sees them: when a suspension pays, whom it makes room for, who makes way."""
+"""Suspended instances as the policy sees them: when it pays, what it makes room for, what is dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is unloaded for want of a row in a table of the segment: compared with a statement of the rule, at random."""
+"""What is unloaded if a table of the segment has no free row: compared with a statement of the rule, on random rows."""
 
 from __future__ import annotations
 

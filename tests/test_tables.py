@@ -1,4 +1,4 @@
-"""How rows are found, in tables so short that it is done without NumPy and in longer ones."""
+"""How rows are found, in short tables without NumPy and in longer ones with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def namespace() -> Iterator[Namespace]:
 
 
 def pin_rows(namespace: Namespace, count: int) -> None:
-    """Use so many rows, each for a model of its own, and free every third one again."""
+    """Use several rows, each for a model of its own, and free every third one again."""
     tables, pins = namespace.tables, namespace.segment.layout.pins
     with namespace.transaction() as t:
         for row in range(count):

@@ -1,4 +1,4 @@
-"""Templates, which import what servers need before they fork them: what they learn, and what they leave to servers."""
+"""Templates, which import what servers need before they fork them: what they import, and what they leave to servers."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_orders_larger_than_a_socket_takes_arrive(path: str, modules: Any) -> No
     assert server_from(path, template, large).increment() == 42
 
 
-# What imports leave behind.
+# Remains of imports.
 
 
 def servers_of_template(path: str, modules: Any, name: str, timeout_s: float = LEARN_TIMEOUT_S) -> list[Any]:
@@ -410,7 +410,7 @@ LARGE = ("scipy.stats", "sklearn.linear_model")
 def test_a_forked_server_is_like_a_spawned_one_for_popular_modules(
     path: str, modules: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All in one module, as a program imports them; what cannot be imported before a fork is found out above."""
+    """All in one module, as a program imports them; tests above find out what cannot be imported before a fork."""
     names = (*POPULAR, *(LARGE if SCALE > 1 else ()))
     installed = [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is not None]
     name = modules("mpmm_test_popular", "\n".join(f"import {module}" for module in installed))

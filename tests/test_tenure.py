@@ -1,4 +1,4 @@
-"""A process that is handed a copy and comes back for it at once has it first for a moment.
+"""A process that was handed a copy, and asks for it again at once, comes first for a moment.
 
 See `mpmm.model_manager.tenure`.
 """
@@ -29,7 +29,7 @@ def lengthen(seat: Seat, tenure_s: float, called_up_for_s: float) -> None:
 
 
 def be_quick_with(seat: Seat, tag: str, rounds: int) -> int:
-    """Use a model so many times; return how many tickets that took."""
+    """Use a model several times; return how many tickets that took."""
     before = read_snapshot(seat.manager.namespace).next_ticket
     for _ in range(rounds):
         with seat.manager.model(tag, _never):

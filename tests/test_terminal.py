@@ -47,7 +47,7 @@ def test_columns_that_do_not_fit_are_left_out_whole(width: int, busy: ModelManag
         lines = (text.split(f"\n{title}:\n")[1].splitlines()[0] for text in (narrow, full))
         heads, all_heads = (re.split(r" {2,}", line.strip()) for line in lines)
         assert [head for head in all_heads if head in heads] == heads
-    # What a sentence has to say is all there.
+    # The sentence is complete.
     assert "waits: needs 250 MB, " in " ".join(narrow.split())
     assert "rolled back 0" in " ".join(narrow.split())
 
@@ -80,7 +80,7 @@ def test_prose_stands_below_its_row_where_not_everything_fits_beside_it() -> Non
     beside = table(head, rows, 100, least=("left",), prose=True, below=True)
     assert beside == table(head, rows, 100, prose=True)
     assert beside[1].endswith("in_use  waits for a copy that others have")
-    # What says nothing goes first, and then names become shorter before anything else goes.
+    # Columns that say nothing are dropped first; then names are shortened before anything else is dropped.
     assert table(head, rows, 36, least=("reason", "left"), prose=True, below=True) == [
         "  for                         reason",
         f"  {'m' * 6}…{'m' * 19}  in_use",

@@ -1,4 +1,4 @@
-"""A look at where all threads are never locks the interpreter out, whatever is collected meanwhile."""
+"""Reading the frames of all threads never blocks the interpreter, whatever is garbage-collected meanwhile."""
 
 from __future__ import annotations
 

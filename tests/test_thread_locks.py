@@ -18,7 +18,7 @@ INTERRUPTIONS = 300
 
 
 class Interrupted(Exception):
-    """What the handler raises."""
+    """Raised by the handler."""
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_lock_that_another_thread_has_for_too_long_is_not_waited_for(make: Cal
     assert holder.is_alive()
     give_back.set()
     holder.join()
-    # What is raised inside is not taken for that.
+    # An exception raised inside is not mistaken for that.
     with pytest.raises(KeyError), InTime(lock, DEADLINE_S, TimeoutError):
         raise KeyError
     assert is_free(lock)

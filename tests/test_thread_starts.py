@@ -1,4 +1,4 @@
-"""What a signal handler raises as a thread is started reaches the caller as it is."""
+"""An exception from a signal handler during a thread's start reaches the caller unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread")
 
 
 class Interrupted(Exception):
-    """What the handler raises."""
+    """Raised by the handler."""
 
 
 def test_an_exception_of_a_signal_handler_is_raised_where_the_thread_has_been_started(

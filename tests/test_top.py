@@ -1,4 +1,4 @@
-"""`mpmm top`: what is on the screen, in a real terminal of changing size."""
+"""`mpmm top`: its screen, in a real terminal of changing size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ rich_console = pytest.importorskip("rich.console", reason="needs the extra cli")
 from mpmm.observability.top import History, Looks, _fitting, screen  # noqa: E402  # needs rich
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-# What a terminal is sent when a program gives up the screen that it had to itself.
+# The escape sequence by which a program leaves the alternate screen.
 LEFT = "\x1b[?1049l"
 
 
@@ -300,7 +300,7 @@ def test_keys_sort_filter_hold_and_help() -> None:
 
 
 def read_until(descriptor: int, text: str, seen: str = "") -> str:
-    """Read from a terminal until some text is there; return what there was. seen: what was read already."""
+    """Read from a terminal until a text appears; return everything read. seen: what was read before."""
     deadline = time.monotonic() + 20
     while text not in seen and text not in _ESCAPES.sub("", seen):
         assert time.monotonic() < deadline, seen[-2000:]

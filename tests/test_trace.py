@@ -1,4 +1,4 @@
-"""Traces and plots: what is in them, and that they keep to the rules of the format."""
+"""Traces and plots: their contents, which follow the rules of the format."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_trace_tells_what_happened(story: tuple[ModelManager, Process], namesp
     assert {f"namespace {namespace}", "device 0: booked"} < names
     assert [event["args"]["used"] for event in named(events, "memory MB", "C")] == [200.0]
     loaded = [event["args"]["loaded"] for event in named(events, "models MB", "C")]
-    # What is loaded at the end of a trace has not gone with it.
+    # Copies loaded at the end of a trace are not shown as unloaded.
     assert (loaded[:3], loaded[-1]) == ([0, 100.0, 200.0], 200.0)
 
 

@@ -1,4 +1,4 @@
-"""What every change of the rows owes to others, whichever change it is: looked at after each of many random ones."""
+"""The rules that every change of the rows must keep, checked after each of many random changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OF_STATES = ("LOAD_", "UNLOAD_BEGAN", "UNLOAD_ENDED", "SUSPEND_", "RESUME_", "LE
 
 @dataclass(frozen=True)
 class Said:
-    """What the row of a copy says, or of a lease."""
+    """The fields of a copy's or a lease's row."""
 
     state: int
     holder: int | None
@@ -203,7 +203,7 @@ def change(made: RandomTables) -> bool:
 
 @dataclass(frozen=True)
 class Change:
-    """What the rows said before and after one change, and which members were woken by it."""
+    """The rows before and after one change, and the members that it has woken."""
 
     before: dict[tuple[int, int], Said]
     after: dict[tuple[int, int], Said]
@@ -331,8 +331,8 @@ def test_twins_stand_for_one_memory_until_the_last_of_them_goes(changes: list[Ch
     def by_handle(copies: dict[tuple[int, int], Said]) -> dict[bytes, list[Said]]:
         found: dict[bytes, list[Said]] = {}
         for copy in copies.values():
-            # The servers of loads that were given up have one name here. What has lost its server is no twin of what
-            # has a new server of the same name.
+            # All servers of abandoned loads have one name here. A copy that has lost its server is no twin of one with
+            # a new server of the same name.
             alike = copy.handle.startswith(b"h") and not copy.is_lost
             if alike and copy.state in (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING):
                 found.setdefault(copy.handle, []).append(copy)
@@ -381,7 +381,7 @@ def test_each_configuration_keeps_its_newest_readings_until_others_need_its_row(
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         for _ in range(STEPS):
             made.now += 1
-            # Some come so often that their oldest readings make way.
+            # Some are observed so often that their oldest readings are dropped.
             copies, device = chance.choice(configurations[: chance.choice([1, 2, capacity, 8])])
             mb = float(made.now % 1000)
             with made.namespace.transaction() as t:

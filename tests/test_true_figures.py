@@ -1,4 +1,4 @@
-"""Figures that are late, missing, or somebody else's: nothing is evicted needlessly, and nobody stalls behind them."""
+"""Late or missing figures, and those of unrelated programs: nothing is evicted needlessly, and no request stalls."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mpmm.shared_state.snapshot import read_snapshot
 
 @dataclass(frozen=True)
 class MakesSlowly(MakesServed):
-    """A constructor that takes its memory at once, and then goes on for so long that figures show it before the end."""
+    """A constructor that takes its memory at once, and then runs long enough for figures to show it before the end."""
 
     def __call__(self) -> Served:
         """Make it."""

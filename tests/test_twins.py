@@ -148,7 +148,7 @@ def test_who_still_holds_what_was_lost_is_no_twin_of_the_next_copy(
 
 
 def acquire_for(seat: Seat, tag: str, loader: Callable[[], Any], users: int) -> Any:
-    """Acquire and keep a copy that so many may use at a time."""
+    """Acquire and keep a copy that several may use at a time."""
     seat.held.append((tag, seat.manager.acquire_model(tag, loader, users=users)))
     return seat.held[-1][1]
 

@@ -1,4 +1,4 @@
-"""An unload that does not end has a deadline and a successor: handles are taken over, objects are done without."""
+"""An unload that does not end has a deadline and a successor: another process takes over a handle, not an object."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_handles_that_a_stuck_waiter_was_told_to_unload_are_taken_over(
     assert problems(namespace) == []
     if how == "killed":
         return
-    # What the first one does when it comes back changes nothing for those who have the rows by then.
+    # When the first one comes back, its actions change nothing for the new users of the rows.
     if how == "stopped":
         waiter.resume()
     waiter.result()

@@ -1,4 +1,4 @@
-"""Several users of one copy at a time: seats are taken like copies, its memory counts once, and it goes as one."""
+"""Several users of one copy at a time: seats are acquired like copies, and its memory counts once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from mpmm.shared_state.snapshot import InstanceInfo, read_snapshot
 
 
 def use(seat: Seat, tag: str, users: int | None = None, loader: Callable[[], Any] | None = None) -> Any:
-    """Acquire and keep a copy that so many may use at a time; return a handle, or an object's class."""
+    """Acquire and keep a copy that several may use at a time; return a handle, or an object's class."""
     copy = seat.manager.acquire_model(tag, loader or Loads(tag), users=users)
     seat.held.append((tag, copy))
     return copy if isinstance(copy, str) else type(copy).__name__

@@ -1,4 +1,4 @@
-"""Files that vanish under living processes: what is missing says nothing about who lives."""
+"""Files that vanish under living processes: a missing file does not mean that its process is dead."""
 
 from __future__ import annotations
 

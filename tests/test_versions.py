@@ -1,4 +1,4 @@
-"""This release beside a later one, of another layout and protocol: who is refused, what goes on, and what mends it."""
+"""This release and a later one with another layout and protocol: what is refused, what still works, and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is made from is what the rows say: as in `reference_view`, after each of many random operations."""
+"""The view for a plan matches the rows: it equals `reference_view` after each of many random operations."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_view(view: View, expected: Reference) -> None:
 
 
 def check_expected_waits(scheduler: Scheduler, expected: Reference) -> None:
-    """Compare by what waits are foretold; what is foretold by it, `test_policy_sharing` says."""
+    """Compare the figures that predict waits; `test_policy_sharing` tests the predictions."""
     # Each of them takes a pass over the rows, and one after the other comes to stand at an end.
     for row in expected.queue()[:: max(1, len(expected.queue()) - 1)]:
         with mock.patch("mpmm.scheduling.waiters.expected_wait_s") as foretold:

@@ -1,4 +1,4 @@
-"""What is said of a wait is true by then: what is left of its time, and behind what the waiter stands."""
+"""What a waiter is told is still true at that time: the rest of its wait, and what it waits behind."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_log_and_the_error_promise_no_time_that_has_passed(
     WaitWarning(session.namespace, session.scheduler, (), ticket.row).say()
     [warned] = [record.getMessage() for record in caplog.records if "has waited" in record.getMessage()]
     assert UNKNOWN in warned
-    # What the error of a time-out says.
+    # The text of the timeout error.
     with session.namespace.transaction():
         assert session.scheduler.why(ticket.row).endswith(UNKNOWN)
 

@@ -1,4 +1,4 @@
-"""Processes of one namespace that can measure differently much: who leads, and who says which devices there are."""
+"""Processes of one namespace with different memory sources: which one leads, and which one describes the devices."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_process_that_can_measure_takes_the_lead_from_one_that_cannot(
     sees = new_process(memory_source=device)
     wait_until(lambda: leads(namespace, sees), "the one that can measure leads", 5)
     assert "sim-0" in device_names(namespace)
-    # What is loaded from now on lies on the device that is measured.
+    # Copies loaded from now on are on the measured device.
     other.call(acquire, "y", Loads("y"))
     (copy,) = copies_of(namespace, "y")
     assert read_snapshot(namespace).devices[copy.device].uuid == "sim-0" or not used

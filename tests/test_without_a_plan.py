@@ -1,4 +1,4 @@
-"""What the warm path does without a plan is what a plan would have done: Q1 to Q5 of `mpmm.scheduling.shortcuts`."""
+"""Without a plan, the warm path does what a plan would have done: Q1 to Q5 of `mpmm.scheduling.shortcuts`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_WAITERS = 12
 STEP_NS = 10_000_000
 # Why the head of the queue waits for room: which of these it is changes nothing for those behind it.
 _ROOMLESS = {Reason.IN_USE: Reason.MEMORY}
-# Either may be named as what leaves too little room: what is pinned, what is leased, and who stands before it.
+# Any of these may be named as the reason for too little memory: pinned copies, leases, and requests in front.
 _NAMED_EITHER_WAY = {Reason.PINNED, Reason.LEASED, Reason.BEHIND}
 _names = itertools.count()
 
@@ -274,7 +274,7 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
     copies=st.sampled_from([1.0, 2.0, 100.0]),
     flags=st.sampled_from([(False, False, True), (True, False, False), (False, False, False)]),
 )
-@example(  # What is idle is kept for a lease that is due.
+@example(  # The idle copy is kept for a lease that is due.
     operations=[("ask", 0, 0), ("ask", 1, 0), ("release", 0, 0), ("lease", 1000.0, 0)],
     overtaken_s=0.0,
     copies=100.0,

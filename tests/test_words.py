@@ -1,7 +1,7 @@
-"""One thing has one word: the words that others have replaced do not come back.
+"""One thing has one word: replaced words do not come back.
 
-Not among them, because they are also plain English or terms of the field here: beside, devices, ending, follow, health,
-outside, record, refresh (Beam's), room (to make some), screen, together, words. As names of modules they are gone, too.
+Not listed, because they are also plain English or terms of the field: beside, devices, ending, follow, health,
+outside, record, refresh (Beam's), room (to make some), screen, together, words. No module has such a name any more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Short runs of `tools/workload.py` on each kind of source: everything is served within memory. No time is judged."""
+"""Short runs of `tools/workload.py` on each kind of source: all requests are served in memory. No time is judged."""
 
 from __future__ import annotations
 

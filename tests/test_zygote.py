@@ -1,4 +1,4 @@
-"""Servers that are forked: from whom, in which surroundings, and what is left when the zygote dies."""
+"""Forked servers: their parent, their surroundings, and what is left if the zygote dies."""
 
 from __future__ import annotations
 
