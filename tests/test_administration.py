@@ -74,7 +74,7 @@ def test_a_copy_in_use_stays_with_its_holder_and_nobody_else_gets_it(
     (copy,) = copies_of(namespace, "a")
     assert (copy.state, copy.unload_on_release) == ("active", True)
     assert [e.reason for e in read_snapshot(namespace).events if e.kind == "unload_on_release"] == [Reason.ASKED]
-    # There is room for another one, for which nobody waits for the first.
+    # There is room for another copy, so no request waits for the first one.
     waiter.call(acquire, "a", Loads("second"))
     assert [copy.unload_on_release for copy in copies_of(namespace, "a")] == [True, False]
     holder.call(release)

@@ -129,7 +129,7 @@ def test_of_two_threads_that_start_the_library_one_has_the_session_and_both_have
 
 def test_it_measures_processes_once_it_has_shown_one_of_ours(amd: AmdGpus) -> None:
     source = AmdSource()
-    # A process of somebody else's, which exists.
+    # An existing process of another program.
     change(amd, 0, processes={BUSY: 700}, used_mb=1212)
     (sample, _) = source.sample((os.getpid(),))
     assert (source.measures_processes, source.process_knowledge, sample.processes_known) == (False, None, False)
@@ -427,7 +427,7 @@ def test_models_are_placed_by_hip_visible_devices_and_measured_in_their_processe
         ("0", None, Placement((0,), ("big",))),
     ]
     assert [sum(amd.taken_mb(number).values()) for number in (0, 1)] == [2000, 2000]
-    # The first was loaded alone, as nobody knew yet whether processes are measured; it is learnt when it is given back.
+    # The first was loaded alone, since it was unknown whether processes are measured; its release measures it.
     for tag, handle in held.items():
         manager.release_model(tag, handle)
     wait_until(lambda: manager._estimator.estimates == {"on 1": 2000, "on 0": 2000}, "both are known")

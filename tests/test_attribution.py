@@ -313,7 +313,7 @@ def test_the_memory_of_a_process_is_not_taken_for_that_of_one_with_its_number_in
         tables = session.namespace.tables
         here = {tables.members[slot].pid for slot in tables.used_members() if is_member_here(tables, slot)}
         assert here == {os.getpid()}
-        # The other one is a program of somebody else's.
+        # The other one is an unrelated program.
         assert read_snapshot(namespace).devices[0].unrelated_mb == 600
     finally:
         inner.communicate(timeout=60)

@@ -275,7 +275,7 @@ def test_inspect_says_that_a_model_backs_off_and_for_how_long(
     screen = render(read_snapshot(namespace))
     assert "backing_off" in screen
     assert "nothing is evicted for another attempt for about 1" in screen
-    # It holds up nobody: another one gets the idle copy, and one more loads beside it.
+    # It holds up no other: one request gets the idle copy, and another one loads next to it.
     acquire(seat, "good", Loads("good"))
     acquire(seat, "small", Loads("small"))
     manager.force_reset()

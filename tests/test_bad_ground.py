@@ -214,7 +214,7 @@ def test_a_manager_that_may_start_no_thread_says_so_and_leaves_nothing(
 
 
 def test_a_thousand_waiting_threads_of_one_process_are_all_served(namespace: str, new_manager: NewManager) -> None:
-    # On a loaded machine a thread may be one of a thousand who want the lock for a minute.
+    # On a loaded machine, a thread may be one of a thousand that want the lock for a minute.
     manager = new_manager(wait_timeout_seconds=300.0, lock_timeout_seconds=300.0)
     manager._estimator.set_initial_estimate("a", 900.0)
     served = []
@@ -402,7 +402,7 @@ def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_server(run
 
 
 def first_bytes_from(path: str) -> bytes:
-    """Return what a socket says to somebody who only listens."""
+    """Return what a socket sends to a client that only listens."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(DEADLINE_S)
         connection.connect(path)

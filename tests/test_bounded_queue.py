@@ -55,7 +55,7 @@ def test_a_request_that_would_wait_behind_too_many_is_refused_and_changes_nothin
     assert caught.value.retry_after_seconds >= 0
     assert pickle.loads(pickle.dumps(caught.value)).retry_after_seconds == caught.value.retry_after_seconds
     assert comparable(namespace) == before
-    # Another model's queue is its own, and who finds an idle copy does not wait.
+    # Another model has a queue of its own, and a request that finds an idle copy does not wait.
     second.call(acquire_bounded, "b", 0)
     manager.release_model("a", taken)
     first.result()

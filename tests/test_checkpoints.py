@@ -424,7 +424,7 @@ def test_a_helper_that_is_stopped_costs_the_operation_and_another_one_takes_its_
     helper = helper_pid(namespace, runtime_root)
     assert helper is not None
     os.kill(helper, signal.SIGSTOP)
-    # The copy, as nobody knows what the helper has done to it; but not the model.
+    # The copy, since it is unknown what the helper has done to it; but not the model.
     assert first.call(suspend, "a") == 0
     await_states(namespace, "a")
     assert model_of(namespace, "a").unsuspendable == 0

@@ -345,7 +345,7 @@ def test_a_preload_is_given_no_copy_that_comes_free(count: int, namespace: str, 
     for number, background in enumerate(backgrounds, 1):
         background.send(preload, "a", HANDLES, 2)
         wait_until(lambda: len(waiting(namespace)) == number, "the preload waits")  # noqa: B023  # called at once
-    # Of those who wait all want this model, none of them to use it.
+    # All waiters want this model, but none of them to use it.
     holder.call(release, "a")
     assert (model_of(namespace, "a").idle, len(waiting(namespace))) == (1, count)
     holder.call(release, "other")

@@ -73,7 +73,7 @@ class Twins:
             noted.update(value)
 
     def without_lock_words(self) -> bytes:
-        """Return the segment without what tells who had the lock last."""
+        """Return the segment without the words about the lock's last holder."""
         copied = bytearray(self.lab.save())
         words = memoryview(copied).cast("Q")
         words[Header.LOCK_HOLDER] = words[Header.LOCK_TAKEN] = 0
@@ -191,7 +191,7 @@ def test_it_stores_the_words_that_python_stores(lab: Lab, seed: int, monkeypatch
     chance = random.Random(seed)
     now = FROZEN_NS
     held: list[LoadedInstance] = []
-    # With the true time, how long loads and holds take would decide who queues.
+    # With the true time, the durations of loads and holds would decide which requests queue.
     monkeypatch.setattr(time, "monotonic_ns", lambda: FROZEN_NS)
     lab.segment.floats[Header.SETTINGS + list(SETTINGS).index("max_model_copies")] = 1.0
     lab.words[Header.SETTINGS_CHANGED] = 1
@@ -242,7 +242,7 @@ def test_within_a_tenure_it_stores_the_words_that_python_stores(lab: Lab, monkey
             assert got is not None
             assert (twins.declined, twins.released, twins.taken) == (declined, released, taken)
         assert lab.words[lab.tables.ticket(ticket) + Ticket.CALLED_UP] == FROZEN_NS
-        # Somebody who waits for another model may have to have this copy evicted, so it is handed over.
+        # A waiter for another model may need this copy evicted, so it is handed over.
         lab.ticket("b")
         twins.release(got)
         assert (twins.declined, twins.released) == (1, 4)
@@ -320,7 +320,7 @@ def test_behind_one_that_waits_for_memory_it_stores_the_words_that_python_stores
             assert not queues(), at
             lab.words[at] = usual
         assert queues() == known
-        # An idle copy is for a plan to give away, unless it is kept in somebody's tenure.
+        # Only a plan gives away an idle copy, unless a process's tenure keeps it.
         lab.do(lambda t, tr: tr.holds.release(t, row))
         assert not queues()
         lab.words[head + Ticket.CALLED_UP] = FROZEN_NS - 1
@@ -338,7 +338,7 @@ def take(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
 
 
 def release(caller: Caller, lab: Lab) -> tuple[LabOperation, CoreCall]:
-    """Give the copy back while nobody waits."""
+    """Release the copy while no request waits."""
     return (lambda t, tr: tr.holds.release(t, caller.row)), caller.release
 
 

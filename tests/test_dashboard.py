@@ -40,7 +40,7 @@ lively = dashboards.lively
 crowded = dashboards.crowded
 
 
-# ---- who is let in -----------------------------------------------------------------------------------------
+# ---- access ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/", "/app.js", "/api/state", "/nothing-there"])

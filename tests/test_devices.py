@@ -310,7 +310,7 @@ def test_what_a_server_has_that_the_driver_still_tears_down_is_no_other_programs
         # The driver goes on to list it when it is gone.
         gpus.pretend(pid, 600, 0)
         wait_until(lambda: device(namespace).used_mb == 600, "it is measured")
-    # Were that memory somebody else's, an unknown model would be loaded into what is left.
+    # If that memory were external, an unknown model would be loaded into the rest.
     loaded, outcome = in_thread(lambda: manager.preload("b", LoadsServer("after it", MakesServed(gpus, 600))))
     wait_until(lambda: not copies_of(namespace, "a"), "its server is gone")
     polled = device(namespace).samples[-1]

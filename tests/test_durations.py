@@ -53,7 +53,7 @@ def test_seconds_become_nanoseconds_that_fit_into_a_word() -> None:
 
 
 def hold_and_hand_over(namespace: str, manager: ModelManager, other: Process) -> None:
-    """Load, release to one who waits, hold in a task, evict for another model, and for a lease; all in the end idle."""
+    """Load, release to a waiter, hold in a task, evict for another model, and for a lease; all are idle at the end."""
     learn(Seat(manager), a=400, b=700)
     seat = Seat(manager)
     acquire(seat, "a", Loads("a"))

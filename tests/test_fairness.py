@@ -50,7 +50,7 @@ def load_slowly() -> str:
 
 
 def timed_acquire(seat: Seat, tag: str) -> tuple[float, float]:
-    """Acquire and release a model that loads slowly; return how long that took, here and where nobody is busy."""
+    """Acquire and release a slowly loading model; return how long that took, here and without other load."""
     watch = Stopwatch()
     with seat.manager.model(tag, load_slowly):
         return watch.s(), watch.calm_s()

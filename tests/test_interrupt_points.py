@@ -184,7 +184,7 @@ def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
 
 
 class OtherHolder:
-    """A thread that holds a copy, and gives it back once somebody waits for it."""
+    """A thread that holds a copy, and releases it once a request waits for it."""
 
     def __init__(self, one: Sweep, gives_back: bool = True) -> None:
         self._one = one
@@ -273,7 +273,7 @@ def test_lease(sweep: Callable[..., Sweep]) -> None:
                 pass
         finally:
             sys.settrace(None)
-            # It is the caller's by now, who may release it as often as he likes.
+            # By now the caller has it, and may release it as often as it likes.
             if lease is not None:
                 lease.release()
 

@@ -26,7 +26,7 @@ from mpmm.shared_state.snapshot import read_snapshot
 
 
 def expired(namespace: str) -> list[tuple[str | None, float | None]]:
-    """Return tag and time of the copies that were unloaded because nobody had used them."""
+    """Return tag and time of the copies that were unloaded because they were unused."""
     events = read_snapshot(namespace).events
     return [(e.tag, e.seconds) for e in events if e.kind == "unload_began" and e.reason == Reason.EXPIRED]
 

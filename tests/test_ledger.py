@@ -245,7 +245,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
         self.samples = SharedSamples(self.namespace, Scheduler(self.namespace))
         source = Source(self.measures_processes)
         self.samples.describe(source, source.devices(), ())
-        # There are no lock files: the machine says who lives.
+        # There are no lock files: the machine knows which members live.
         vars(self.namespace)["member_is_alive"] = self.lives
         self.external_mb = self.least_external_mb = 500.0
         self.loading: list[Loaded] = []
@@ -388,7 +388,7 @@ class DeviceAndBooks(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.has_servers)
     def reap(self) -> None:
-        """The leader looks who is there."""
+        """The leader checks which members live."""
         self.namespace.reap_dead_members()
         self._see_who_was_reaped()
 

@@ -52,7 +52,7 @@ RARE_POLLS: dict[str, Any] = {"poll_interval": 30.0}
 
 
 def wake_no_more(seat: Seat, instead: Callable[[], object]) -> None:
-    """Do something else, once, where the main thread is about to wake somebody after a transaction."""
+    """Do something else, once, where the main thread is about to wake a waiter after a transaction."""
     seat.manager._connected().namespace.lock._give_core_up()
     left = [instead]
 
@@ -182,7 +182,7 @@ def test_a_waiter_that_is_given_something_between_two_steps_of_a_reset_is_told_o
     manager._connected().unloads.unload_assigned()
     with pytest.raises(NamespaceResetError):
         newcomer.call(release)
-    # Nothing is reserved that nobody loads.
+    # Nothing is reserved without a process that loads.
     wait_until(lambda: not read_snapshot(namespace).tickets, "its ticket is gone")
     assert [copy.state for copy in read_snapshot(namespace).instances] == []
     holder.call(acquire, "a")

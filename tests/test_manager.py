@@ -237,7 +237,7 @@ def random_rounds(seat: Seat, seed: int, rounds: int) -> int:
     return rounds
 
 
-# ---- who gets what -----------------------------------------------------------------------------------------
+# ---- distribution ------------------------------------------------------------------------------------------
 
 
 def test_a_release_hands_the_copy_straight_to_the_first_who_waits(
@@ -339,7 +339,7 @@ def test_an_unknown_model_goes_first_and_runs_alone_to_be_measured(
     assert [(ticket.tag, ticket.priority) for ticket in waiting(namespace)] == [("unknown", 0), ("known", 1)]
     holder.call(release)
     began.wait()
-    # Everything else was unloaded, and nobody else gets in although there would be room.
+    # Everything else was unloaded, and no other request is admitted although there is room.
     assert device.used_mb() == 0
     assert read_snapshot(namespace).isolated is not None
     assert [ticket.tag for ticket in waiting(namespace)] == ["known"]

@@ -67,7 +67,7 @@ def exporter(namespace: str) -> Iterator[Exporter]:
 
 @pytest.fixture
 def lively(namespace: str, new_manager: NewManager, new_process: NewProcess) -> ModelManager:
-    """A namespace where somebody waits, two have waited, and a copy was evicted."""
+    """A namespace where one request waits, two have waited, and a copy was evicted."""
     manager, other = new_manager(fallback_memory_mb=200), new_process()
     handle = manager.acquire_model("a", Loads())
     manager.acquire_model("held", Loads())

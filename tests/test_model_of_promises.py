@@ -333,7 +333,7 @@ class Promises(RuleBasedStateMachine):
 
     @invariant()
     def somebody_can_always_go_on(self) -> None:
-        """If nobody holds, loads, unloads or has pinned anything, nobody waits, except for answers not read yet."""
+        """If no process holds, loads, unloads or has pinned anything, none waits, except for answers not read yet."""
         snapshot = read_snapshot("promises", Path(self.folder) / "run", events=False)
         if not snapshot.pins and all(copy.state == "idle" for copy in snapshot.instances):
             assert not [ticket for ticket in snapshot.tickets if ticket.state == "waiting"]
@@ -365,7 +365,7 @@ def test_a_copy_whose_server_died_in_use_is_passed_to_nobody(promises: Promises)
     promises.finish_a_load(0, handle=True, served=True)
     promises.lose_a_server(0)
     promises.the_books_are_right()
-    # Its memory is free, and taken, so who wants the model waits.
+    # Its memory is free, and taken again, so a request for the model waits.
     promises.ask_for_a_lease(0, TOTAL_MB)
     promises.act_on_answers(0)
     promises.join()
@@ -417,7 +417,7 @@ def test_a_load_that_is_given_up_before_its_loader_woke_is_allowed_anew(promises
     promises.ask(1, "c", 0)
     for who in (0, 1):
         promises.act_on_answers(who)
-    # The first one, who has not lost its place, and not both.
+    # The first one, which has not lost its place, and not both.
     assert [len(process.loading) for process in promises.processes] == [1, 0]
 
 
@@ -451,7 +451,7 @@ def test_an_idle_copy_finds_its_waiter_far_back_in_the_queue(
     promises.ask(1, "a", 0)
     with promises.keep.namespace.transaction() as t:
         promises.keep.namespace.transitions.holds.release(t, promises.keep.held.pop(0))
-        # By the plan, which looks at the first two waiters, and at those for whom there is a copy.
+        # By the plan, which looks at the first two waiters, and at those for which there is a copy.
         promises.keep.scheduler.advance(t)
     promises.act_on_answers(1)
     assert len(promises.processes[1].held) == 1

@@ -65,7 +65,7 @@ def segment_file(root: Path, name: str = "test") -> Path:
 
 @contextmanager
 def other_word(file: Path, word: int, value: int) -> Iterator[None]:
-    """Have another value in a word of a segment for a while, behind everybody's back."""
+    """Set another value in a word of a segment for a while, without telling any process."""
     fd = os.open(file, os.O_RDWR)
     try:
         old = os.pread(fd, 8, 8 * word)
@@ -291,7 +291,7 @@ def test_what_comes_in_the_place_of_a_runtime_directory_that_has_just_vanished_i
 
     def vanish_first(folder: Path, mode: int) -> None:
         if folder == root / "test":
-            # The last member of another namespace removes the root, and somebody else makes it.
+            # The last member of another namespace removes the root, and another process creates it.
             monkeypatch.setattr(runtime_dir, "_make_folder", make)
             root.rmdir()
             try:

@@ -355,7 +355,7 @@ def test_a_load_that_had_the_device_to_itself_gets_no_second_turn(
         with pytest.raises(ServerStartError):
             manager.acquire_model("huge", fails)
         assert watch.calm_s() < 10, "nothing was waited for"
-    # It is not refused, as nobody knows for sure why the loader ran out.
+    # It is not refused, since it is not certain why the loader ran out.
     model = model_of(namespace, "huge")
     assert (model.estimate_mb, model.at_least_mb, read_snapshot(namespace).out_of_memory) == (None, 999, 2)
     assert problems(namespace) == []

@@ -290,7 +290,7 @@ def test_what_a_signal_handler_raises_at_the_end_of_an_array_is_not_lost() -> No
         for _ in range(200):
             interrupted = False
             deadline = time.monotonic() + DEADLINE_S
-            # Not `pytest.raises`, on whose way in the signal could come, too.
+            # Not `pytest.raises`, because the signal could also arrive while it is entered.
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.000_2)
                 # In a function of its own: Python 3.13 guards no jump back of a loop that stands in a `try` itself.

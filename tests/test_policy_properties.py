@@ -152,7 +152,7 @@ def nothing_is_evicted_for_a_model_that_fits(state: View, plan: Plan) -> None:
         for one in state.devices
     }
     left = [replace(one, reserved_mb=one.reserved_mb + planned_mb[one.device]) for one in state.devices]
-    # Where one runs alone, or everything drains for one, nobody else is loaded.
+    # Where a model runs alone, or a device is drained for one, no other is loaded.
     alone = [other for other in plan.decisions if runs_alone(state, waiter_of(state, other))]
     closed = {row for other in alone if not isinstance(other, Satisfied) for row in other.why.devices}
     left = [one for one in left if one.device not in closed]

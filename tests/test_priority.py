@@ -41,7 +41,7 @@ def test_nobody_is_overtaken_by_one_who_comes_later_than_the_head_start_between_
     came = sorted(drawn, key=lambda drawn: drawn[0])
     waiters = [one(number, NOW - 400.0 + at, urgency, kind) for number, (at, urgency, kind) in enumerate(came)]
     order = queue_order(view([model(A)], waiters))
-    # Those who have waited long are of the first class, whatever they want; among these, too, the rank decides.
+    # Long waiters are of the first class, whatever they want; among these, too, the rank decides.
     for place, later in enumerate(order):
         for earlier in order[place + 1 :]:
             if earlier.enqueued_s < later.enqueued_s and earlier.priority == later.priority == 1:

@@ -417,7 +417,7 @@ def test_a_signal_that_arrives_as_the_main_thread_falls_asleep_ends_the_server(s
     """Such a signal was lost: Python notes it after the last bytecode, and nothing interrupts the wait again."""
     proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
     pid = proxy.pid()
-    # The kernel gives it to a thread that is not the main one, whose sleep goes on.
+    # The kernel gives it to another thread than the main one, which continues to sleep.
     with contextlib.suppress(ModelServerError):
         # It may be gone before it has answered.
         proxy.send_to_a_thread(number)

@@ -282,7 +282,7 @@ def test_a_host_that_was_short_of_descriptors_takes_clients_again(path: str, mon
 
     monkeypatch.setattr(sockets, "accept", be_short_first)
     outcome: list[int] = []
-    # Of another thread, which has no connection yet; a daemon, so that a call that nobody answers holds up no end.
+    # From another thread, which has no connection yet; a daemon, so that an unanswered call does not delay the end.
     thread = threading.Thread(target=lambda: outcome.append(proxy.increment()), daemon=True)
     thread.start()
     thread.join(DEADLINE_S)

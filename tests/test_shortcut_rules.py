@@ -37,7 +37,7 @@ class Rules(Reference):
     """The rules as statements about the rows."""
 
     def all_waiting(self) -> list[TicketRow]:
-        """Those who wait, also those whose deadline has passed."""
+        """The waiters, including those whose deadline has passed."""
         tickets = [self.tables.tickets[row] for row in self._used(self.layout.tickets)]
         return [one for one in tickets if one.state == Ticket.WAITING]
 
@@ -63,7 +63,7 @@ class Rules(Reference):
         return self.now - since_ns >= self.settings.max_overtake_seconds * SECOND_NS
 
     def first_user(self, model: int, devices: int) -> tuple[int, int] | None:
-        """The first waiter whom a copy serves, and whom it overtakes."""
+        """The first waiter that a copy serves, and the waiter that it overtakes."""
         waiting = [one for one in self.all_waiting() if one.deadline > self.now]
         wanting = [one for one in waiting if self.wants(one, model, devices)]
         others = [one for one in waiting if one not in wanting]
@@ -119,7 +119,7 @@ class Rules(Reference):
         return True, {first} if call_up or not self.tables.tickets[first].called_up else set()
 
     def held(self) -> list[int]:
-        """The rows in use while somebody waits."""
+        """The rows in use while a request waits."""
         return [row for row, one in self.rows.items() if one.state == Instance.ACTIVE] if self.all_waiting() else []
 
     def called_up(self) -> dict[int, int]:
@@ -127,7 +127,7 @@ class Rules(Reference):
         return {self.row_of(one): one.called_up for one in self.all_waiting()}
 
     def goes_to_first_user(self, row: int) -> bool:
-        """Whether the release of a copy hands it to the first waiter whom it serves."""
+        """Whether the release of a copy hands it to the first waiter that it serves."""
         one, isolated = self.rows[row], [number for number, alone in enumerate(self.isolated()) if alone]
         if one.unload_on_release or set(one.devices) & set(isolated):
             return False
@@ -237,7 +237,7 @@ def test_what_the_rules_name_is_known_without_a_plan(seed: int) -> None:
 
 
 def lease_before_another(made: RandomTables, t: Transaction, model: int) -> None:
-    """A lease that is behind nobody stands before the one that waits for leases, and a copy is in use."""
+    """A lease that is behind no other stands before the one that waits for leases, and a copy is in use."""
     hold(made, t, model)
     wait_for_leases(made, t, Reason.BEHIND, Reason.LEASED)
 
@@ -249,7 +249,7 @@ def lease_behind_another(made: RandomTables, t: Transaction, model: int) -> None
 
 
 def head_without_hurry(made: RandomTables, t: Transaction, model: int) -> None:
-    """The head of the queue is less urgent than a newcomer, who comes before it."""
+    """The head of the queue is less urgent than a newcomer, which comes before it."""
     hold(made, t, model)
     block(made, t, Reason.IN_USE, urgency=-1)
 
@@ -297,13 +297,13 @@ def drained_device_beside_a_load(made: RandomTables, t: Transaction, model: int)
 
 
 def drained_device_beside_an_idle_copy(made: RandomTables, t: Transaction, model: int) -> None:
-    """The device is drained, and nobody uses the model's only copy."""
+    """The device is drained, and the model's only copy is not in use."""
     made.transitions.holds.release(t, hold(made, t, model))
     block(made, t, Reason.DRAINING, urgency=0)
 
 
 def hold(made: RandomTables, t: Transaction, model: int) -> int:
-    """Let a worker hold a copy of a model, which nobody else can use meanwhile; return its row."""
+    """Let a worker hold a copy of a model, which no other can use meanwhile; return its row."""
     made.transitions.models.set_users(t, model, 1)
     row = made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
     made.transitions.loads.end(t, row, b"a handle", 100.0, 0, False)
@@ -319,7 +319,7 @@ def wait_for_leases(made: RandomTables, t: Transaction, *reasons: Reason) -> Non
 
 
 def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int, preload: int = 0) -> None:
-    """Let somebody wait at the head of the queue, for another model."""
+    """Let a request for another model wait at the head of the queue."""
     other = made.transitions.models.claim(t, "other", b"other")
     made.transitions.estimates.estimate(t, other, 100.0, measured=True)
     asked = (other, 2, 2 if preload else 1, 100.0, LONGEST_NS, preload)

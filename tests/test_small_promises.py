@@ -347,7 +347,7 @@ def test_a_generator_that_ends_inside_a_block_gives_the_copy_back(namespace: str
     assert [copy.state for copy in read_snapshot(namespace).instances] == ["idle"]
 
 
-# ---- managers that nobody refers to any more ----------------------------------------------------------------
+# ---- managers without references ----------------------------------------------------------------------------
 
 
 def test_what_is_held_outlives_its_manager(namespace: str, new_process: NewProcess) -> None:

@@ -101,7 +101,7 @@ def test_a_gpu_that_falls_off_the_bus_keeps_its_last_figure_which_ages_and_comes
         gpus.allocate(200, 1)
         wait_until(lambda: devices(namespace)[1].used_mb == 200, "the other GPU is measured")
         assert devices(namespace)[0].used_mb == 300
-        # Nobody waits for it: not who reuses, not who loads, not who releases.
+        # No call waits for it: neither reuses, nor loads, nor releases.
         assert takes_s(lambda: manager.release_model("a", copy)) < AT_ONCE_S
         for tag in ("a", "b"):
             assert takes_s(partial(acquire_and_release, manager, tag)) < AT_ONCE_S
@@ -243,7 +243,7 @@ def test_an_nvidia_smi_that_hangs_holds_up_nobody(new_gpus: NewGpus, new_process
     assert takes_s(lambda: second.call(acquire, "b")) < AT_ONCE_S  # a reuse
     assert takes_s(lambda: second.call(release)) < AT_ONCE_S
     assert leader_pid(read_snapshot(namespace)) == first.pid
-    # The leader's other duties go on, too, and who joins meanwhile is not held up either.
+    # The leader's other work continues, too, and a process that joins meanwhile is not delayed either.
     joined: list[Process] = []
     assert takes_s(lambda: joined.append(new_process(**options))) < AT_ONCE_S
     (third,) = joined
@@ -264,7 +264,7 @@ def test_pids_of_another_namespace_are_not_taken_for_processes_without_memory(
     gpus = new_gpus(1000)
     manager = new_manager(memory_source="nvml", poll_interval=0.05)
     acquire_and_release(manager, "a")
-    # Nobody has memory yet, so nobody knows.
+    # No process has memory yet, so it is unknown.
     assert "source nvml," in render(read_snapshot(namespace))
     source = NvmlSource()
     (sample,) = source.sample((os.getpid(),))
@@ -344,7 +344,7 @@ def test_twenty_leaders_killed_one_after_the_other_leave_no_long_gap_between_sam
 
         wait_until(is_sampled_again, "the next leader has polled")
         longest_s = max(longest_s, watch.calm_s())
-        # Only now, because who attaches leads at once if nobody does.
+        # Only now, because a process that attaches becomes leader at once if there is none.
         newcomer = new_process(memory_source="nvml", poll_interval=poll_interval)
         living[newcomer.pid] = newcomer
     record_property("longest gap in s", round(longest_s, 3))
@@ -504,7 +504,7 @@ def test_a_monitor_of_the_callers_own_that_hangs_holds_up_nobody(
         assert takes_s(partial(acquire_and_release, manager, "a")) < AT_ONCE_S
         other.kill()
         assert wait_until(partial(is_idle, namespace, "b"), "it is free") < REAPED_S
-        # One that is unknown is loaded alone all the same, though nobody can measure it.
+        # An unknown model is still loaded alone, although no source can measure it.
         assert takes_s(partial(acquire_and_release, manager, "unknown")) < 10.0
         assert takes_s(lambda: manager._connected().figures.stats()) < AT_ONCE_S
         monitor.used_mb = 250.0

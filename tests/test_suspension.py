@@ -523,7 +523,7 @@ def test_an_object_whose_resume_is_interrupted_is_asleep_in_the_end(
     with pytest.raises(KeyboardInterrupt):
         process.result()
     await_states(namespace, "a", "suspending")
-    # It goes on with its waking up in a thread that nobody waits for any more.
+    # It continues to wake up in a thread for which no caller waits any more.
     hang.open()
     await_states(namespace, "a", "suspended")
     assert (steps(tmp_path, "wake"), steps(tmp_path, "sleep")) == (1, 2)

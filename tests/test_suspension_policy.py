@@ -151,7 +151,7 @@ def test_a_copy_is_worth_the_time_of_the_loads_that_it_saves_its_users() -> None
     known = replace(COPY, resume_s=1.0, rate=0.5)
     assert known.worth == pytest.approx(0.5 * 9.0)
     assert replace(known, load_s=0.8).worth == 0.0, "a load is quicker"
-    # Not worthless: nobody knows. So neither it nor another one beside it makes way for being worth nothing.
+    # Its worth is unknown, not 0. So neither it nor another one next to it is dropped for being worth nothing.
     for unknown in (replace(known, rate=0.0), replace(known, load_s=0.0)):
         early, late = Kept(1, 500.0, 1.0, worth=9.0), Kept(2, 500.0, 2.0, worth=unknown.worth)
         assert HostRoom([early, late], 0.0, 1000.0).dropped_for(500.0, 5.0) == [1]
@@ -348,7 +348,7 @@ def test_room_ahead_is_made_only_for_one_that_loads_next(model: dict[str, Any], 
     first, second = there.tickets
     changed = make_plan(replace(there, models=models, tickets=(first, replace(second, **ticket)))).decisions
     evicts = Evict(21, (13,)) in changed
-    # A copy that only another process can use keeps nobody from a load.
+    # A copy that only another process can use prevents no load.
     assert evicts == ("owned" in model and 9 in model["owned"])
 
 

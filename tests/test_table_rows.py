@@ -37,7 +37,7 @@ def oldest(reference: Reference, rows: list[int]) -> list[int]:
 
 
 def unused(reference: Reference) -> list[int]:
-    """Return the idle copies that nobody uses."""
+    """Return the idle copies without a user."""
     return [row for row, one in reference.copies.items() if one.state == Instance.IDLE and not reference.users(row)]
 
 

@@ -16,7 +16,7 @@ from harness import NewProcess, Process, Seat, acquire, problems, release, wait_
 from mpmm.model_manager import tenure
 from mpmm.shared_state.snapshot import read_snapshot
 
-# The leader, who plans at each poll, would end a tenure.
+# The leader, which plans at each poll, would end a tenure.
 ONE_COPY: dict[str, Any] = {"fallback_memory_mb": 1000, "max_model_copies": 1, "poll_interval": 30.0}
 # Long enough for a test to look at what happens in it.
 LONG_S = 1.0

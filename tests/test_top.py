@@ -41,7 +41,7 @@ LEFT = "\x1b[?1049l"
 
 @pytest.fixture
 def busy(namespace: str, new_manager: NewManager, new_process: NewProcess) -> ModelManager:
-    """A model that is held, and one who waits for its room."""
+    """A model in use, and a request that waits for its memory."""
     manager = new_manager(fallback_memory_mb=100, wait_timeout_seconds=60)
     manager.acquire_model("held", Loads())
     waiter = new_process(wait_timeout_seconds=60)

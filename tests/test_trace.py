@@ -83,7 +83,7 @@ def named(events: Events, name: str, kind: str = "X") -> list[dict[str, Any]]:
 
 @pytest.fixture
 def story(namespace: str, new_manager: NewManager, new_process: NewProcess) -> tuple[ModelManager, Process]:
-    """A hand-over between processes, an eviction for another model, a copy that is held, and one who waits for it."""
+    """A hand-over between processes, an eviction for another model, a copy in use, and a request that waits for it."""
     manager, other = new_manager(fallback_memory_mb=250), new_process()
     handle = manager.acquire_model("a", Loads())
     manager.acquire_model("kept", Loads())
@@ -239,7 +239,7 @@ def test_the_command_follows_a_job_from_its_begin_to_its_end(
         worker = new_process()
         worker.call(acquire, "a")
         wait_until(lambda: file.exists() and "load a" in file.read_text(), "the load is in the trace")
-        # The end is not there yet, and still everybody can read it.
+        # The end is not written yet, but the trace can be read.
         assert named(read_trace(file), "load a")
         worker.call(release)
         worker.call(shut_down)

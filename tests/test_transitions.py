@@ -398,7 +398,7 @@ def test_each_configuration_keeps_its_newest_readings_until_others_need_its_row(
             assert found == {key: sorted(values) for key, values in kept.items()}
 
 
-# ---- who is told -----------------------------------------------------------------------------------------
+# ---- wake-ups --------------------------------------------------------------------------------------------
 
 
 def test_a_warning_says_once_which_process_waits(caplog: pytest.LogCaptureFixture) -> None:

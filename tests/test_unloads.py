@@ -58,7 +58,7 @@ def hang_in_unloads(seat: Seat, tags: tuple[str, ...], began: Gate, go: Gate, st
         if tag.startswith(tags):
             began.open()
             if stop and next(first) == 0:
-                # Not while another thread of this process has the lock, which everybody would wait for then.
+                # Not while another thread of this process holds the lock, for which all would then wait.
                 with seat.manager._connected().namespace.lock._mutex:
                     os.kill(os.getpid(), signal.SIGSTOP)
             go.wait()

@@ -286,7 +286,7 @@ def test_a_plan_that_gives_a_seat_away_does_not_evict_the_copy() -> None:
     assert isinstance(evicts, Evict) and evicts.instances == (4,)
     decisions = make_plan(view((seat, copy), (), needs_room, wants_seat)).decisions
     assert Grant(2, 5) in decisions and not any(isinstance(one, Evict) for one in decisions)
-    # Room is awaited from what is in use, whose free seats are kept for nobody but the head of the line.
+    # The wait is for memory in use by copies whose free seats are kept only for the head of the line.
     busy = BusyInstance(4, 1, 0, 600.0, 1.0)
     place = IdleInstance(4, 1, 0, 0.0, 50.0, place_in=4)
     (waits,) = make_plan(view((place,), (busy,), needs_room)).decisions

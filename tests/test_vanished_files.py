@@ -204,7 +204,7 @@ def test_nobody_leads_by_a_lock_file_that_another_one_has_replaced(
     leader = new_manager()._connected().leader
     path = runtime_root / namespace / "leader.lock"
     path.unlink()
-    # Somebody else leads by the new file, and nobody by the old one.
+    # Another process leads by the new file, and none by the old one.
     other = LockFile(path)
     assert other.try_exclusive()
     leader.leading = False
@@ -482,7 +482,7 @@ def test_a_lost_segment_is_shown_by_inspect(
     assert find_lost_namespaces() == []
 
 
-# ---- joining while somebody leaves, with two lifecycle locks -----------------------------------------------------
+# ---- joining while a process leaves, with two lifecycle locks ----------------------------------------------------
 
 
 @pytest.mark.parametrize("point", ["unlink", "remove"])
@@ -655,7 +655,7 @@ def test_files_are_touched(namespace: str, runtime_root: Path) -> None:
 
 def test_a_umask_that_denies_everything_keeps_nobody_out(tmp_path: Path) -> None:
     root = Path(tempfile.mkdtemp(prefix="mpmm-t"))
-    # Root may open everything, so this has to be somebody else.
+    # Root may open everything, so this must be another user.
     somebody = 65534 if os.getuid() == 0 else os.getuid()
     os.chown(root, somebody, -1)
 
@@ -779,7 +779,7 @@ def test_a_segment_is_lost_only_if_the_second_look_says_so_too(
     segment.rename(aside)
 
     def look(path: Path) -> bool:
-        """Ask whether somebody joins or leaves, between the two looks for the segment."""
+        """Ask whether a process joins or leaves, between the two looks for the segment."""
         if path.name == "lifecycle.lock" and happens != "nothing":
             aside.rename(segment)
             if happens == "its members leave":

@@ -82,7 +82,7 @@ def test_a_later_release_waits_until_this_one_is_drained_or_takes_another_namesp
     assert "LayoutMismatchError" in refused.stderr
     for command in ("inspect", "check", "reset --yes", "unload ours --namespace"):
         expect_refused(run(later, "-m", "mpmm", *command.split(), namespace))
-    # Nothing of it has changed anything for those who are there.
+    # None of this has changed anything for the attached processes.
     assert [(copy.tag, copy.state) for copy in read_snapshot(namespace).instances] == [("ours", "active")]
     manager.release_model("ours", taken)
     with manager.model("ours", Loads()):

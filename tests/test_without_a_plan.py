@@ -195,7 +195,7 @@ class Host:
         held: Counter[int] = Counter()
         decisions = [one for one in self.decisions() if not isinstance(one, Satisfied)]
         if not all(isinstance(one, Wait) for one in decisions):
-            # The table of copies has no row for a load. Then it makes no difference for whom that would be.
+            # The table of copies has no row for a load. Then it does not matter which request would load.
             return held
         for ticket in self.tables.rows_where(self.layout.tickets, Ticket.STATE, Ticket.WAITING):
             if not self.scheduler.holds_up_nobody(ticket):
