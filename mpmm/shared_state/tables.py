@@ -176,7 +176,6 @@ class Tables(TableRows):
             if words[at + Model.GENERATION] == generation and words[at + Model.STATE]:
                 return row
             # The row was freed, and may be another tag's by now; this tag may have a new one.
-            self.rows_of_tags.pop(tag, None)
         try:
             wanted = tag.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:

@@ -76,11 +76,9 @@ class Channel:
     """One side of a connection. Used by one thread at a time; closed in forked children."""
 
     def __init__(self, line: ForkSafeSocket | Connection) -> None:
-        """Take over an authenticated socket, or a connection, which is closed."""
+        """Take over an authenticated socket, which children close already, or a connection, which is closed."""
         if isinstance(line, ForkSafeSocket):
-            with fork_guard:
-                self._socket = line
-                close_in_children(self)
+            self._socket = line
         else:
             with fork_guard, line:
                 self._socket = ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(line.fileno()))
