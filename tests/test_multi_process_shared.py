@@ -8,9 +8,11 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
@@ -20,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from containers import NOBODY, as_nobody, as_root
 from counters import (
     Counter,
     SlowToConstruct,
@@ -257,6 +260,28 @@ def test_a_client_with_another_key_is_refused(path: str) -> None:
     with pytest.raises(AuthenticationError):
         sockets.dial(registry.path, record.socket_name, os.urandom(32))
     assert proxy.increment() == 1
+
+
+@as_root
+def test_a_server_refuses_another_user_though_that_has_the_key() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="mpmm-t"))
+    listener = sockets.listen(folder, "s")
+    for place in (folder, folder / "s"):
+        place.chmod(0o777)
+
+    def connect() -> None:
+        with socket.socket(socket.AF_UNIX) as ours:
+            ours.connect(str(folder / "s"))
+
+    try:
+        assert as_nobody(connect) == "None"
+        connection = sockets.accept(listener)
+        assert connection is not None
+        with connection, pytest.raises(AuthenticationError, match=f"a process of uid {NOBODY} tried to connect"):
+            sockets.authenticate_client(connection, b"key")
+    finally:
+        listener.close()
+        shutil.rmtree(folder)
 
 
 def test_a_server_refuses_a_client_of_another_version_before_it_has_proved_anything() -> None:

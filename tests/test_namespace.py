@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -47,6 +47,7 @@ from mpmm.errors import (
 from mpmm.interpreter.thread_frames import current_frames
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state import runtime_dir, transaction
+from mpmm.shared_state.futex import wait_for_change
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Member
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
@@ -616,18 +617,85 @@ def test_newcomers_leave_the_lock_to_who_starves_while_the_claim_holds(namespace
     def takes_it_at_once() -> bool:
         until = claim(CLAIM_NS)
         with joined.transaction(0.0):
-            return time.monotonic_ns() < until
+            return time.monotonic_ns() < until and words[Header.STARVING] == until
 
     until = claim(CLAIM_NS)
     with joined.transaction():
         assert time.monotonic_ns() >= until
     assert words[Header.STARVING] == 0, "a claim that nobody repeats is forgotten"
     # More than once, as a busy machine may need longer for it than a claim holds.
-    wait_until(takes_it_at_once, "who has no time to wait takes what is free")
+    wait_until(takes_it_at_once, "who has no time to wait takes what is free, and leaves the claim alone")
     until = claim(10**12)
     with joined.transaction():
         assert time.monotonic_ns() < until, "nobody can have meant that"
     joined.leave()
+
+
+@pytest.mark.parametrize("starves", [True, False])
+def test_one_that_waits_sleeps_until_it_is_woken_and_one_that_starves_claims_the_lock_until_it_has_it(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, starves: bool
+) -> None:
+    slept: set[tuple[int, float]] = set()
+
+    def note(read: Callable[[], int], address: int, seen: int, seconds: float) -> None:
+        slept.add(((address - joined.segment.address) // 8, seconds))
+        wait_for_change(read, address, seen, seconds)
+
+    monkeypatch.setattr(transaction, "STARVES_AFTER_S", 0.0 if starves else math.inf)
+    monkeypatch.setattr(transaction, "CLAIM_NS", 10**12)
+    joined = Namespace.join(namespace)
+    monkeypatch.setattr(transaction, "wait_for_change", note)
+    words, elsewhere = joined.segment.words, joined.segment.lock_file()
+    assert elsewhere.try_exclusive()
+
+    def wait() -> int:
+        with joined.transaction():
+            return int(words[Header.STARVING])
+
+    waiter, claims = in_thread(wait)
+    wait_until(lambda: slept, "it waits")
+    assert bool(words[Header.STARVING]) == starves
+    elsewhere.close()
+    waiter.join(DEADLINE_S)
+    joined.leave()
+    assert claims == [0]
+    short, long = (Header.STARVING, transaction.STARVING_SLEEP_S), (Header.CONTENDED, transaction.LONGEST_SLEEP_S)
+    assert slept == {short if starves else long}
+
+
+def test_one_that_has_met_others_at_the_lock_gives_up_its_processor_for_so_many_turns(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = Namespace.join(namespace)
+
+    def given_up(transactions: int) -> int:
+        with monkeypatch.context() as patched:
+            yielded: list[None] = []
+            patched.setattr(os, "sched_yield", lambda: yielded.append(None))
+            for _ in range(transactions):
+                with joined.transaction():
+                    pass
+        return len(yielded)
+
+    assert given_up(3 * transaction.TURN) == 0
+    elsewhere = joined.segment.lock_file()
+    assert elsewhere.try_exclusive()
+    waiter, _ = in_thread(lambda: given_up(1))
+    wait_until(lambda: joined.segment.words[Header.CONTENDED], "it waits")
+    elsewhere.close()
+    waiter.join(DEADLINE_S)
+    assert given_up(2 * transaction.TURN) == 2
+    assert given_up(transaction.CROWDED_TURNS * transaction.TURN) == transaction.CROWDED_TURNS - 2
+    joined.leave()
+
+
+def test_a_member_that_has_left_is_none_that_others_clear_away(namespace: str) -> None:
+    stays, leaves = Namespace.join(namespace), Namespace.join(namespace)
+    assert [member.slot for member in read_snapshot(namespace).members] == [0, 1]
+    leaves.leave()
+    assert [member.slot for member in read_snapshot(namespace).members] == [0]
+    assert stays.reap_dead_members() == 0
+    stays.leave()
 
 
 def test_who_waits_for_the_lock_has_it_soon_after_it_is_free_without_a_claim(

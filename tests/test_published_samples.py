@@ -119,6 +119,19 @@ def test_processes_are_known_once_a_sample_shows_one_of_ours(it: RowChanges) -> 
         assert it.words[Header.SOURCE_MEASURES_PROCESSES] == known
 
 
+@pytest.mark.parametrize(
+    ("name", "seen", "known"), [("made up", None, 1), ("another", None, 0), ("another", True, 1), ("made up", False, 0)]
+)
+def test_a_new_leader_relies_on_what_others_have_seen_of_the_same_source(
+    it: RowChanges, name: str, seen: bool | None, known: int
+) -> None:
+    assert it.words[Header.SOURCE_MEASURES_PROCESSES] == 1
+    source: Any = SimpleNamespace(name=name, measures_processes=True, process_knowledge=seen, frees_late=False)
+    infos = [DeviceInfo(row + 1, f"uuid-{row}", "gpu", 9000.0 - row) for row in range(3)]
+    SharedSamples(it.namespace, Scheduler(it.namespace)).describe(source, infos, next_in_line=())
+    assert it.words[Header.SOURCE_MEASURES_PROCESSES] == known
+
+
 def test_what_a_process_sees_is_named_only_where_there_are_other_devices(namespace: str) -> None:
     joined = Namespace.join(namespace)
     there: Any = SimpleNamespace(namespace=joined, wait=lambda seconds: None)

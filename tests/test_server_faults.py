@@ -55,6 +55,7 @@ from mpmm.multi_process_shared.server_process import CRASHED, ServerPlan, run_se
 from mpmm.multi_process_shared.stop_server import _is_gone
 from mpmm.shared_state import transaction
 from mpmm.shared_state.layout import Header
+from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 
 
@@ -369,6 +370,27 @@ def test_a_host_that_could_not_be_started_is_no_second_object_later(
 def pid_behind(seat: Seat, tag: str) -> int:
     """Return the pid of the process that serves a tag to this one."""
     return int(MultiProcessShared(Sevens, tag=tag, always_proxy=True).acquire().pid())
+
+
+def test_a_host_whose_files_are_removed_just_as_it_ends_leaves_the_tag_to_the_next(
+    runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = MultiProcessShared(Sevens, tag="deleted")
+    shared.acquire()
+    life = Path(registry_for(None).life_path("deleted"))
+    is_current = LockFile.is_current
+
+    def removed_since(lock: LockFile) -> bool:
+        found = is_current(lock)
+        if lock.path == life:
+            life.unlink(missing_ok=True)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LockFile, "is_current", removed_since)
+        shared.unsafe_hard_delete()
+    assert MultiProcessShared(Sevens, tag="deleted").acquire().pid() == os.getpid()
+    unload("deleted")
 
 
 def test_a_hard_delete_that_is_interrupted_leaves_the_tag_to_the_next(
