@@ -20,6 +20,7 @@ from mpmm.multi_process_shared.host import new_record
 from mpmm.multi_process_shared.registry import KEY_BYTES, ServerRecord, ServerRegistry, start_time_of, write_record
 from mpmm.multi_process_shared.server_process import AliveLock
 from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
 
 
 @pytest.fixture
@@ -53,6 +54,23 @@ def test_a_registry_stays_without_clients_while_a_server_lives(registry: ServerR
     assert registry.path.exists()
     registry.join()
     life.close()
+
+
+def test_a_registry_that_is_removed_just_as_it_is_joined_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, ensure = ServerRegistry(tmp_path), RuntimeDirectory.ensure
+
+    def ensure_for_a_moment(directory: RuntimeDirectory) -> None:
+        monkeypatch.undo()
+        ensure(directory)
+        directory.path.rmdir()
+
+    monkeypatch.setattr(RuntimeDirectory, "ensure", ensure_for_a_moment)
+    registry.join()
+    assert os.path.exists(registry.alive_path)
+    registry.leave()
+    assert not registry.path.exists()
 
 
 def test_one_that_leaves_a_registry_that_is_gone_lets_the_one_be_that_others_have_made_since(

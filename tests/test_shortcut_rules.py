@@ -285,6 +285,15 @@ def copy_beside_which_the_last_loader_made_an_object(made: RandomTables, t: Tran
     t.set_float(made.tables.model(model) + Model.LOAD_S, 1000.0)
 
 
+def preload_that_waits_for_a_copy(made: RandomTables, t: Transaction, model: int) -> None:
+    """The last one of the queue was told to wait for a copy, but wants none to use, as a newcomer does."""
+    hold(made, t, model)
+    made.transitions.tickets.enqueue(t, model, 2, 2, 100.0, LONGEST_NS, 2, cause=Cause(Reason.SHARING))
+    t.set_float(made.tables.model(model) + Model.HOLD_S, 1.0)
+    # A load would take so long that any wait is sooner.
+    t.set_float(made.tables.model(model) + Model.LOAD_S, 1000.0)
+
+
 def drained_device(made: RandomTables, t: Transaction, model: int) -> None:
     """The device is drained, and the model has no copy."""
     block(made, t, Reason.DRAINING, urgency=0)
@@ -355,7 +364,7 @@ def test_a_newcomer_leaves_an_idle_copy_to_one_that_was_called_up_just_now(calle
     "arrange",
     [
         *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry, head_without_memory),
-        head_that_preloads,
+        *(head_that_preloads, preload_that_waits_for_a_copy),
         *(drained_device, drained_device_beside_a_load, drained_device_beside_an_idle_copy),
         copy_beside_which_the_last_loader_made_an_object,
     ],
