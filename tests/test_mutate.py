@@ -24,6 +24,8 @@ ALL = [FIRST, SECOND, THIRD]
 ONE = "mpmm/policy/one.py"
 TWO_TESTS = """
 import os
+import subprocess
+import sys
 import pytest
 from mpmm.shared_state import durations
 
@@ -38,6 +40,11 @@ class TestIn:
             durations.to_ns(seconds)
             os._exit(0)
         assert os.waitpid(child, 0) == (child, 0)
+
+    @pytest.mark.parametrize("seconds", [1])
+    def test_program(self, seconds):
+        code = f"from mpmm.shared_state import durations; durations.to_ns({seconds})"
+        subprocess.run([sys.executable, "-c", code], check=True)
 """
 
 WAYS_TO_END = ("passes", "fails[a - b]", "exits", "waits", "waits_deaf")
@@ -429,7 +436,7 @@ def test_coverage_knows_which_tests_run_which_lines(tmp_path: Path) -> None:
         file = "mpmm/shared_state/durations.py"
         to_ns = [change for change in changes.Changes(file).all() if "to_ns" in _function_of(file, change.line)]
         witnesses = {tuple(found.witnesses(change, 60.0)) for change in to_ns}
-        assert witnesses == {("tests/test_two.py::TestIn::test_child[1]",)}
+        assert witnesses == {tuple(f"tests/test_two.py::TestIn::test_{how}[1]" for how in ("child", "program"))}
     assert not tree.path.exists()
 
 

@@ -18,6 +18,15 @@ from mutating.tree_copy import TreeCopy
 
 # Started and forked processes count for the test that started them.
 CONFIGURATION = "[run]\nparallel = true\npatch = _exit, subprocess\n"
+# Run by programs as they start, so that what they run counts with the test that has started them.
+IN_PROGRAMS = """
+import os
+import coverage
+
+measures, test = coverage.Coverage.current(), os.environ.get("PYTEST_CURRENT_TEST")
+if measures is not None and test:
+    measures.switch_context(test.rpartition(" (")[0] + "|run")
+"""
 MEASURED_WITHIN_S = 3600.0
 # The least time that a test is taken to need.
 LEAST_S = 0.001
@@ -34,6 +43,7 @@ class Covering:
     def measured(cls, tree: TreeCopy, tests: Iterable[str], processes: int) -> Covering:
         """Run test files under coverage, without any change; tests that fail are not used as witnesses."""
         (tree.path / ".coveragerc").write_text(CONFIGURATION)
+        (tree.path / "sitecustomize.py").write_text(IN_PROGRAMS)
         report, data = tree.path / "report.xml", tree.path / ".coverage"
         arguments = ["--cov=mpmm", "--cov-config=.coveragerc", "--cov-context=test", "--cov-report=", "-q", "-n"]
         files = [f"tests/{test}.py" for test in tests]
