@@ -52,6 +52,7 @@ from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, 
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_all_deserted, remove_deserted
+from mpmm.shared_state.runtime_dir import RuntimeDirectory
 from mpmm.shared_state.segment import Segment, segment_name
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
 from mpmm.shared_state.transaction import CLAIM_NS, TransactionLock
@@ -687,6 +688,23 @@ def test_one_that_has_met_others_at_the_lock_gives_up_its_processor_for_so_many_
     assert given_up(2 * transaction.TURN) == 2
     assert given_up(transaction.CROWDED_TURNS * transaction.TURN) == transaction.CROWDED_TURNS - 2
     joined.leave()
+
+
+def test_a_segment_that_was_closed_and_not_removed_makes_way_although_a_server_is_left(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, server = Namespace.join(namespace), Namespace.join(namespace, kind=Member.SERVER)
+    with monkeypatch.context() as patched:
+        # As if it died there.
+        patched.setattr(Segment, "unlink", lambda segment: None)
+        patched.setattr(RuntimeDirectory, "remove", lambda *_: None)
+        last.leave()
+    assert server.is_removed
+    newcomer = Namespace.join(namespace)
+    assert newcomer.segment.identity != server.segment.identity
+    assert [member.pid for member in read_snapshot(namespace).members] == [os.getpid()]
+    newcomer.leave()
+    server.leave()
 
 
 def test_a_member_that_has_left_is_none_that_others_clear_away(namespace: str) -> None:

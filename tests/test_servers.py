@@ -509,6 +509,23 @@ def test_where_its_starter_has_no_standard_stream_a_server_has_none_of_its_descr
     assert not opened or own.read_text() == ""
 
 
+def test_a_spawned_server_that_has_died_is_no_zombie_once_its_starter_acquires_another_ones_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MPMM_ZYGOTE", "0")
+    dies, lives = (MultiProcessShared(Cats, tag, spawn_process=True, always_proxy=True) for tag in ("a", "b"))
+    dies.acquire()
+    proxy: Any = lives.acquire()
+    pid = server_pid("a")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_running(pid), "it has died")
+    assert lives.acquire() is not proxy
+    assert not psutil.pid_exists(pid)
+    for tag in ("a", "b"):
+        unload(tag)
+
+
 def test_a_spawned_server_has_a_session_of_its_own(start_method: str) -> None:
     proxy: Any = MultiProcessShared(NotesSignals, "it", spawn_process=True, always_proxy=True).acquire()
     assert os.getsid(proxy.pid()) == proxy.pid()
