@@ -412,6 +412,37 @@ def test_sigterm_ends_a_server_while_it_imports_a_main_module_that_takes_the_sig
     assert "exit code 143" in done.stderr
 
 
+def test_sigterm_ends_a_server_whose_main_module_ignores_the_signal_while_its_object_is_made(
+    run_script: Callable[..., Any], start_method: str, tmp_path: Path
+) -> None:
+    began = tmp_path / "began"
+    done = run_script(
+        f"""
+        import os, pathlib, signal, threading, time
+        from mpmm.multi_process_shared import MultiProcessShared
+        began = pathlib.Path({str(began)!r})
+        if __name__ != "__main__":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+        class Slow:
+            def __init__(self):
+                began.write_text(str(os.getpid()))
+                time.sleep({DEADLINE_S})
+
+        def end():
+            while not began.exists() or not began.read_text():
+                time.sleep(0.01)
+            os.kill(int(began.read_text()), signal.SIGTERM)
+
+        if __name__ == "__main__":
+            threading.Thread(target=end).start()
+            MultiProcessShared(Slow, "it", spawn_process=True).acquire()
+        """,
+        deadline_s=2 * DEADLINE_S,
+    )
+    assert "exit code 143" in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_arrives_as_the_main_thread_falls_asleep_ends_the_server(start_method: str, number: int) -> None:
     """Such a signal was lost: Python notes it after the last bytecode, and nothing interrupts the wait again."""

@@ -79,6 +79,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("test_transitions", "test_twins", "test_core", "test_core_use", "test_display_names", "test_suspension"),
             "test_reentrance",
             *("test_left_asleep", "test_declared_sizes", "test_unloads", "test_keep_alive", "test_cli"),
+            "test_cli_hosts",
             *("test_crash_points", "test_call_crash_points"),
         ),
     ),
