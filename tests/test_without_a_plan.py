@@ -286,6 +286,16 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
     copies=100.0,
     flags=(False, False, False),
 )
+@example(  # What is idle of the model of one that leaves may go for the head of the line then.
+    operations=[
+        *[("lease", 400.0, 0), ("preload", 4, 2), ("preload", 4, 3), ("ask", 0, 1), ("lease", 400.0, 0)],
+        *[("release", 2, 0), ("ask", 0, 1), ("ask", 0, 0), ("release", 1, 0), ("objects", False, 0)],
+        *[("ask", 4, 0), ("release", 0, 0)],
+    ],
+    overtaken_s=0.0,
+    copies=2.0,
+    flags=(False, False, True),
+)
 @example(  # A lease waits for a row in the table of copies.
     operations=[("ask", 0, 0), *[("lease", 100.0, 0)] * 5],
     overtaken_s=60.0,

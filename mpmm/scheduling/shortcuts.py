@@ -25,7 +25,8 @@ Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy
     kept yet, because nothing could be unloaded for the head, this is known only if all waiters want the newcomer's
     model.
 Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it waited behind another one, or for a
-    copy of its own model: no memory was kept for it, and waiters behind it only move up.
+    copy of its own model, and none of these is idle: no memory was kept for it, and waiters behind it only move up. An
+    idle copy of the model may be evicted for others once fewer requests wait for it.
 """
 
 from __future__ import annotations
@@ -168,7 +169,9 @@ class Shortcuts:
 
     def holds_up_nobody(self, ticket: int) -> bool:
         """Tell whether it is known without a plan that a waiter's leaving serves no other waiter; see Q5 above."""
-        return self._queue.is_waiting(ticket) and self._queue.told(ticket).reason in HELD_UP_REASONS
+        if not self._queue.is_waiting(ticket) or self._queue.told(ticket).reason not in HELD_UP_REASONS:
+            return False
+        return not self._tables.models[self._tables.tickets[ticket].model].idle
 
     def _waits_for_a_copy(self, model: int, figures: ModelFigures) -> Cause | None:
         """Return that a newcomer for a model waits for one of its copies, None if only a plan can tell; see Q3."""
