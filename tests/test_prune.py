@@ -424,3 +424,15 @@ def test_the_folder_of_the_registry_of_servers_is_no_namespace(runtime_root: Pat
     registry.join()
     registry.leave()
     assert not registry.path.exists()
+
+
+def test_a_deserted_namespace_goes_with_its_segment_whatever_is_in_that(runtime_root: Path) -> None:
+    runtime = RuntimeDirectory("junk", runtime_root)
+    runtime.ensure()
+    runtime.file("token").touch()
+    segment = Path("/dev/shm", segment_name(runtime_root, "junk"))
+    segment.write_bytes(b"junk" * 1024)
+    assert removal.is_deserted(runtime_root, "junk")
+    assert segment.exists()
+    assert removal.remove_deserted(runtime_root, "junk")
+    assert not segment.exists() and not runtime.path.exists()
