@@ -33,7 +33,7 @@ for use in (
 
 
 def test_where_gevent_has_replaced_threads_an_error_says_so(runtime_root: Path) -> None:
-    pytest.importorskip("gevent")
+    pytest.importorskip("gevent", reason="needs the extra dev")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=DEADLINE_S, check=True
     )
@@ -59,7 +59,7 @@ def test_eventlet_is_asked_for_threads(new_manager: NewManager, monkeypatch: pyt
 
 
 def test_a_loader_may_switch_to_another_greenlet_and_back(new_manager: NewManager) -> None:
-    greenlet = pytest.importorskip("greenlet")
+    greenlet = pytest.importorskip("greenlet", reason="comes with gevent, which the extra dev has")
     manager, this = new_manager(), greenlet.getcurrent()
     operations = manager._connected().operations
 
@@ -83,7 +83,7 @@ def test_a_loader_may_switch_to_another_greenlet_and_back(new_manager: NewManage
 
 
 def test_what_a_greenlet_had_in_hand_that_ended_in_a_loader_is_given_back(new_manager: NewManager) -> None:
-    greenlet = pytest.importorskip("greenlet")
+    greenlet = pytest.importorskip("greenlet", reason="comes with gevent, which the extra dev has")
     manager, this = new_manager(fallback_memory_mb=100.0), greenlet.getcurrent()
     other = greenlet.greenlet(lambda: manager.acquire_model("a", lambda: this.switch("loads")))
     assert other.switch() == "loads"

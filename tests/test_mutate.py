@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -164,6 +164,15 @@ class FakeTree:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, root: Path, tree: type[FakeTree], forks: Callable[..., FakeTree]) -> None:
+    """Have changes of the tree below `root` tried with stand-ins, one for copies of the tree and one for forks."""
+    for module in (mutate, changes, covering):
+        monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(mutate, "TreeCopy", tree)
+    monkeypatch.setattr(mutate, "ForkedTests", forks)
+    monkeypatch.setitem(mutate.PARTS, "policy", (("mpmm/policy/*.py",), ("test_a",)))
 
 
 class BusyTree(FakeTree):
@@ -343,11 +352,7 @@ def test_what_forks_do_not_notice_is_tried_in_a_copy(
         ) -> Failure | None:
             return Failure("fork", (FIRST,)) if new is not None and "x += x" not in new.source else None
 
-    for module in (mutate, changes, covering):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(mutate, "TreeCopy", Tree)
-    monkeypatch.setattr(mutate, "ForkedTests", Forks)
-    monkeypatch.setitem(mutate.PARTS, "policy", (("mpmm/policy/*.py",), ("test_a",)))
+    run_with(monkeypatch, tmp_path, Tree, Forks)
     kept = tmp_path / "map.json"
     Covering({FIRST: 0.1, SECOND: 0.2}, {ONE: {line: [FIRST, SECOND] for line in (1, 3, 4)}}).save(kept)
     mutate.main(["policy", "--map", str(kept), "--changes", "all", "--way", way])
@@ -394,11 +399,7 @@ def test_where_hardly_a_test_is_known_to_run_what_was_changed_the_others_are_ask
             note(new.source, tests, 0)
             return None
 
-    for module in (mutate, changes, covering):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(mutate, "TreeCopy", Tree)
-    monkeypatch.setattr(mutate, "ForkedTests", Forks)
-    monkeypatch.setitem(mutate.PARTS, "policy", (("mpmm/policy/*.py",), ("test_a",)))
+    run_with(monkeypatch, tmp_path, Tree, Forks)
     kept = tmp_path / "map.json"
     Covering({FIRST: 0.1, SECOND: 0.2, THIRD: 0.3}, {ONE: {3: [SECOND], 4: ALL}}).save(kept)
     assert mutate.main(["policy", "--map", str(kept), "--changes", "all", "--way", way]) == 0

@@ -105,6 +105,35 @@ def test_a_daemon_thread_stands_still_as_the_process_ends(runtime_root: Path, ca
     assert not (runtime_root / "ends").exists()
 
 
+def test_an_exit_handler_does_not_wait_forever_for_a_lock_of_a_thread_that_stands_still(runtime_root: Path) -> None:
+    program = """
+        from mpmm.interpreter import process_end
+
+        process_end._STAND_STILL_S = 0.1
+        lock, begins = threading.Lock(), threading.Event()
+
+        def work():
+            with lock:
+                begins.set()
+                try:
+                    manager.acquire_model("b", dict)
+                except ClosedError as error:
+                    print(error)
+
+        def take(timeout):
+            with lock:
+                return True
+
+        goes_on.wait = take
+        manager.acquire_model("a", dict)
+        threading.Thread(target=work, daemon=True).start()
+        begins.wait()
+        while not read_snapshot("ends").tickets:
+            time.sleep(0.001)
+    """
+    assert run(program) == (0, "the manager was shut down while a thread waited for a model\ngoes on\n", "")
+
+
 def test_an_exit_handler_that_runs_after_the_process_has_left_is_told_so(runtime_root: Path) -> None:
     program = """
         def use():

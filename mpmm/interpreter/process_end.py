@@ -3,7 +3,7 @@
 At the end of a process mpmm's exit hooks leave all namespaces. The interpreter stops daemon threads only after that. If
 a daemon thread asked for a model in between, it would join a namespace that the process no longer leaves, or it would
 print a traceback, because the manager is closed. So it stands still instead, like a daemon thread that waits for a lock
-or a queue.
+or a queue, but only for a while: an exit handler of the program may wait for a lock that the thread holds.
 
 In a child of `multiprocessing` the exit hooks run before its other threads are joined: these go on as before.
 """
@@ -19,8 +19,8 @@ __all__ = ["is_last_to_run", "stand_still_in_daemon", "watch_for_end"]
 
 # Before the hooks that leave namespaces, which have 100.
 _PRIORITY = 1000
-# A thread that stands still never wakes up again: the process ends before that.
-_STAND_STILL_S = 3600.0
+# Longer than most processes take to end once mpmm has left.
+_STAND_STILL_S = 5.0
 _has_begun = False
 
 
@@ -30,10 +30,12 @@ def watch_for_end() -> None:
 
 
 def stand_still_in_daemon() -> None:
-    """Never return if the process is ending and this is a daemon thread. Hold no lock that an exit hook may need."""
+    """Sleep for a while if the process is ending and this is a daemon thread; then mostly the process has ended.
+
+    Hold no lock that an exit hook may need.
+    """
     if _has_begun and threading.current_thread().daemon:
-        while True:
-            time.sleep(_STAND_STILL_S)
+        time.sleep(_STAND_STILL_S)
 
 
 def is_last_to_run() -> bool:
