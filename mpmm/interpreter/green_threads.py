@@ -1,4 +1,4 @@
-"""Greenlets: whether they have replaced threads, and which calls are suspended in one.
+"""Greenlets: whether they have replaced threads, and in which one a call runs.
 
 gevent and eventlet can replace the interpreter's threads with greenlets, which take turns in a single thread ("monkey
 patching"). mpmm waits in the kernel, so a wait would stop all greenlets, including the one that has what the wait is
@@ -10,14 +10,14 @@ may switch to another greenlet: then its call goes on later, although it is not 
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
-from types import FrameType
+import weakref
+from typing import Any
 
 from mpmm.errors import GreenThreadsError
 
-__all__ = ["expect_real_threads", "suspended_frames"]
+__all__ = ["current_greenlet", "expect_real_threads"]
 
 # By library: the module that patches others, its function that tells whether it has, and that function's argument.
 _PATCHERS = {
@@ -39,11 +39,11 @@ def expect_real_threads(what: str) -> None:
             )
 
 
-def suspended_frames() -> list[FrameType]:
-    """Return the innermost frame of each greenlet that has begun and is not running now."""
-    kind = getattr(sys.modules.get("greenlet"), "greenlet", None)
-    if not isinstance(kind, type):
-        return []
-    # By type and not by `isinstance`, which calls code of proxy objects.
-    greenlets = [found for found in gc.get_objects() if issubclass(type(found), kind)]
-    return [frame for found in greenlets if (frame := found.gr_frame) is not None]
+def current_greenlet() -> weakref.ref[Any] | None:
+    """Return the greenlet that runs in this thread, None if that is the thread's own. Weak, so that it can be freed."""
+    module = sys.modules.get("greenlet")
+    getcurrent = None if module is None else getattr(module, "getcurrent", None)
+    if getcurrent is None:
+        return None
+    current = getcurrent()
+    return None if current.parent is None else weakref.ref(current)

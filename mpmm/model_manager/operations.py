@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mpmm.interpreter.green_threads import suspended_frames
+from mpmm.interpreter.green_threads import current_greenlet
 from mpmm.interpreter.thread_frames import current_frames, is_on_stack
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Operation:
     def __init__(self, frame: FrameType | None) -> None:
         self.frame = frame
         self.thread = threading.get_ident()
+        self.greenlet = current_greenlet()
 
     @property
     def has_something(self) -> bool:
@@ -139,7 +140,12 @@ def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, Fr
         return operation.is_orphaned
     top = tops.get(operation.thread)
     at = None if top is None else top.f_lasti
-    if is_on_stack(frame, top) or any(is_on_stack(frame, innermost) for innermost in suspended_frames()):
+    if is_on_stack(frame, top):
+        return False
+    greenlet = None if operation.greenlet is None else operation.greenlet()
+    if greenlet is not None and not greenlet.dead:
+        # It may be suspended. Its frames are not looked at, nor is the collector asked for greenlets: both touch what
+        # other threads are about to free.
         return False
     if operation.thread == threading.get_ident():
         return True
