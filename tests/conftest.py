@@ -45,6 +45,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared.registry import leave_all_registries, registry_for
 from mpmm.shared_state import prune
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
+from mpmm.shared_state.segment import segment_name
 
 # Model servers notice within two seconds that no client is left.
 LEAVE_TIMEOUT_S = 10.0
@@ -154,7 +155,13 @@ def runtime_root() -> Iterator[Path]:
     # A context of its own, because what a test has patched must be restored before the check below.
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(RUNTIME_DIR_VARIABLE, str(root))
-        names = prune._names
+        names, why_foreign, prefix = prune._names, prune._why_foreign, segment_name(root, "")
+
+        def why_foreign_but_for_other_tests(name: str, roots: tuple[Path, ...]) -> str | None:
+            """Leave alone what the processes of other tests have not finished yet, or will never finish."""
+            return why_foreign(name, roots) if name.startswith(prefix) or OWN_LEFT_OVER in name else None
+
+        patched.setattr(prune, "_why_foreign", why_foreign_but_for_other_tests)
         patched.setattr(
             prune, "_names", lambda: (name for name in names() if LEFT_OVER not in name or OWN_LEFT_OVER in name)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import multiprocessing
 import os
@@ -111,8 +112,12 @@ def is_open_but_for_guards(path: str) -> bool:
 
 def has(pid: int, path: str) -> bool:
     """Tell whether a process has a file open or mapped."""
+    links = []
     try:
-        links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            # It may have closed this one just now, and have mapped the file before.
+            with contextlib.suppress(FileNotFoundError):
+                links.append(os.readlink(entry.path))
         return path in links or path in Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         # It has ended.
@@ -317,6 +322,26 @@ def test_a_segment_is_not_pruned_while_a_process_makes_it_but_when_that_has_died
         assert find_orphans(of_other_versions=True) == []
     guard(segment)
     assert [orphan.name for orphan in found(lambda: find_orphans(of_other_versions=True))] == [segment.name]
+    segment.unlink()
+
+
+def test_a_segment_that_takes_the_place_of_a_left_over_one_during_the_look_stays(
+    elsewhere: Path, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = Path("/dev/shm", segment_name(elsewhere, NAMESPACE))
+    segment.touch()
+
+    def is_replaced(path: str) -> bool:
+        """Answer for the first file while another process replaces it."""
+        if path == str(segment):
+            segment.unlink()
+            segment.write_bytes(b"new")
+        return False
+
+    monkeypatch.setattr(prune, "is_open_anywhere", is_replaced)
+    [found] = leftovers.prune(runtime_root)
+    assert found.what == f"segment {segment}"
+    assert segment.read_bytes() == b"new"
     segment.unlink()
 
 

@@ -71,12 +71,14 @@ def find_orphans(*, of_other_versions: bool = False, roots: tuple[Path, ...] = (
     """
     orphans = []
     for name in _names():
-        why = _why_abandoned(name) or (of_other_versions and _why_foreign(name, roots))
         path = f"{SHARED_MEMORY}/{name}"
-        if not why or is_open_anywhere(path):
-            continue
         with contextlib.suppress(FileNotFoundError):
+            # Before all questions: if another process replaces the segment meanwhile, the answers may be about the new
+            # one, and what is removed is none but this one.
             found = os.stat(path, follow_symlinks=False)
+            why = _why_abandoned(name) or (of_other_versions and _why_foreign(name, roots))
+            if not why or is_open_anywhere(path):
+                continue
             # A process may be about to remove it, or to give it its name back. The renaming was its last change.
             if GONE not in name or time.time() - found.st_ctime >= REMOVAL_S:
                 orphans.append(Orphan(name, (found.st_dev, found.st_ino), found.st_blocks * 512 / 2**20, why))
