@@ -28,8 +28,9 @@ from mpmm.shared_state.core import HANDED_OVER
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import _SYSCALL as FUTEX_CALL
 from mpmm.shared_state.futex import wait_for_change, wake_one
-from mpmm.shared_state.layout import MOST_DEVICES, Header, Instance, Model, Ticket
+from mpmm.shared_state.layout import MOST_DEVICES, Header, Instance, Member, Model, Ticket
 from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.settings import SETTINGS
 from mpmm.shared_state.transaction import CROWDED_TURNS, float_bits
 
@@ -300,6 +301,17 @@ class Dozer(threading.Thread):
         self.result = self._core.doze(*self._arguments)
 
 
+class Watcher(Dozer):
+    """Sleeps in the core on a word, and looks whether the members of a namespace live, but for the one in a slot."""
+
+    def __init__(self, core: Any, word: int, seen: int, folder: int, slot: int):
+        super().__init__(core, word, seen, folder, (slot,))
+
+    def run(self) -> None:
+        word, seen, until_ns, tick_ns, folder, _, (slot,), *rest = self._arguments
+        self.result = self._core.keep_watch(word, seen, until_ns, tick_ns, folder, slot, *rest)
+
+
 @pytest.fixture
 def lead(tmp_path: Path) -> Iterator[tuple[LockFile, LockFile]]:
     """The lock of a leader, who has it, and the file as a deputy has opened it."""
@@ -401,6 +413,90 @@ def sleeps_on(address: int, thread: threading.Thread) -> bool:
     return call[:2] == [str(FUTEX_CALL), hex(address)]
 
 
+@pytest.fixture
+def members(namespace: str) -> Iterator[list[Namespace]]:
+    """Members of one namespace, more than the core looks at in a row, and fewer than have been there."""
+    joined = [Namespace.join(namespace) for _ in range(20)]
+    joined.pop(3).leave()
+    yield joined
+    for one in reversed(joined):
+        if one.is_usable:
+            one.leave()
+
+
+def let_die(member: Namespace) -> None:
+    """Free the lock by which the others see that a member lives."""
+    life = member._files._life
+    assert life is not None
+    life.close()
+
+
+@built
+@pytest.mark.parametrize("what", ["dead", "gone", "another file", "free", "no folder", "closed", "of no segment"])
+def test_the_core_says_that_all_members_live_only_if_it_is_certain(members: list[Namespace], what: str) -> None:
+    first, last = members[0], members[-1]
+    core, folder, path = first.lock.core, first.folder_fd, Path(last.member_lock_path(last.slot))
+    assert core is not None
+    assert not core.may_be_dead(folder, first.slot)
+    assert not core.may_be_dead(folder, -1), "nor the one that asks"
+    assert first.find_dead_members() == []
+    dead: list[int] = []
+    if what == "dead":
+        let_die(last)
+        dead = [last.slot]
+        assert not core.may_be_dead(folder, last.slot), "it asks about the others"
+    elif what == "gone":
+        # Its pid decides, which Python asks for.
+        path.unlink()
+    elif what == "another file":
+        path.unlink()
+        other = LockFile(path)
+        assert other.try_exclusive()
+    elif what == "free":
+        with first.transaction() as t:
+            t.set(first.tables.member(last.slot) + Member.STATE, Member.FREE)
+        let_die(last)
+        assert not core.may_be_dead(folder, first.slot)
+        assert first.find_dead_members() == []
+        with first.transaction() as t:
+            t.set(first.tables.member(last.slot) + Member.STATE, Member.WORKER)
+        dead = [last.slot]
+    elif what == "no folder":
+        folder = -1
+    elif what == "closed":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.close(folder)
+    else:
+        first.leave()
+    assert core.may_be_dead(folder, first.slot)
+    if what != "of no segment":
+        assert first.find_dead_members() == dead
+    if what == "another file":
+        other.close()
+
+
+@built
+@pytest.mark.parametrize("what", ["a death", "a ring", "closed"])
+def test_a_leader_sleeps_until_a_member_may_be_dead(members: list[Namespace], what: str) -> None:
+    first, last = members[0], members[-1]
+    core, bell = first.lock.core, first.tables.bell(first.slot)
+    watcher = Watcher(core, bell.word, bell.seen(), first.folder_fd, first.slot)
+    watcher.join(0.02)
+    assert watcher.is_alive(), "all live"
+    if what == "a death":
+        let_die(last)
+    elif what == "a ring":
+        first.segment.words[bell.word] += 1
+    else:
+        first.leave()
+    while watcher.is_alive():
+        if what != "a death":
+            # Again and again, because one that does not sleep yet misses it.
+            wake_one(last.tables.bell(first.slot).address)
+        watcher.join(0.01)
+    assert watcher.result is (what == "a death")
+
+
 @built
 def test_what_leads_out_of_the_segment_is_refused(lab: Lab, lead: tuple[LockFile, LockFile]) -> None:
     place, core = place_of(lab.segment)
@@ -423,6 +519,14 @@ def test_what_leads_out_of_the_segment_is_refused(lab: Lab, lead: tuple[LockFile
     for at, value in wrong:
         with pytest.raises(TypeError, match="doze: expected"):
             core.doze(*good[:at], value, *good[at + 1 :])
+    watch = [0, lab.words[0], DEADLINE_NS, 10**6, -1, -1, None, None, None]
+    assert core.keep_watch(*watch) is True, "Python is to look, without the folder"
+    for at, value in ((0, words), (3, 0), (4, 2**31), (4, -2), (4, None), (5, -2), (5, 2**63), (5, ""), (6, [])):
+        with pytest.raises(TypeError, match="keep_watch: expected"):
+            core.keep_watch(*watch[:at], value, *watch[at + 1 :])
+    for pair in ((2**31, 0), (-2, 0), (0, -2), (0, None), (0,)):
+        with pytest.raises(TypeError, match="may_be_dead: expected"):
+            core.may_be_dead(*pair)
     for arguments in ((words, 0, 0), (-1, 0, 0), (0, 0)):
         with pytest.raises(TypeError, match="wake_after_sleep: expected"):
             core.wake_after_sleep(*arguments)

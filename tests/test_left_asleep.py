@@ -542,6 +542,24 @@ def test_a_transaction_that_is_left_while_nobody_watches_keeps_the_others_out_fo
     assert problems(namespace) == []
 
 
+@pytest.mark.parametrize("core", ["python", ""])
+def test_the_leader_finds_the_dead_while_it_has_nothing_else_to_do(
+    core: str, namespace: str, new_manager: NewManager, new_process: NewProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CORE_VARIABLE, core)
+    for name in ("LEADER_REST_S", "RESERVE_TICK_S", "RESERVE_REST_S", "DEPUTY_TICK_S", "DEPUTY_REST_S"):
+        monkeypatch.setattr(leader_module, name, 1000.0)
+    manager = new_manager(poll_interval=1000.0)
+    session = manager._connected()
+    assert session.leader.leading
+    process = new_process()
+    process.call(acquire, "a")
+    wait_until(lambda: session.background.dozing, "its background thread has nothing to watch")
+    process.kill()
+    wait_until(lambda: len(read_snapshot(namespace).members) == 1, "what the dead one had is free")
+    assert problems(namespace) == []
+
+
 def leave_a_transaction(namespace: Namespace) -> None:
     """Leave one open, as an exception does that a signal handler raises in a call that has nothing in hand."""
     thread = threading.Thread(target=lambda: namespace.lock().__enter__())

@@ -19,13 +19,14 @@ whole devices, and that one before one that only does accounting. A leader hands
 leaves a free lead to it for a second. If only processes remain that can measure nothing, one of them reaps the dead,
 and the accounts decide; it does not replace devices that are in use, whose last figures stand and age.
 
-The leader looks around four times a second. Two deputies, the workers in the lowest slots among those that measure
-most, check as often whether it leads and polls. All other processes check every four seconds, in case these three die
-together; a new leader wakes its deputies. A process that stands in for the leader while the deputies are stopped, or
-that has left the lead to others, checks as often as a deputy. The cost is how often a process that has slept runs
-Python: each time takes between a third of a millisecond and a whole one, although the same code takes 11 µs when it
-runs over and over. So in processes that do not lead, the compiled core checks (`Core.doze`), and Python runs only if
-something is wrong, and every few seconds for the other jobs.
+The leader looks for dead members four times a second. Two deputies, the workers in the lowest slots among those that
+measure most, check as often whether it leads and polls. All other processes check every four seconds, in case these
+three die together; a new leader wakes its deputies. A process that stands in for the leader while the deputies are
+stopped, or that has left the lead to others, checks as often as a deputy. The cost is how often a process that has
+slept runs Python: each time takes between a third of a millisecond and a whole one, although the same code takes 11 µs
+when it runs over and over. So the compiled core checks (`Core.keep_watch` for the leader, `Core.doze` for the others),
+and Python runs only if something may be wrong, and for the other jobs: twice a second in the leader, every few seconds
+elsewhere.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ _LOG = printable_logger("mpmm")
 LONGEST_TICK_S = 0.25
 # Together with STALE_AFTER_S, the longest delay of a poll if the leader is stuck. A dead leader is replaced earlier.
 DEPUTY_TICK_S = 0.25
-# How often processes that do not lead do their other jobs, where the compiled core checks on the leader.
+# How often processes do their other jobs at least, where the compiled core looks for dead members, or checks on the
+# leader: for each look of Python's, a processor that slept runs cold code for a millisecond.
+LEADER_REST_S = 0.5
 DEPUTY_REST_S = 4.0
 RESERVE_REST_S = 12.0
 RESERVE_TICK_S = 4.0
@@ -196,11 +199,11 @@ class Leader:
             self._doorbell.ring()
 
     def interval(self) -> float:
-        """Return how long to sleep until the next look around; the core checks on the leader even in that sleep."""
-        if self.leading:
-            return min(self._namespace.settings.poll_interval, LONGEST_TICK_S)
+        """Return how long to sleep until the next look around; in that sleep, the core checks on others every tick."""
         if self._namespace.lock.core is None:
             return self._tick_s()
+        if self.leading:
+            return min(self._namespace.settings.poll_interval, LEADER_REST_S)
         return DEPUTY_REST_S if self._is_deputy() else RESERVE_REST_S
 
     def _is_deputy(self) -> bool:
@@ -213,7 +216,9 @@ class Leader:
         return stands_in or self._free_since is not None or self._namespace.slot in self._first_in_line()
 
     def _tick_s(self) -> float:
-        """Return how often a process that does not lead checks on the leader."""
+        """Return how often the leader looks for dead members, or another process checks on the leader."""
+        if self.leading:
+            return min(self._namespace.settings.poll_interval, LONGEST_TICK_S)
         return DEPUTY_TICK_S if self._is_deputy() else RESERVE_TICK_S
 
     def doze(self, rung: int, until: float, unrest: tuple[set[Operation], Sized] | None) -> bool:
@@ -222,18 +227,18 @@ class Leader:
         rung: see `Doorbell.wait`. unrest: the calls in progress and the deferred changes, if the sleep is to end once a
         call does not sleep in the compiled core, one has left a transaction, or there is a change; else None.
         """
-        core = self._namespace.lock.core
-        if self.leading or core is None:
+        namespace = self._namespace
+        core = namespace.lock.core
+        if core is None:
             if unrest is None or self._has_rested(rung, until, *unrest):
                 self._doorbell.wait(rung, until - time.monotonic())
             return False
-        times = times_of_polls(self._namespace.tables, self._devices_to_poll())
-        spans = to_ns(until), to_ns(self._tick_s())
         operations, deferred = unrest or (None, None)
-        return core.doze(
-            *(self._doorbell.word, rung, *spans, self._lock_file.fd, self._late_ns(), times),
-            *(operations, self._namespace.lock, deferred),
-        )
+        sleep = self._doorbell.word, rung, to_ns(until), to_ns(self._tick_s())
+        if self.leading:
+            return core.keep_watch(*sleep, namespace.folder_fd, namespace.slot, operations, namespace.lock, deferred)
+        times = times_of_polls(namespace.tables, self._devices_to_poll())
+        return core.doze(*sleep, self._lock_file.fd, self._late_ns(), times, operations, namespace.lock, deferred)
 
     def _has_rested(self, rung: int, until: float, operations: set[Operation], changes: Sized) -> bool:
         """Sleep for a moment first; return whether the bell did not ring, and there is nothing that it would ring for.

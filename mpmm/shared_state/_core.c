@@ -1,5 +1,6 @@
 /* The warm path in C: takes an idle copy; gives one back, and if others wait for it keeps it for its user's tenure or
- * hands it over; queues a newcomer that certainly has to wait, sleeps there, and takes the copy that it was granted.
+ * hands it over; queues a newcomer that certainly has to wait, sleeps there, and takes the copy that it was granted. The
+ * background thread sleeps here, too, and looks from its sleep whether the leader, or the members, live.
  *
  * Python is the definition (`transitions.holds`, `hand_over` and `tickets`, `scheduling.shortcuts`, `transaction.py`),
  * and these are the same transactions: the same lock, the same words in the same order, each logged before it is
@@ -27,6 +28,7 @@
 #endif
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <math.h>
 #include <sched.h>
@@ -34,8 +36,10 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -171,6 +175,13 @@
     X(event_rows, "events.capacity")                                                                                   \
     X(event_words, "events.words")                                                                                     \
     X(event_table, "events.base")                                                                                      \
+    X(member_state, "Member.STATE")                                                                                    \
+    X(member_lock, "Member.LOCK")                                                                                      \
+    X(is_free_row, "Member.FREE")                                                                                      \
+    X(members_end, "members.end_word")                                                                                 \
+    X(members, "members.base")                                                                                         \
+    X(member_words, "members.words")                                                                                   \
+    X(member_rows, "members.capacity")                                                                                 \
     X(undo, "undo.base")                                                                                               \
     X(undo_words, "undo.words")                                                                                        \
     X(undo_rows, "undo.capacity")
@@ -1604,37 +1615,35 @@ static PyObject *wake_after_sleep(PyObject *self, PyObject *const *args, Py_ssiz
     Py_RETURN_TRUE;
 }
 
-PyDoc_STRVAR(doze_doc,
-             "doze(bell, seen, until, tick, fd, late, times, operations, lock, deferred)\n\n"
-             "Sleep until a word is no longer `seen`, its sleepers are woken, or until `until` (monotonic, ns). Every\n"
-             "`tick` ns check whether the lock on the open file `fd` is free, or one of the words `times` is over\n"
-             "`late` ns old: then return True, else False. Without the lock. A check here is so much cheaper than\n"
-             "Python's that a process can afford it to notice the leader's death.\n"
-             "operations, lock, deferred: the calls in progress, the segment's lock and the deferred changes, if the\n"
-             "sleep has to end when not all calls are in `await_answer`, a transaction was abandoned, or a change was\n"
-             "deferred; else None.");
-
 /* One for the poll, and one for each possible device (`layout.MOST_DEVICES`). */
 #define MOST_TIMES 65
 /* A thread that begins a call or a transaction, leaves `await_answer` or defers a change wakes the sleeper. That comes
  * too early if the sleeper is just about to sleep, so it checks again after this time, and then after twice as long
  * each time: only what happened while this thread was last awake, too, can be missed. */
 #define FIRST_REST_NS 500000000u
+/* After how many members' locks other threads of this process may run. */
+#define LOCKS_IN_A_ROW 16
 
-static bool is_amiss(Core *core, int fd, uint64_t now, uint64_t late, const uint64_t *times, Py_ssize_t count) {
-    for (Py_ssize_t i = 0; i < count; i++) {
-        uint64_t time = load(core, times[i]);
-        if (time < now && now - time > late) {
-            return true;
-        }
-    }
-    if (flock(fd, LOCK_EX | LOCK_NB)) {
-        return errno != EWOULDBLOCK;
-    }
-    /* Python takes the lock, and then gets the error, if there is one. */
-    flock(fd, LOCK_UN);
-    return true;
-}
+/* How a background thread sleeps: on `bell` while that is `seen`, until a time, with a check every `tick` ns. `calls`
+ * is None, or the calls in progress, and then the sleep ends when not all of them are in `await_answer`. */
+typedef struct {
+    uint64_t bell, seen, until, tick;
+    PyObject *calls, *lock, *deferred;
+} Sleep;
+
+/* What a check looks at: whether a leader polls in time, or whether the members live. */
+typedef struct {
+    int fd;
+    uint64_t late, times[MOST_TIMES];
+    Py_ssize_t count;
+} Polls;
+
+typedef struct {
+    int folder;
+    uint64_t slot;
+} Members;
+
+typedef bool (*Check)(Core *core, uint64_t now, const void *of);
 
 /* Whether no thread of this process is in a transaction, none was abandoned, or left without the calls after it, and no
  * change is deferred. */
@@ -1649,47 +1658,180 @@ static bool is_at_rest(Core *core, PyObject *lock, PyObject *deferred) {
     return found;
 }
 
-static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    Core *core = (Core *)self;
-    uint64_t bell, seen, until, tick, fd, late, times[MOST_TIMES];
-    if (count != 10 || !as_word(args[0], &bell) || !as_word(args[1], &seen) || !as_word(args[2], &until) ||
-        !as_word(args[3], &tick) || !as_word(args[4], &fd) || !as_word(args[5], &late) || bell >= core->count ||
-        fd > INT32_MAX || !tick || !PyTuple_CheckExact(args[6]) || PyTuple_GET_SIZE(args[6]) > MOST_TIMES ||
-        (args[7] != Py_None && !PyAnySet_Check(args[7]))) {
-        PyErr_SetString(PyExc_TypeError, "doze: expected a word of the segment, five numbers, a tuple and a set");
-        return NULL;
-    }
-    Py_ssize_t watched = PyTuple_GET_SIZE(args[6]);
-    for (Py_ssize_t i = 0; i < watched; i++) {
-        if (!as_word(PyTuple_GET_ITEM(args[6], i), &times[i]) || times[i] >= core->count) {
-            PyErr_SetString(PyExc_TypeError, "doze: expected words of the segment");
-            return NULL;
+static bool is_late(Core *core, uint64_t now, const void *of) {
+    const Polls *polls = of;
+    for (Py_ssize_t i = 0; i < polls->count; i++) {
+        uint64_t time = load(core, polls->times[i]);
+        if (time < now && now - time > polls->late) {
+            return true;
         }
     }
-    uint64_t now = now_ns(), next = tick < UINT64_MAX - now ? now + tick : UINT64_MAX, rest = FIRST_REST_NS;
-    while (core->words != NULL && load(core, bell) == seen && now < until) {
-        uint64_t end = until < next ? until : next;
-        if (args[7] != Py_None) {
-            if ((uint64_t)PySet_GET_SIZE(args[7]) > core->asleep || !is_at_rest(core, args[8], args[9])) {
+    if (flock(polls->fd, LOCK_EX | LOCK_NB)) {
+        return errno != EWOULDBLOCK;
+    }
+    /* Python takes the lock, and then gets the error, if there is one. */
+    flock(polls->fd, LOCK_UN);
+    return true;
+}
+
+/* Whether the lock file of a member is there, is the file of this inode, and is locked by another process. With the
+ * GIL, so that no thread forks, and passes the descriptor on to a child. */
+static bool is_locked(int folder, uint64_t slot, uint64_t inode) {
+    char name[32];
+    struct stat found;
+    snprintf(name, sizeof name, "m%llu.lock", (unsigned long long)slot);
+    int fd = openat(folder, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0) {
+        return false;
+    }
+    bool locked = false;
+    if (!fstat(fd, &found) && found.st_ino == inode) {
+        locked = flock(fd, LOCK_SH | LOCK_NB) && errno == EWOULDBLOCK;
+    }
+    /* The lock, if this process has got it, ends with the only descriptor. */
+    close(fd);
+    return locked;
+}
+
+/* Whether a member may be dead. Python, which knows more about it, decides. */
+static bool may_be_dead(Core *core, uint64_t Py_UNUSED(now), const void *of) {
+    const Members *members = of;
+    const Offsets *at = &core->at;
+    if (core->words == NULL) {
+        return true;
+    }
+    uint64_t rows = load(core, at->members_end);
+    rows = rows < at->member_rows ? rows : at->member_rows;
+    int looks = 0;
+    for (uint64_t slot = 0; core->words != NULL && slot < rows; slot++) {
+        uint64_t row = at->members + slot * at->member_words;
+        if (slot == members->slot || load(core, row + at->member_state) == at->is_free_row) {
+            continue;
+        }
+        if (!is_locked(members->folder, slot, load(core, row + at->member_lock))) {
+            return true;
+        }
+        if (++looks % LOCKS_IN_A_ROW == 0) {
+            Py_BEGIN_ALLOW_THREADS
+            Py_END_ALLOW_THREADS
+        }
+    }
+    return core->words == NULL;
+}
+
+/* Sleep; return whether a check has found something, which ends the sleep. */
+static bool sleep_and_check(Core *core, const Sleep *how, Check check, const void *of) {
+    uint64_t now = now_ns(), tick = how->tick, rest = FIRST_REST_NS;
+    uint64_t next = tick < UINT64_MAX - now ? now + tick : UINT64_MAX;
+    while (core->words != NULL && load(core, how->bell) == how->seen && now < how->until) {
+        uint64_t end = how->until < next ? how->until : next;
+        if (how->calls != Py_None) {
+            if ((uint64_t)PySet_GET_SIZE(how->calls) > core->asleep || !is_at_rest(core, how->lock, how->deferred)) {
                 break;
             }
             end = end - now > rest ? now + rest : end;
             rest *= 2;
         }
         bool timed_out;
-        if (!sleep_on(core, bell, seen, end - now, &timed_out) || !timed_out) {
+        if (!sleep_on(core, how->bell, how->seen, end - now, &timed_out) || !timed_out) {
             /* As the kernel says, not by the clock: a wake-up may come just when the next check is due. */
             break;
         }
         now = now_ns();
         if (now >= next) {
-            if (is_amiss(core, (int)fd, now, late, times, watched)) {
-                Py_RETURN_TRUE;
+            if (check(core, now, of)) {
+                return true;
             }
             next = now + tick;
         }
     }
-    Py_RETURN_FALSE;
+    return false;
+}
+
+/* Read which members to look at from two arguments, each -1 if there is none: a descriptor that was closed, so that
+ * Python looks, and the slot of a process that has not joined yet. */
+static bool read_members(PyObject *const *args, Members *members) {
+    if (!PyLong_CheckExact(args[0]) || !PyLong_CheckExact(args[1])) {
+        return false;
+    }
+    long long folder = PyLong_AsLongLong(args[0]), slot = PyLong_AsLongLong(args[1]);
+    members->folder = (int)folder;
+    members->slot = (uint64_t)slot;
+    bool sound = !PyErr_Occurred() && folder >= -1 && folder <= INT32_MAX && slot >= -1;
+    PyErr_Clear();
+    return sound;
+}
+
+/* Read how to sleep from the arguments of `doze` and `keep_watch`: four numbers at the beginning, three at the end. */
+static bool read_sleep(Core *core, PyObject *const *args, Py_ssize_t count, Sleep *how) {
+    how->calls = args[count - 3];
+    how->lock = args[count - 2];
+    how->deferred = args[count - 1];
+    return as_word(args[0], &how->bell) && as_word(args[1], &how->seen) && as_word(args[2], &how->until) &&
+           as_word(args[3], &how->tick) && how->bell < core->count && how->tick &&
+           (how->calls == Py_None || PyAnySet_Check(how->calls));
+}
+
+PyDoc_STRVAR(doze_doc,
+             "doze(bell, seen, until, tick, fd, late, times, operations, lock, deferred)\n\n"
+             "Sleep until a word is no longer `seen`, its sleepers are woken, or until `until` (monotonic, ns). Every\n"
+             "`tick` ns check whether the lock on the open file `fd` is free, or one of the words `times` is over\n"
+             "`late` ns old: then return True, else False. Without the lock. A check here is so much cheaper than\n"
+             "Python's that a process can afford it to notice the leader's death.\n"
+             "operations, lock, deferred: the calls in progress, the segment's lock and the deferred changes, if the\n"
+             "sleep has to end when not all calls are in `await_answer`, a transaction was abandoned, or a change was\n"
+             "deferred; else None.");
+
+static PyObject *doze(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    Sleep how;
+    Polls polls;
+    uint64_t fd;
+    if (count != 10 || !read_sleep(core, args, count, &how) || !as_word(args[4], &fd) ||
+        !as_word(args[5], &polls.late) || fd > INT32_MAX || !PyTuple_CheckExact(args[6]) ||
+        PyTuple_GET_SIZE(args[6]) > MOST_TIMES) {
+        PyErr_SetString(PyExc_TypeError, "doze: expected a word of the segment, five numbers, a tuple and a set");
+        return NULL;
+    }
+    polls.fd = (int)fd;
+    polls.count = PyTuple_GET_SIZE(args[6]);
+    for (Py_ssize_t i = 0; i < polls.count; i++) {
+        if (!as_word(PyTuple_GET_ITEM(args[6], i), &polls.times[i]) || polls.times[i] >= core->count) {
+            PyErr_SetString(PyExc_TypeError, "doze: expected words of the segment");
+            return NULL;
+        }
+    }
+    return PyBool_FromLong(sleep_and_check(core, &how, is_late, &polls));
+}
+
+PyDoc_STRVAR(keep_watch_doc,
+             "keep_watch(bell, seen, until, tick, folder, slot, operations, lock, deferred)\n\n"
+             "Sleep like `doze`, but every `tick` ns check what `may_be_dead` tells: then return True, else False.");
+
+static PyObject *keep_watch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    Sleep how;
+    Members members;
+    if (count != 9 || !read_sleep(core, args, count, &how) || !read_members(args + 4, &members)) {
+        PyErr_SetString(PyExc_TypeError, "keep_watch: expected a word of the segment, five numbers and a set");
+        return NULL;
+    }
+    return PyBool_FromLong(sleep_and_check(core, &how, may_be_dead, &members));
+}
+
+PyDoc_STRVAR(may_be_dead_doc,
+             "may_be_dead(folder, slot)\n\n"
+             "Tell whether a member may be dead, other than the one in `slot`: its lock file is not in the folder with\n"
+             "this descriptor, is another file, or is not locked; or the segment was closed. Without the lock.");
+
+static PyObject *tell_may_be_dead(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Core *core = (Core *)self;
+    Members members;
+    if (count != 2 || !read_members(args, &members)) {
+        PyErr_SetString(PyExc_TypeError, "may_be_dead: expected a descriptor and a slot");
+        return NULL;
+    }
+    return PyBool_FromLong(may_be_dead(core, 0, &members));
 }
 
 PyDoc_STRVAR(take_granted_doc,
@@ -1814,6 +1956,7 @@ static bool is_sound(const Core *core) {
     bool sound = at->header_words <= core->count && fits(core, at->models, at->model_words, at->model_rows) &&
                  fits(core, at->instances, at->instance_words, at->instance_rows) &&
                  fits(core, at->tickets, at->ticket_words, at->ticket_rows) &&
+                 fits(core, at->members, at->member_words, at->member_rows) &&
                  fits(core, at->event_table, at->event_words, at->event_rows) &&
                  fits(core, at->undo, at->undo_words, at->undo_rows) && at->undo_rows >= MOST_CHANGES &&
                  at->undo_index < at->undo_words && at->undo_old < at->undo_words;
@@ -1928,6 +2071,8 @@ static PyMethodDef core_methods[] = {
     {"await_answer", (PyCFunction)(void (*)(void))await_answer, METH_FASTCALL, await_answer_doc},
     {"wake_after_sleep", (PyCFunction)(void (*)(void))wake_after_sleep, METH_FASTCALL, wake_after_sleep_doc},
     {"doze", (PyCFunction)(void (*)(void))doze, METH_FASTCALL, doze_doc},
+    {"keep_watch", (PyCFunction)(void (*)(void))keep_watch, METH_FASTCALL, keep_watch_doc},
+    {"may_be_dead", (PyCFunction)(void (*)(void))tell_may_be_dead, METH_FASTCALL, may_be_dead_doc},
     {"take_granted", (PyCFunction)(void (*)(void))take_granted, METH_FASTCALL, take_granted_doc},
     {"close", core_close, METH_NOARGS, close_doc},
     {NULL, NULL, 0, NULL},

@@ -77,6 +77,20 @@ class Core:
         deferred: Sized | None,
         /,
     ) -> bool: ...
+    def keep_watch(
+        self,
+        bell: int,
+        seen: int,
+        until: int,
+        tick: int,
+        folder: int,
+        slot: int,
+        operations: set[Any] | None,
+        lock: Any,
+        deferred: Sized | None,
+        /,
+    ) -> bool: ...
+    def may_be_dead(self, folder: int, slot: int, /) -> bool: ...
     def take_granted(
         self,
         row: int,

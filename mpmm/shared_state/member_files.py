@@ -76,6 +76,11 @@ class MemberFiles:
         return self._life.fd
 
     @property
+    def folder_fd(self) -> int:
+        """The descriptor of the folder that the member holds; it may have been removed by now."""
+        return self._holds[-1].fd
+
+    @property
     def folder_identity(self) -> tuple[int, int]:
         """Device and inode of the folder that the member holds: another one at its path must not be removed instead."""
         return self._holds[-1].identity

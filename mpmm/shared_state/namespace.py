@@ -312,12 +312,20 @@ class Namespace:
     def member_lock_path(self, slot: int) -> str:
         """Return the path of the lock file that the member in `slot` holds for life.
 
-        A plain string, because the leader asks for all of them four times a second.
+        A plain string, because the leader may ask for all of them four times a second.
         """
         return f"{self._folder}/m{slot}.lock"
 
+    @property
+    def folder_fd(self) -> int:
+        """The descriptor of the folder with the lock files, which may have been removed by now."""
+        return self._files.folder_fd
+
     def find_dead_members(self) -> list[int]:
         """Return slots whose processes are gone but whose rows are not; without the lock, as advice."""
+        core = self.lock.core
+        if core is not None and not core.may_be_dead(self.folder_fd, self.slot):
+            return []
         return [slot for slot in self.tables.used_members() if not self.member_is_alive(slot)]
 
     def reap_dead_members(self) -> int:
