@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import multiprocessing
 import os
 import pickle
@@ -36,6 +37,7 @@ from shared_workers import (
     Client,
     acquire,
     acquire_slow,
+    holds_for,
     increment,
     is_running,
     run_forked_starter,
@@ -52,7 +54,9 @@ from mpmm.errors import (
     ServerStartError,
 )
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
+from mpmm.multi_process_shared import host as host_module
 from mpmm.multi_process_shared.client import ServerLink
+from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_for
 from mpmm.multi_process_shared.rpc import sockets
 
@@ -374,6 +378,97 @@ def test_a_registry_that_somebody_removed_is_made_again(path: str) -> None:
     handle.unsafe_hard_delete()
     registry_for(path).directory.remove()
     assert handle.acquire().increment() == 1
+
+
+def remove_sockets(folder: Path) -> None:
+    for file in folder.glob("*.sock"):
+        file.unlink()
+
+
+def remove_life(folder: Path) -> None:
+    for file in folder.glob("*.life"):
+        file.unlink()
+
+
+def remove_files(folder: Path) -> None:
+    for file in [found for found in folder.rglob("*") if not found.is_dir()]:
+        file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("spawn", "remove"),
+    [
+        *((False, remove) for remove in (remove_sockets, remove_life, remove_files, shutil.rmtree)),
+        *((True, remove) for remove in (remove_files, shutil.rmtree)),
+    ],
+)
+def test_newcomers_come_to_the_one_server_whatever_was_removed_of_the_registry(
+    path: str,
+    spawn: bool,
+    remove: Callable[[Path], None],
+    new_worker: Callable[[], Client],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They started another one: two copies of a model, and the one that was there was nobody's."""
+    # For a host in this process.
+    monkeypatch.setattr(host_module, "LOOK_S", 0.05)
+    handle = shared(path, always_proxy=True, spawn_process=spawn)
+    counter = handle.acquire()
+    pid, registry = server_pid("it", path=path), registry_for(path)
+    assert pid is not None
+    remove(registry.path)
+    wait_until(lambda: registry.look("it")[0] and any(registry.path.glob("*.sock")), LAST_CLIENT_S)
+    assert server_pid("it", path=path) == pid
+    newcomer = new_worker()
+    assert newcomer.do(acquire, "it", path) == pid
+    assert (newcomer.do(increment, "it"), counter.increment()) == (1, 2)
+    assert newcomer.leave() == 0
+    handle.release(counter)
+
+
+@pytest.mark.parametrize("name", ["the folder", "alive.lock"])
+def test_a_server_serves_those_who_came_after_its_files_were_removed_though_the_others_have_left(
+    path: str, new_worker: Callable[[], Client], name: str
+) -> None:
+    """It watched the lock that was removed, and took the newcomers along with the last one that held that."""
+    before, after = new_worker(), new_worker()
+    pid = before.do(acquire, "it", path, True)
+    folder = registry_for(path).path
+    shutil.rmtree(folder) if name == "the folder" else (folder / name).unlink()
+    wait_until(lambda: registry_for(path).look("it")[0], LAST_CLIENT_S)
+    assert after.do(acquire, "it", path, True) == pid
+    assert before.leave() == 0
+    # It looks for clients once a second.
+    assert holds_for(2.2, lambda: is_running(pid))
+    assert after.do(increment, "it") == 1
+    assert after.leave() == 0
+    wait_until(lambda: not is_running(pid), LAST_CLIENT_S)
+
+
+def test_a_host_whose_tag_another_process_has_taken_goes_on_and_says_so_once(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counter, registry = shared(path, always_proxy=True).acquire(), registry_for(path)
+    host = find_host(registry, "it")
+    assert host is not None
+    monkeypatch.setattr(host, "_look_due", math.inf)
+    os.unlink(registry.life_path("it"))
+    other = registry.take_life("it")
+    assert other is not None
+    for _ in range(2):
+        host.look_after_files()
+    said = "cannot put back what was removed of the files of 'it': another process serves this tag by now"
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+    assert counter.increment() == 1
+    os.unlink(other.path)
+    other.close()
+    host.look_after_files()
+    assert "put back the life lock of the shared object 'it'" in caplog.records[-1].getMessage()
+    assert registry.look("it") == (True, host.record)
+    os.unlink(registry.life_path("it"))
+    host.leave_files()
+    host.look_after_files()
+    assert not registry.look("it")[0], "it is about to end"
 
 
 # Starting.

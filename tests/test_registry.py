@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from mpmm.multi_process_shared import registry as registry_module
+from mpmm.multi_process_shared.forkserver.zygote import _Zygote
 from mpmm.multi_process_shared.host import new_record
 from mpmm.multi_process_shared.registry import KEY_BYTES, ServerRecord, ServerRegistry, start_time_of, write_record
 from mpmm.multi_process_shared.server_process import AliveLock
@@ -138,6 +139,65 @@ def test_a_lock_whose_file_is_gone_is_held_by_no_client(tmp_path: Path) -> None:
     # The server asks again, for as long as it has clients through another lock.
     assert [lock.is_free() for lock in (before, before, after, after)] == [True] * 4
     assert not before.held and not after.held
+
+
+@pytest.mark.parametrize("token", [None, "the same", "another", "gone"])
+def test_a_server_lives_by_the_lock_that_was_put_in_the_place_of_a_removed_one(
+    tmp_path: Path, token: str | None
+) -> None:
+    path, beside = tmp_path / "alive.lock", tmp_path / "token"
+    if token is not None:
+        beside.write_text("the same")
+    before = LockFile(path)
+    assert before.try_shared()
+    lock = AliveLock(str(path))
+    assert not lock.is_free()
+    path.unlink()
+    after = LockFile(path)
+    assert after.try_shared()
+    if token == "gone":
+        beside.unlink()
+    elif token is not None:
+        beside.write_text(token)
+    assert not lock.is_free(), "those who were there hold the removed one"
+    before.close()
+    of_another_namespace = token in ("another", "gone")
+    assert lock.is_free() == of_another_namespace
+    after.close()
+    assert lock.is_free()
+    assert lock.held != of_another_namespace
+    lock.close()
+    assert not lock.held
+
+
+def test_a_client_holds_the_new_lock_before_it_gives_the_removed_one_up(
+    registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, before = AliveLock(registry.alive_path), registry._alive
+    os.unlink(registry.alive_path)
+    close, seen = LockFile.close, list[bool]()
+
+    def look_and_close(file: LockFile) -> None:
+        close(file)
+        if file is before:
+            seen.append(lock.is_free())
+
+    monkeypatch.setattr(LockFile, "close", look_and_close)
+    registry.join()
+    assert seen == [False]
+    lock.close()
+
+
+def test_a_zygote_that_nobody_finds_ends_once_it_has_no_work_left(tmp_path: Path) -> None:
+    life = LockFile(tmp_path / "life")
+    zygote = SimpleNamespace(life=life, children=set(), templates=[], requesters={})
+    is_forgotten: Any = _Zygote.is_forgotten
+    assert not is_forgotten(zygote)
+    life.path.unlink()
+    assert is_forgotten(zygote)
+    for work in ({"children": {1}}, {"templates": [1]}, {"requesters": {1: 1}}):
+        assert not is_forgotten(SimpleNamespace(**{**vars(zygote), **work}))
+    life.close()
 
 
 def test_a_server_has_ended_once_its_process_has_or_another_has_its_pid() -> None:

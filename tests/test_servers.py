@@ -550,7 +550,8 @@ def test_a_spawned_server_that_has_died_is_no_zombie_once_its_starter_acquires_a
     pid = server_pid("a")
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_running(pid), "it has died")
+    # All its threads have ended; a process is a zombie as soon as the first one has.
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert lives.acquire() is not proxy
     assert not psutil.pid_exists(pid)
     for tag in ("a", "b"):

@@ -26,6 +26,7 @@ from harness import (
     acquire,
     attach,
     files_in,
+    open_descriptors,
     problems,
     release,
     segments_of,
@@ -290,6 +291,19 @@ def test_members_put_back_what_was_removed_of_the_folder(
     assert [process.call(leads) for process in (one, two, three)].count(True) == 1
     assert one.call(place) == two.call(place) == three.call(place)
     assert problems(namespace) == []
+
+
+def test_however_often_files_are_removed_a_member_has_no_more_of_them_open(namespace: str, runtime_root: Path) -> None:
+    member = Namespace.join(namespace)
+    before = len(open_descriptors())
+    for _ in range(3):
+        for name in ("alive.lock", f"m{member.slot}.lock"):
+            (runtime_root / namespace / name).unlink()
+        member._files.put_back()
+        assert is_locked(member.member_lock_path(member.slot))
+        assert member.find_dead_members() == []
+    assert len(open_descriptors()) == before
+    member.leave()
 
 
 def test_a_lock_file_that_somebody_else_has_put_there_is_taken_and_not_counted(

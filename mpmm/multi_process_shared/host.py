@@ -17,6 +17,7 @@ import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +26,7 @@ from typing import Any
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
 from mpmm.interpreter.fork_hooks import call_once_at_exit, end_forked_child
-from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_locks import new_lock, new_rlock
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
@@ -43,6 +44,8 @@ logger = printable_logger(__name__)
 # How long a client must be quiet before a follower is started; between two quick requests, that would cost some 50 µs.
 QUIET_MS = 5
 END_HOSTS_PRIORITY = LEAVE_PRIORITY + 10
+# How often a host checks that its files are in place, by five system calls.
+LOOK_S = 2.0
 
 
 class Host:
@@ -66,6 +69,11 @@ class Host:
         self.inherited = False
         self._constructor = constructor
         self._life = life
+        # Reentrant, because a signal handler may end the process while its main thread has it.
+        self._files_lock = new_rlock()
+        self._watches_files = True
+        self._look_due = time.monotonic() + LOOK_S
+        self._has_complained = False
         self._at_hard_delete = at_hard_delete
         self._lock = new_lock()
         self._shared: Any = shared
@@ -175,7 +183,59 @@ class Host:
         """Tell whether `life` is the lock of this host."""
         return self._life is life
 
+    def leave_files(self) -> None:
+        """Put none of the files back from now on, because the process ends, or stops serving the tag."""
+        with self._files_lock:
+            self._watches_files = False
+
+    def look_after_files(self) -> None:
+        """Put back what something has removed of the files by which clients find this host, and log it.
+
+        Otherwise the next client would take the object for lost, and have a second server make it, and the last of the
+        clients that know this one would take it along. Only for the thread that accepts connections.
+        """
+        with self._files_lock:
+            if not self._watches_files:
+                return
+            try:
+                found = self._put_back()
+                self._has_complained = False
+            except Exception as error:
+                if not self._has_complained:
+                    self._has_complained = True
+                    self._complain("mpmm: pid %d cannot put back what was removed of the files of %r: %s", error)
+                return
+        if found:
+            text = (
+                "mpmm: pid %d has put back %s of the shared object %r: something has removed that from %s; keep "
+                "cleaners away from this folder, or set MPMM_RUNTIME_DIR to one that no cleaner touches"
+            )
+            with suppress(Exception):
+                logger.warning(text, os.getpid(), " and ".join(found), self.tag, self.registry.folder)
+
+    def _put_back(self) -> list[str]:
+        """Put back what is missing, the life lock last, by which clients see that there is the rest; return what."""
+        found = []
+        has_life = self._life.is_current()
+        if not os.path.lexists(self.registry.path / self.record.socket_name):
+            self.registry.directory.ensure()
+            before, self._listener = self._listener, sockets.listen(self.registry.path, self.record.socket_name)
+            before.close()
+            found.append("the socket")
+        if self.record.namespaces and not self.registry.namespaces_of_handle(self.tag):
+            self.registry.directory.ensure()
+            self.registry.remember_handle(self.tag, self.record.namespaces)
+        if not has_life:
+            made = self._life.put_back()
+            if made is None:
+                raise FileExistsError("another process serves this tag by now")
+            self._life.become(made)
+            write_record(self._life, self.record)
+            found.append("the life lock")
+        return found
+
     def _unpublish(self) -> None:
+        self.leave_files()
         hosted.remove(self)
         with suppress(FileNotFoundError):
             os.unlink(self.registry.path / self.record.socket_name)
@@ -223,7 +283,15 @@ class Host:
         if self._listener.fileno() < 0:
             # The thread that led before has closed it.
             return None
-        while self._waker not in wait([self._listener, self._waker]):
+        while True:
+            ready = wait([self._listener, self._waker], max(0.0, self._look_due - time.monotonic()))
+            if self._waker in ready:
+                break
+            if time.monotonic() >= self._look_due:
+                self._look_due = time.monotonic() + LOOK_S
+                self.look_after_files()
+            if self._listener not in ready:
+                continue
             try:
                 connection = sockets.accept(self._listener)
             except OSError as error:
@@ -371,6 +439,7 @@ class Host:
         self.inherited = True
         self._lock = new_lock()
         self._sleep_lock = new_lock()
+        self._files_lock = new_rlock()
         self._connections_lock = new_lock()
         self._connections = set()
 

@@ -17,6 +17,9 @@ alive, lifecycle, tag, life.
 When no client holds the alive lock and no server its life lock, the last of them to leave removes the folder. It
 renames the folder first, so that a process that makes the registry again never loses files to the one that is still
 deleting; other processes notice the removal by `LockFile.is_current`.
+
+A cleaner may remove files that are in use. Each server puts its own back (`Host.look_after_files`). A client holds the
+removed alive lock until it next uses the registry, and newcomers hold a new one: a server lives by both (`AliveLock`).
 """
 
 from __future__ import annotations
@@ -266,13 +269,14 @@ class ServerRegistry:
             self.directory.ensure()
             return
         with self._mutex:
-            if self._alive is not None:
-                if self._alive.is_current():
-                    return
-                self._alive.close()
-                self._alive = None
+            before = self._alive
+            if before is not None and before.is_current():
+                return
             call_once_at_exit(leave_all_registries, LEAVE_PRIORITY)
             self._alive = self._lock(self.alive_path, lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
+            if before is not None:
+                # Only now: a server that finds no client in between would end.
+                before.close()
 
     def leave(self) -> None:
         """Stop being a client, and remove the registry if no other process uses it."""
@@ -280,13 +284,21 @@ class ServerRegistry:
             alive, self._alive = self._alive, None
         if alive is None:
             return
+        claim: LockFile | None = None
         try:
             alive.unlock()
             # The last client to unlock finds the lock free here, or held by another one leaving, which does the rest.
             if alive.try_exclusive() and alive.is_current():
                 self.remove_if_unused()
+            elif not alive.is_current():
+                # Something has removed the file, and clients that have come since hold the one in its place.
+                claim = self.claim_if_abandoned()
+                if claim is not None:
+                    self.remove_if_unused()
         finally:
             alive.close()
+            if claim is not None:
+                claim.close()
 
     def forget_after_fork(self) -> None:
         """Start without the alive lock in a forked child; the inherited descriptor has been closed."""

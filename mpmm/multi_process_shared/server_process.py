@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 from mpmm.errors import ServerStartError
 from mpmm.interpreter.fork_hooks import end_forked_child
 from mpmm.interpreter.thread_locks import new_rlock
+from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import ServerContext, attaching_to
 from mpmm.multi_process_shared.host import end_all_hosts, host_object, new_record
 from mpmm.multi_process_shared.identity import name_of_constructor, names_of_types
@@ -285,6 +286,8 @@ class _Server:
         # interrupts that thread here repeats these steps, which is harmless.
         self.exiting.acquire()
         try:
+            for host in hosted.every_host():
+                host.leave_files()
             for child in multiprocessing.active_children():
                 if child.daemon:
                     child.terminate()
@@ -417,29 +420,44 @@ class _Construction:
 
 
 class AliveLock:
-    """A lock that keeps the server alive while others hold it; this process holds it only while it probes."""
+    """A lock that keeps the server alive while others hold it; this process holds it only while it probes.
+
+    If the file is removed, those that hold it go on, and newcomers hold the file that is put in its place; the server
+    lives by both. But a namespace that was made anew, under the same name, knows nothing of this server: its folder has
+    another token.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.held = False
         self._lock: LockFile | None = None
+        self._token = self._read_token()
+        self._open()
+
+    def _open(self) -> None:
         # A missing file is not created: its registry or namespace is gone, and with it all holders of the lock.
         with suppress(FileNotFoundError):
-            if os.path.exists(path):
-                self._lock = open_lock(Path(path))
+            if os.path.exists(self.path):
+                self._lock = open_lock(Path(self.path))
+
+    def _read_token(self) -> bytes | None:
+        """Return what identifies the namespace; None for a registry, which a server's own files outlive."""
+        with suppress(OSError):
+            return Path(self.path).with_name("token").read_bytes()
+        return None
 
     def is_free(self) -> bool:
         """Tell whether no client holds the lock; if so it is held exclusively now, or the file is gone."""
-        if self._lock is None:
-            return True
-        if not self._lock.try_exclusive():
-            return False
-        if self._lock.is_current():
-            self.held = True
-        else:
-            # Replaced or removed. The holders of a newer file do not know about this server.
-            self._lock.close()
-            self._lock = None
+        while self._lock is not None:
+            if not self._lock.try_exclusive():
+                return False
+            if self._lock.is_current():
+                self.held = True
+                return True
+            # Removed or replaced.
+            self.close()
+            if self._read_token() == self._token:
+                self._open()
         return True
 
     def give_up(self) -> None:
@@ -449,7 +467,8 @@ class AliveLock:
             self.held = False
 
     def close(self) -> None:
-        """Close the lock file for good."""
+        """Close the lock file."""
+        self.held = False
         if self._lock is not None:
             self._lock.close()
             self._lock = None

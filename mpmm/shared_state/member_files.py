@@ -53,8 +53,6 @@ class MemberFiles:
         self._slot = -1
         self._life: LockFile | None = None
         self._holds = _hold(runtime)
-        # Locks on removed files. Model servers may still watch those, and a program may have a duplicate open.
-        self._removed: list[LockFile] = []
         self._look_due = time.monotonic() + LOOK_S
         self._touch_due = time.monotonic() + TOUCH_S
         # The root was made anew, and the segment's name has the old root's identity in it.
@@ -97,14 +95,14 @@ class MemberFiles:
     def close(self) -> None:
         """Close all files, by which others see that this member is gone."""
         self._watched = False
-        for file in (self._life, self.alive, *self._holds, *self._removed):
+        for file in (self._life, self.alive, *self._holds):
             if file is not None:
                 file.close()
 
     def forget_after_fork(self) -> None:
         """In a forked child: close the parent's descriptors without releasing its locks."""
         self._watched = False
-        for file in (self._life, self.alive, *self._holds, *self._removed):
+        for file in (self._life, self.alive, *self._holds):
             if file is not None:
                 file.forget_after_fork()
 
@@ -149,8 +147,9 @@ class MemberFiles:
             if self.alive is not None and not self.alive.is_current():
                 alive = self.alive.put_back(shared=True)
                 if alive is not None:
-                    self._removed.append(self.alive)
-                    self.alive = alive
+                    # The new one is locked already, so model servers never find the old one free, and no new one.
+                    self.alive, before = alive, self.alive
+                    before.close()
                     # Each worker locks the new file, but only the one that has put it there reports it.
                     found += ["alive.lock"] if alive.put_here else []
             self._put_life_back(found)
@@ -202,8 +201,9 @@ class MemberFiles:
             made = self._life.put_back(replace=True)
             if made is None:
                 return
-            self._removed.append(self._life)
-            self._life = made
+            self._life, before = made, self._life
+            # Nobody looks at its lock any more: the path leads to the new file.
+            before.close()
             found.append(made.path.name)
         # Other processes use the new file only once the row has its inode.
         word, inode = self._tables.member(self._slot) + Member.LOCK, self._life.identity[1]

@@ -161,9 +161,13 @@ class _Zygote(ForkParent):
             if time.monotonic() >= next_probe:
                 next_probe = time.monotonic() + PROBE_INTERVAL_S
                 self.hang_up_on_silent()
-                if self.alive.is_free():
+                if self.alive.is_free() or self.is_forgotten():
                     self.leave()
                 self.keep_alive()
+
+    def is_forgotten(self) -> bool:
+        """Tell whether no process finds this one any more, because its lock was removed, and it has no work left."""
+        return not (self.life.is_current() or self.children or self.templates or self.requesters)
 
     def meet_requester(self) -> None:
         """Start reading a requester's order. A requester that is stopped in the middle of it holds up no other."""
