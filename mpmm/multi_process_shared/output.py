@@ -70,12 +70,12 @@ class Output:
                 stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # typeshed's TextIO has none
 
     def bound(self) -> None:
-        """Switch to a new file if the current one is too long, or another server has started a new one."""
+        """Switch to a new file if this one is too long, or is no longer at its path: removed, or renamed by a server."""
         if not self._is_log:
             return
         with contextlib.suppress(OSError):
             ours = os.fstat(1)
-            if os.path.exists(self._path) and not _is_same(self._path, ours):
+            if not os.path.exists(self._path) or not _is_same(self._path, ours):
                 self._open("")
             elif ours.st_size > LOG_BYTES:
                 # Two servers may find it too long. The second one finds the lock held, or the file renamed.
