@@ -70,7 +70,7 @@ class Output:
                 stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # typeshed's TextIO has none
 
     def bound(self) -> None:
-        """Switch to a new file if this one is too long, or is no longer at its path: removed, or renamed by a server."""
+        """Switch to a new file if this one is too long, or no longer at its path: removed, or renamed by a server."""
         if not self._is_log:
             return
         with contextlib.suppress(OSError):
