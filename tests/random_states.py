@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from mpmm.policy.view import (
 )
 
 RECORDED = Path(__file__).parent / "recorded_plans.txt"
-STATES = 1000
+# The number of states, and of those at the end that are `RareState`s.
+STATES, RARE = 1600, 600
 NOW_S = 1000.0
 # Few different sizes, so that some models fit exactly, and some alternatives are equally good.
 SIZES_MB = (100.0, 200.0, 250.0, 300.0, 400.0, 500.0, 600.0)
@@ -37,6 +39,9 @@ SIZES_MB = (100.0, 200.0, 250.0, 300.0, 400.0, 500.0, 600.0)
 
 class RandomState:
     """A state whose counts are consistent: copies, their uses, loads and suspensions, and their memory."""
+
+    # There are fewer idle copies than this, not counting places in some.
+    idle_below = 5
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -62,7 +67,7 @@ class RandomState:
 
     def view(self) -> View:
         """Return the state as a view."""
-        idle = [one for _ in range(self.chance.randrange(5)) for one in self._idle()]
+        idle = [one for _ in range(self.chance.randrange(self.idle_below)) for one in self._idle()]
         busy = [self._busy() for _ in range(self.pick(0, 0, 1, 2))]
         leases = [
             self._placed(PlacedInstance, self.chance.randrange(self.models)) for _ in range(self.pick(0, 0, 0, 1))
@@ -214,6 +219,74 @@ class RandomState:
         )
 
 
+class RareState(RandomState):
+    """A state in which much is common that is rare in others: long queues, wide copies, and limits that just do."""
+
+    idle_below = 9
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.devices = self.pick(1, 2, 2, 3)
+        self.sizes = {row: self.pick(0.0, 1.0, 200.0, 300.0, 720.0, 800.0, 900.0) for row in range(self.models)}
+        self.leases = {row for row in range(self.models) if self.now_and_then(6)}
+        self.costs_are_known = not self.now_and_then(4)
+
+    def view(self) -> View:
+        """Return the state as a view."""
+        view = super().view()
+        more = tuple(self._ticket(row) for row in range(len(view.tickets) + 1, 9))
+        more_leases = tuple(
+            PlacedInstance(next(self.rows), row, device.device, device.leased_mb / 2)
+            for device in view.devices
+            for row in self.leases
+            if device.leased_mb
+        )
+        waiting = Counter(ticket.model for ticket in (*view.tickets, *more))
+        models = {row: replace(one, waiting=waiting[row]) for row, one in view.models.items()}
+        return replace(
+            view,
+            rules=replace(view.rules, max_model_copies=self.pick(math.inf, math.inf, math.inf, 3)),
+            tickets=(*view.tickets, *more),
+            models=models,
+            leases=(*view.leases, *more_leases),
+        )
+
+    def _idle(self) -> list[IdleInstance]:
+        return [replace(one, suspendable=not self.now_and_then(3)) for one in super()._idle()]
+
+    def _device(self, row: int, leases: list[PlacedInstance]) -> DeviceView:
+        device = super()._device(row, leases)
+        grown_mb, leased_mb = self.pick(0.0, 0.0, 300.0), self.pick(0.0, 0.0, 0.0, 300.0)
+        on_its_way = self.pick(0.0, 0.0, 0.5, 300.0)
+        unloading = self.pick(0, 0, 0, 1, 2)
+        return replace(
+            device,
+            used_mb=device.used_mb + grown_mb + on_its_way,
+            reserved_mb=device.reserved_mb + leased_mb,
+            unloading_mb=device.unloading_mb + (on_its_way if unloading else 0.0),
+            returning_mb=device.returning_mb + (0.0 if unloading else on_its_way),
+            leased_mb=device.leased_mb + leased_mb,
+            external_mb=device.external_mb + grown_mb,
+            unloading=device.unloading + unloading,
+            suspending=device.suspending + min(unloading, self.pick(0, 1, 2)),
+        )
+
+    def _ticket(self, row: int) -> TicketView:
+        ticket = super()._ticket(row)
+        preload = self.pick(0, 0, 0, 0, 0, 0, 0, 2, 3)
+        return replace(
+            ticket,
+            preload=preload,
+            priority=2 if preload else ticket.priority,
+            span=self.pick(1, 1, 1, 2) if self.devices > 1 else 1,
+            usable_on=ticket.usable_on or self.pick((), (), (), (0,)),
+            steady=self.now_and_then(20),
+            resumes=bool(preload) and self.now_and_then(3),
+            # The first of one rank are told apart by their numbers.
+            rank=ticket.rank // 10**9 * 10**9 if self.now_and_then(2) else 0,
+        )
+
+
 def shown(value: object) -> str:
     """Return a value as a short text."""
     if isinstance(value, Why):
@@ -238,7 +311,8 @@ def decided(decision: Decision) -> str:
 
 def plan_of(seed: int) -> str:
     """Return the plan of a random state: a line for each decision."""
-    plan = make_plan(RandomState(seed).view())
+    kind = RandomState if seed < STATES - RARE else RareState
+    plan = make_plan(kind(seed).view())
     held_up = ["the queue is held up"] if plan.queue_held_up else []
     return "\n".join(f"  {line}" for line in [*map(decided, plan.decisions), *held_up])
 

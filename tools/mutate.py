@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("test_policy", "test_policy_costs", "test_policy_queue", "test_policy_sharing", "test_policy_properties"),
             *("test_backoff", "test_suspension_policy", "test_policy_parts", "test_recorded_plans"),
-            *("test_what_waiters_are_told", "test_reasons", "test_layout"),
+            *("test_recorded_parts", "test_what_waiters_are_told", "test_reasons", "test_layout"),
             *("test_suspension", "test_ledger", "test_out_of_memory", "test_fairness", "test_steady"),
         ),
     ),
