@@ -155,7 +155,7 @@ def _still_returning(
     """Return the returns that a sample has not shown to be free, and how much was written off."""
     later = [one for one in ledger.returns if one.ended_ns > figure.taken_ns]
     judged = sorted((one for one in ledger.returns if one.ended_ns <= figure.taken_ns), key=lambda one: one.ended_ns)
-    if not judged or math.isnan(ledger.external_mb):
+    if math.isnan(ledger.external_mb):
         return tuple(later), 0.0
     # Memory beyond external memory and the least of ours: awaited memory may be part of it, and so may loads.
     unexplained = figure.used_mb - ledger.external_mb - least

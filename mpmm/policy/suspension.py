@@ -237,13 +237,14 @@ class HostRoom:
             return []
         if need_mb > self._budget_mb:
             return None
-        known = worth is not None and self._all_known
+        # Without a limit to what may be lost, the oldest ones go.
+        most = worth if self._all_known else None
         free_mb, lost, dropped = self.free_mb, 0.0, []
-        for one in self._by_worth if known else self._by_age:
+        for one in self._by_age if most is None else self._by_worth:
             dropped.append(one.row)
             free_mb += one.host_mb
             lost += one.worth or 0.0
-            if known and lost >= (worth or 0.0):
+            if most is not None and lost >= most:
                 return None
             if free_mb >= need_mb:
                 return dropped
