@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import pytest
 from random_tables import SECOND_NS, RandomTables
 
 from mpmm.policy.plan import Plan
-from mpmm.policy.view import Decision, Load, Reason, Wait, Why
-from mpmm.scheduling import Scheduler
+from mpmm.policy.view import Decision, Evict, Grant, Load, Reason, Refuse, Satisfied, Wait, Why
+from mpmm.scheduling import Scheduler, wakes
+from mpmm.scheduling.views import QUEUE_PART
 from mpmm.shared_state.durations import LONGEST_NS
-from mpmm.shared_state.layout import Ticket
+from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.signal_words import Signal
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.transaction import Transaction
 
 
 @pytest.fixture
@@ -23,18 +27,41 @@ def made() -> Iterator[RandomTables]:
     made.close()
 
 
-def enqueue(made: RandomTables, tag: str) -> int:
+def enqueue(made: RandomTables, tag: str, deadline_ns: int = LONGEST_NS, member: int = 1) -> int:
     """Let a worker wait for a model; return the ticket's row."""
     with made.namespace.transaction() as t:
         model = made.transitions.models.claim(t, tag, tag.encode())
-        return made.transitions.tickets.enqueue(t, model, 1, 1, 100.0, LONGEST_NS)
+        return made.transitions.tickets.enqueue(t, model, member, 1, 100.0, deadline_ns)
+
+
+def load(made: RandomTables, tag: str, handle: bytes | None = None, users: int = 1, alone: bool = False) -> int:
+    """Let a worker load a copy of a model, and hold it; return the copy's row."""
+    with made.namespace.transaction() as t:
+        model = made.transitions.models.claim(t, tag, tag.encode())
+        made.transitions.models.set_users(t, model, users)
+        row = made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=alone)
+        if not alone:
+            made.transitions.loads.end(t, row, tag.encode() if handle is None else handle, 100.0, 0, False)
+    return row
+
+
+def load_idle(made: RandomTables, tag: str) -> int:
+    """Let a worker load a copy of a model, and give it back; return the copy's row."""
+    row = load(made, tag)
+    with made.namespace.transaction() as t:
+        made.transitions.holds.release(t, row)
+    return row
 
 
 def carry_out(made: RandomTables, *decisions: Decision) -> None:
     """Write decisions down."""
-    plan = mock.patch("mpmm.scheduling.scheduler.make_plan", return_value=Plan(decisions, queue_held_up=True))
-    with plan, made.namespace.transaction() as t:
+    with planned(*decisions), made.namespace.transaction() as t:
         Scheduler(made.namespace).advance(t)
+
+
+def planned(*decisions: Decision, held_up: bool = True) -> AbstractContextManager[mock.Mock]:
+    """Have these decisions for a plan."""
+    return mock.patch("mpmm.scheduling.scheduler.make_plan", return_value=Plan(decisions, queue_held_up=held_up))
 
 
 @pytest.mark.parametrize(
@@ -123,3 +150,306 @@ def test_the_newest_waiter_is_woken_ahead_of_a_release_if_it_wants_that_model(
         wake.reset_mock()
         wakes_up.prewake(copy)
         assert wake.call_count == wakes
+
+
+# ---- when there is a plan, and how far it is carried out -----------------------------------------------------
+
+
+def test_a_long_transaction_leaves_the_rest_of_a_plan_to_another_one(made: RandomTables) -> None:
+    scheduler, tickets = Scheduler(made.namespace), [enqueue(made, tag) for tag in "ab"]
+    scheduler.go_on = mock.Mock()
+    waits = planned(*(Wait(ticket, Reason.IN_USE, Why(Reason.IN_USE)) for ticket in tickets))
+    with waits, mock.patch.object(Transaction, "is_long", True), made.namespace.transaction() as t:
+        scheduler.advance(t)
+        assert not scheduler.go_on.called, "it needs the lock"
+    assert [made.tables.tickets[ticket].reason for ticket in tickets] == [Reason.IN_USE, Reason.BEHIND]
+    assert scheduler.go_on.call_count == 1
+    scheduler.go_on.reset_mock()
+    with waits, made.namespace.transaction() as t:
+        scheduler.advance(t)
+    assert [made.tables.tickets[ticket].reason for ticket in tickets] == [Reason.IN_USE, Reason.IN_USE]
+    assert not scheduler.go_on.called
+
+
+def plans_of(made: RandomTables) -> int:
+    """Let the scheduler go through the queue; return how many plans it asks for, which decide nothing."""
+    with planned(held_up=False) as plan, made.namespace.transaction() as t:
+        # Not more than two, or it would go on for ever if it did not stop.
+        plan.side_effect = [plan.return_value] * 2
+        Scheduler(made.namespace).advance(t)
+    return plan.call_count
+
+
+def test_no_plan_is_made_for_a_queue_that_gets_nothing(made: RandomTables) -> None:
+    assert plans_of(made) == 0
+    expired = enqueue(made, "a", deadline_ns=1)
+    assert plans_of(made) == 1, "a waiter that is about to leave"
+    assert made.tables.tickets[expired].state == Ticket.WAITING
+    load(made, "b", alone=True)
+    assert plans_of(made) == 0, "until the only device is free again"
+
+
+@pytest.mark.parametrize(
+    ("held_up", "answered", "plans"),
+    [(False, QUEUE_PART, 2), (True, QUEUE_PART, 1), (False, QUEUE_PART - 1, 1), (False, 0, 1)],
+)
+def test_the_queue_moves_up_once_its_first_part_is_answered(
+    made: RandomTables, held_up: bool, answered: int, plans: int
+) -> None:
+    tickets = [enqueue(made, "a") for _ in range(QUEUE_PART + 2)]
+    refused = tuple(Refuse(ticket, Why(Reason.TOO_LARGE)) for ticket in tickets)
+    first = Plan(refused[:answered], queue_held_up=held_up)
+    last = Plan(refused[QUEUE_PART:], queue_held_up=False)
+    with planned() as plan, made.namespace.transaction() as t:
+        plan.side_effect = [first, last]
+        Scheduler(made.namespace).advance(t)
+    assert plan.call_count == plans
+    waiting = [ticket for ticket in tickets if made.tables.tickets[ticket].state == Ticket.WAITING]
+    assert waiting == ([] if plans == 2 else tickets[answered:])
+
+
+def test_a_newcomer_counts_as_a_request_before_the_plan(made: RandomTables) -> None:
+    scheduler, ticket = Scheduler(made.namespace), enqueue(made, "a")
+    model = made.tables.tickets[ticket].model
+    with planned(), made.namespace.transaction() as t:
+        scheduler.advance(t)
+    assert scheduler.demand.of(model).requests == 0
+    with planned(), made.namespace.transaction() as t:
+        scheduler.advance(t, newcomer=ticket)
+    assert scheduler.demand.of(model).requests == 1
+
+
+# ---- requests that do not wait -------------------------------------------------------------------------------
+
+
+def test_a_request_that_does_not_wait_is_told_what_it_would_wait_for(made: RandomTables) -> None:
+    scheduler, ticket, other = Scheduler(made.namespace), enqueue(made, "a"), enqueue(made, "b")
+    copy = load(made, "c")
+    held = made.tables.instances[copy].model
+    in_use, too_large, fits = (
+        Why(Reason.IN_USE, 100.0, 50.0),
+        Why(Reason.TOO_LARGE, 9e9),
+        Why(Reason.FITS, 100.0, 300.0),
+    )
+    cases: list[tuple[Decision | None, bool, Why | None]] = [
+        (None, False, Why(Reason.BEHIND)),
+        (Wait(ticket, Reason.IN_USE, in_use), False, in_use),
+        (Evict(ticket, (copy,)), False, Why(Reason.NOT_FREE, other=held)),
+        (Load(ticket, (0,), 100.0, False, fits), False, None),
+        (Refuse(ticket, too_large), False, None),
+        (Refuse(ticket, too_large), True, too_large),
+        (Grant(ticket, copy), True, None),
+        (Satisfied(ticket), True, None),
+    ]
+    for decision, or_ever, expected in cases:
+        elsewhere = Wait(other, Reason.MEMORY, Why(Reason.MEMORY))
+        with planned(elsewhere, *([decision] if decision else [])), made.namespace.transaction():
+            assert scheduler.why_not_at_once(ticket, or_ever) == expected, decision
+    with planned(Refuse(ticket, too_large)), made.namespace.transaction():
+        assert scheduler.why_not_at_once(ticket) is None
+    full = mock.patch.object(scheduler.table_rows, "has_row_for_instance", return_value=False)
+    with full, planned(Load(ticket, (0,), 100.0, False, fits)), made.namespace.transaction():
+        assert scheduler.why_not_at_once(ticket) == Why(Reason.TABLE_FULL, 100.0, 300.0)
+
+
+def test_a_request_that_is_turned_away_counts_and_gets_nothing_any_more(made: RandomTables) -> None:
+    scheduler, ticket = Scheduler(made.namespace), enqueue(made, "a")
+    with made.namespace.transaction() as t:
+        scheduler.turn_away(t, ticket, Why(Reason.IN_USE, 100.0, 50.0))
+    row = made.tables.tickets[ticket]
+    assert (row.reason, row.free_mb, row.head_of_line_at) == (Reason.IN_USE, 50.0, 0)
+    assert scheduler.demand.of(row.model).requests == 1
+    assert row.deadline < LONGEST_NS
+    assert scheduler.views.queue_order().tolist() == []
+
+
+# ---- waits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_waiter_is_let_past_once_and_then_its_time_begins_anew(made: RandomTables, passed: bool) -> None:
+    ticket, copies = enqueue(made, "a"), [load_idle(made, tag) for tag in "bc"]
+    for decision in (
+        Wait(ticket, Reason.MEMORY, Why(Reason.MEMORY), passed=passed),
+        Evict(ticket, tuple(copies), first=False, passed=passed),
+    ):
+        with made.namespace.transaction() as t:
+            made.transitions.tickets.block(t, ticket)
+        carry_out(made, decision)
+        assert (
+            made.tables.tickets[ticket].head_of_line_at == 0 if passed else made.tables.tickets[ticket].head_of_line_at
+        )
+        [view] = made.namespace.reads.queue.views([ticket])
+        assert view.passed is passed
+    assert made.tables.tickets[ticket].reason == Reason.UNLOADING
+
+
+def test_the_time_of_a_head_of_the_line_begins_once(made: RandomTables) -> None:
+    ticket, since = enqueue(made, "a"), []
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        for first in (False, True, True):
+            made.now += SECOND_NS
+            carry_out(made, Wait(ticket, Reason.MEMORY, Why(Reason.MEMORY), first=first))
+            since.append(made.tables.tickets[ticket].head_of_line_at)
+    assert since == [0, made.now - SECOND_NS, made.now - SECOND_NS]
+
+
+@pytest.mark.parametrize("is_long", [True, False])
+def test_a_long_transaction_leaves_further_evictions_to_the_next_plan(made: RandomTables, is_long: bool) -> None:
+    ticket, copies = enqueue(made, "a"), [load_idle(made, tag) for tag in "bc"]
+    first = made.tables.instances[copies[0]]
+    now_long = mock.PropertyMock(side_effect=lambda: is_long and first.state == Instance.UNLOADING)
+    with mock.patch.object(Transaction, "is_long", now_long):
+        carry_out(made, Evict(ticket, tuple(copies)))
+    states = [made.tables.instances[copy].state for copy in copies]
+    assert states == [Instance.UNLOADING, Instance.IDLE if is_long else Instance.UNLOADING]
+
+
+# ---- the release of a copy for which others wait -------------------------------------------------------------
+
+
+def shared(made: RandomTables) -> int:
+    """A copy that every process can use."""
+    return load(made, "a")
+
+
+def another_ones_object(made: RandomTables) -> int:
+    """A copy that only its loader can use."""
+    return load(made, "a", b"")
+
+
+def asked_to_go(made: RandomTables) -> int:
+    """A copy that is to be unloaded once it is released."""
+    row = load(made, "a")
+    with made.namespace.transaction() as t:
+        made.transitions.unloads.ask(t, row, 1)
+    return row
+
+
+def running_alone(made: RandomTables) -> int:
+    """A copy that has the device to itself."""
+    row = load(made, "a", alone=True)
+    with made.namespace.transaction() as t:
+        made.transitions.loads.end(t, row, b"a handle", 100.0, 0, False)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("arrange", "member", "handed_over"),
+    [
+        *((shared, 2, True), (another_ones_object, 1, True), (another_ones_object, 2, False)),
+        *((another_ones_object, 0, False), (asked_to_go, 2, False), (running_alone, 2, False)),
+    ],
+)
+def test_a_copy_goes_from_its_holder_to_the_first_waiter_that_can_use_it(
+    made: RandomTables, arrange: Callable[[RandomTables], int], member: int, handed_over: bool
+) -> None:
+    row = arrange(made)
+    ticket, scheduler = enqueue(made, "a", member=member), Scheduler(made.namespace)
+    with planned() as plan, made.namespace.transaction() as t:
+        scheduler.release(t, row)
+        yields = scheduler.wakes.yield_to_waiter in t.after
+    assert (plan.called, yields) == (not handed_over, handed_over)
+    assert (made.tables.tickets[ticket].state == Ticket.GRANTED) == handed_over
+    assert (made.tables.instances[row].state == Instance.ACTIVE) == handed_over
+
+
+@pytest.mark.parametrize("overtaken", [True, False])
+def test_the_user_of_a_released_copy_is_told_whom_it_overtakes(made: RandomTables, overtaken: bool) -> None:
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        row, head = load(made, "a"), enqueue(made, "b")
+        made.now += 1
+        ticket = enqueue(made, "a")
+        with made.namespace.transaction() as t:
+            if overtaken:
+                made.transitions.tickets.block(t, head)
+        with planned() as plan, made.namespace.transaction() as t:
+            Scheduler(made.namespace).release(t, row)
+    assert not plan.called
+    *_, granted = read_snapshot(made.namespace.name).events
+    assert made.tables.tickets[ticket].state == Ticket.GRANTED
+    assert (granted.reason, granted.other) == ((Reason.OVERTAKES, "b") if overtaken else (Reason.IDLE_COPY, None))
+
+
+@pytest.mark.parametrize(
+    ("reason", "plans"), [(None, 0), (Reason.SHARING, 0), (Reason.MEMORY, 1)], ids=["nobody waits", "sharing", "memory"]
+)
+def test_a_plan_follows_a_release_that_may_serve_somebody(
+    made: RandomTables, reason: Reason | None, plans: int
+) -> None:
+    row = load(made, "a")
+    if reason is not None:
+        ticket = enqueue(made, "b")
+        with made.namespace.transaction() as t:
+            made.transitions.estimates.estimate(t, made.tables.tickets[ticket].model, 100.0, measured=True)
+        carry_out(made, Wait(ticket, reason, Why(reason)))
+    with planned() as plan, made.namespace.transaction() as t:
+        Scheduler(made.namespace).release(t, row)
+    assert plan.call_count == plans
+    assert made.tables.instances[row].state == Instance.IDLE
+
+
+def test_a_copy_that_runs_alone_is_left_idle_for_no_process_while_others_wait(made: RandomTables) -> None:
+    row = running_alone(made)
+    enqueue(made, "a", member=2)
+    with made.namespace.transaction() as t:
+        assert not Scheduler(made.namespace).keep(t, row, used=True, call_up=True)
+    assert made.tables.instances[row].state == Instance.ACTIVE
+
+
+# ---- yielding the processor ----------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that a yield of the processor moves."""
+
+    def __init__(self) -> None:
+        self.now_s, self.away_s, self.yields = 0.0, 0.0, 0
+
+    def monotonic(self) -> float:
+        """Return the time."""
+        return self.now_s
+
+    def yield_processor(self) -> None:
+        """Let others run, for as long as they like."""
+        self.now_s += self.away_s
+        self.yields += 1
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    clock = Clock()
+    with (
+        mock.patch.object(wakes, "time", clock),
+        mock.patch.object(wakes, "yield_processor", clock.yield_processor),
+    ):
+        yield clock
+
+
+def test_processors_that_are_scarce_are_not_yielded_for_a_hundred_times_as_long(
+    made: RandomTables, clock: Clock
+) -> None:
+    yields = Scheduler(made.namespace).wakes
+    clock.away_s = wakes.LONG_WAY_S
+    for count in (1, 2):
+        yields.yield_to_waiter()
+        assert clock.yields == count, "a short way costs nothing"
+    clock.away_s, began_s = 2 * wakes.LONG_WAY_S, clock.now_s
+    yields.yield_to_waiter()
+    assert clock.yields == 3
+    for later_s, count in ((0.0, 3), (0.99 * wakes.REST * clock.away_s, 3), (wakes.REST * clock.away_s, 4)):
+        clock.now_s = began_s + later_s
+        yields.yield_to_waiter()
+        assert clock.yields == count
+
+
+def test_a_waiter_stays_awake_for_its_answer_for_a_moment_only(made: RandomTables, clock: Clock) -> None:
+    spins, ticket = Scheduler(made.namespace).wakes, enqueue(made, "a")
+    clock.away_s = 0.25
+    with mock.patch.object(wakes, "SPIN_S", 1.0):
+        spins.spin_for_answer(ticket)
+    assert clock.yields == 4
+    with made.namespace.transaction() as t:
+        made.transitions.tickets.refuse(t, ticket)
+    spins.spin_for_answer(ticket)
+    assert clock.yields == 4, "it has its answer"
