@@ -58,9 +58,10 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scheduler": (
         ("mpmm/scheduling/*.py",),
         (
-            *("test_scheduler", "test_table_rows", "test_views", "test_shortcut_rules", "test_recorded_reads"),
-            *("test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness", "test_devices", "test_manager"),
-            *("test_manager_errors", "test_left_asleep", "test_load_ahead", "test_users", "test_priority"),
+            *("test_scheduler", "test_suspension_decisions", "test_table_rows", "test_views", "test_shortcut_rules"),
+            *("test_recorded_reads", "test_without_a_plan", "test_hand_overs", "test_copies", "test_fairness"),
+            *("test_devices", "test_manager", "test_manager_errors", "test_left_asleep", "test_load_ahead"),
+            *("test_users", "test_priority"),
             *("test_out_of_memory", "test_tenure", "test_what_waiters_are_told"),
         ),
     ),
