@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 from random_tables import SECOND_NS, RandomTables
 
+from mpmm.errors import TableFullError
 from mpmm.policy.plan import Plan
 from mpmm.policy.view import Decision, Evict, Grant, Load, Reason, Refuse, Satisfied, Wait, Why
 from mpmm.scheduling import Scheduler, wakes
@@ -395,6 +399,133 @@ def test_a_copy_that_runs_alone_is_left_idle_for_no_process_while_others_wait(ma
     with made.namespace.transaction() as t:
         assert not Scheduler(made.namespace).keep(t, row, used=True, call_up=True)
     assert made.tables.instances[row].state == Instance.ACTIVE
+
+
+# ---- a full table of copies ----------------------------------------------------------------------------------
+
+
+def fill(made: RandomTables) -> int:
+    """Load copies that stay in use until there is no row for another one; return the row of one of them."""
+    free = made.layout.instances.capacity - len(made.tables.used_rows(made.layout.instances))
+    return [load(made, "b") for _ in range(free)][-1]
+
+
+@pytest.mark.parametrize(
+    ("one_is_idle", "is_newcomer", "raises"),
+    [(False, False, False), (False, True, True), (True, False, False), (True, True, False)],
+)
+def test_a_load_waits_for_a_row_unless_its_caller_can_be_told_that_there_is_none(
+    made: RandomTables, one_is_idle: bool, is_newcomer: bool, raises: bool
+) -> None:
+    ticket, idle = enqueue(made, "a"), load_idle(made, "c") if one_is_idle else None
+    fill(made)
+    loads = planned(Load(ticket, (0,), 100.0, False, Why(Reason.FITS, 100.0, 300.0)))
+    expected = pytest.raises(TableFullError, match="instances") if raises else contextlib.nullcontext()
+    with expected, loads, made.namespace.transaction() as t:
+        Scheduler(made.namespace).advance(t, newcomer=ticket if is_newcomer else None)
+    row = made.tables.tickets[ticket]
+    assert (row.state, row.head_of_line_at) == (Ticket.WAITING, 0)
+    assert (row.reason, row.free_mb) == ((Reason.BEHIND, 0.0) if raises else (Reason.TABLE_FULL, 300.0))
+    if idle is not None:
+        assert made.tables.instances[idle].state == Instance.UNLOADING
+
+
+def test_another_table_that_is_full_undoes_the_transaction(made: RandomTables) -> None:
+    ticket = enqueue(made, "a")
+    error = TableFullError("no room", table="undo", capacity=1, setting="undo")
+    full = mock.patch.object(type(made.transitions.loads), "begin", side_effect=error)
+    loads = planned(Load(ticket, (0,), 100.0, False))
+    with pytest.raises(TableFullError, match="no room"), full, loads, made.namespace.transaction() as t:
+        Scheduler(made.namespace).advance(t)
+    assert made.tables.tickets[ticket].reason == Reason.BEHIND
+
+
+@pytest.mark.parametrize("users", [1, 2])
+def test_there_is_a_row_for_a_copy_while_a_row_or_a_seat_is_not_in_use(made: RandomTables, users: int) -> None:
+    rows, copy = Scheduler(made.namespace).table_rows, load(made, "a", users=users)
+    assert rows.has_row_for_instance() is True
+    last = fill(made)
+    assert rows.has_row_for_instance() is (users == 2)
+    for seat in made.tables.seats_of(copy):
+        with made.namespace.transaction() as t:
+            made.transitions.holds.take_idle(t, seat, 1)
+    assert rows.has_row_for_instance() is False
+    with made.namespace.transaction() as t:
+        made.transitions.unloads.ask(t, last, 1)
+        made.transitions.holds.release(t, last)
+        assert rows.has_row_for_instance() is False, "not before it has gone"
+        made.transitions.unloads.end(t, last)
+        assert rows.has_row_for_instance() is True
+
+
+# ---- what waiters are told -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (Reason.SHARING, "waits for a copy that is in use or being loaded: about 2.00 s, sooner than another load"),
+        (
+            Reason.BACKING_OFF,
+            "waits: its loads have failed, so nothing is evicted for another attempt for about 1.00 s",
+        ),
+        (Reason.MEMORY, "waits: needs 100 MB, 50 free, and unloading every idle copy would not free enough"),
+    ],
+)
+def test_a_waiter_is_told_what_is_left_of_its_time(made: RandomTables, reason: Reason, said: str) -> None:
+    waiters = Scheduler(made.namespace).waiters
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        ticket = enqueue(made, "a")
+        with made.namespace.transaction() as t:
+            for _ in range(2):
+                made.transitions.models.note_failure(t, made.tables.tickets[ticket].model)
+        carry_out(made, Wait(ticket, reason, Why(reason, 100.0, 50.0, seconds=3.0)))
+        made.now += SECOND_NS
+        with made.namespace.transaction():
+            assert waiters.why(ticket) == f"{reason.name.lower()}: {said}"
+            assert waiters.backs_off_for_s(ticket) == (1.0 if reason is Reason.BACKING_OFF else math.inf)
+        made.now += 2 * SECOND_NS
+        with made.namespace.transaction():
+            assert ("unknown time" in waiters.sentence(ticket)) == (reason is Reason.SHARING)
+            assert (waiters.backs_off_for_s(ticket) == 0.0) == (reason is Reason.BACKING_OFF)
+
+
+def test_a_waiter_is_told_behind_whom_it_waits(made: RandomTables) -> None:
+    waiters, tickets = Scheduler(made.namespace).waiters, []
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        for tag in "abcd":
+            made.now += 1
+            tickets.append(enqueue(made, tag))
+    said = []
+    for reasons in (
+        (Reason.SHARING, Reason.SHARING),
+        (Reason.SHARING, Reason.MEMORY),
+        (Reason.DRAINING, Reason.MEMORY),
+    ):
+        carry_out(made, *(Wait(ticket, reason, Why(reason)) for ticket, reason in zip(tickets, reasons, strict=False)))
+        with made.namespace.transaction():
+            said.append([waiters.sentence(ticket) for ticket in tickets[2:]])
+    assert said == [
+        ["waits behind a, which is first in the queue"] * 2,
+        ["waits behind b, which waits for memory and must not be delayed"] * 2,
+        ["waits behind a, which is to run alone and be measured"] * 2,
+    ]
+    load(made, "e", alone=True)
+    with made.namespace.transaction():
+        assert waiters.sentence(tickets[3]) == "waits: e runs alone until it has been measured"
+
+
+def test_a_load_that_has_failed_is_no_longer_counted_as_a_request(made: RandomTables) -> None:
+    demand, (first, _) = Scheduler(made.namespace).demand, (enqueue(made, "a"), enqueue(made, "a"))
+    model = made.tables.tickets[first].model
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        with made.namespace.transaction() as t:
+            demand.count_all(t)
+        before, made.now = demand.of(model), made.now + SECOND_NS
+        with made.namespace.transaction() as t:
+            made.transitions.hand_over.leave_queue(t, first)
+            demand.count_all(t)
+    assert (before.requests, demand.of(model)) == (2, replace(before, requests=1))
 
 
 # ---- yielding the processor ----------------------------------------------------------------------------------
