@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -227,11 +229,17 @@ def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
 
 # ---- which load is first -----------------------------------------------------------------------------------
 
+Fields = Mapping[str, Any]
+NONE: Fields = MappingProxyType({})
 
-def two_for_b(head: TicketView, b_mb: float = 800.0, waiting: int = 2, **more: Any) -> tuple[object, ...]:
-    """One waits for A, which needs 800 of 900 MB, and behind it some wait for B."""
+
+def two_for_b(
+    head: TicketView, b_mb: float = 800.0, waiting: int = 2, a: Fields = NONE, b: Fields = NONE, **more: Any
+) -> tuple[object, ...]:
+    """One waits for A, which needs 800 of 900 MB, and behind it some wait for B. a, b: fields of these models."""
     behind = [ticket(row, B) for row in range(2, 2 + waiting)]
-    return make_plan(view([model(A, 800), model(B, b_mb)], [head, *behind], **more)).decisions
+    models = [replace(model(A, 800), **a), replace(model(B, b_mb), **b)]
+    return make_plan(view(models, [head, *behind], **more)).decisions
 
 
 def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() -> None:
@@ -251,6 +259,11 @@ def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() 
         pytest.param(two_for_b(ticket(1, A), b_mb=900.5), id="not where it does not fit"),
         pytest.param(two_for_b(replace(ticket(1, A), loadable_on=(0,))), id="not past one that may not go anywhere"),
         pytest.param(two_for_b(ticket(1, A, priority=0)), id="not past one of the highest priority"),
+        pytest.param(two_for_b(ticket(1, A), a={"owned": {OTHER: 1}}), id="not past one that has a copy"),
+        pytest.param(two_for_b(ticket(1, A), a={"lease": True}), id="not past a lease"),
+        pytest.param(two_for_b(ticket(1, A), b={"owned": {OTHER: 1}}), id="not if it has a copy"),
+        pytest.param(two_for_b(ticket(1, A), b={"lease": True}), id="not if it is a lease"),
+        pytest.param(two_for_b(ticket(1, A), b={"known": False}), id="not if it has to run alone"),
     ],
 )
 def test_but_that_has_limits(found: tuple[object, ...]) -> None:

@@ -137,6 +137,7 @@ def test_a_copy_is_suspended_if_that_pays_and_it_can_be(
 ) -> None:
     row, decide = arrange(it), decisions(it, 1.0)
     assert decide.kept_of([row]) == ({row} if evicted_is_suspended else set())
+    assert decide.can_be_suspended(row) is (by_hand_is_suspended or arrange is one_that_is_too_large_for_the_host)
     before, evictions = read_snapshot(it.namespace.name), it.words[Header.EVICTIONS]
     for evicted, expected in ((True, evicted_is_suspended), (False, by_hand_is_suspended)):
         if expected:
@@ -160,6 +161,12 @@ def test_a_copy_of_which_a_seat_is_in_use_cannot_be_suspended(it: RowChanges) ->
     assert decisions(it).can_be_suspended(row) is False
     it.do(lambda t: it.to.holds.release(t, row + 1))
     assert decisions(it).can_be_suspended(row) is True
+
+
+def test_a_copy_counts_with_what_it_takes_of_its_device_wherever_it_is(it: RowChanges) -> None:
+    for row, rate in ((idle(it), 1.0), (suspended(it), 2.0)):
+        copy = decisions(it, 1.0, 2.0).movable(row)
+        assert (copy.mb, copy.way, copy.rate) == (500.0, Way.COOPERATIVE, rate)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision
         state.no_backfill.add(model.model)
         return None
     usable = model.usable_by(ticket.member) or presumed(model, state.seen).coming_for(ticket.member)
-    instance = state.suspended_for(ticket) if state.suspended else None
+    instance = state.suspended_for(ticket)
     if instance is None if ticket.resumes else usable:
         return None
     if instance is not None:

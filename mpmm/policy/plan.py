@@ -91,7 +91,7 @@ class Planner:
         decided: dict[int, Decision | None] = dict(self._grant_idle(order))
         self._order = [ticket for ticket in order if ticket.row not in decided]
         for ticket in self._order:
-            if ticket.row not in self._early and (state.head is None or not self._is_hopeless(ticket)):
+            if ticket.row not in self._early and not self._is_hopeless(ticket):
                 decided[ticket.row] = self._decide(ticket)
         decided.update(self._early)
         self._name_more_urgent(decided)
@@ -204,7 +204,7 @@ class Planner:
         backs_off = self._back_off(ticket, model)
         if state.must_run_alone(ticket, model):
             return backs_off or isolate(state, ticket, model.need_mb)
-        suspended = state.suspended_for(ticket) if state.suspended else None
+        suspended = state.suspended_for(ticket)
         if ticket.preload:
             return self._resume(ticket, model, suspended) or backs_off or self._load(ticket, model)
         if state.has_most_copies(model):
@@ -299,13 +299,14 @@ class Planner:
     def _load_alike(self, ticket: TicketView, model: ModelView) -> Decision | None:
         """Repeat the answer to a waiter with the same request that was told to wait, if nothing was planned since."""
         # If any process can use all instances there are, it does not matter which process waits.
-        whose = ticket.member if model.owned or model.loading else None
+        whose = ticket.member if model.owned else None
         alike = (ticket.model, whose, ticket.loadable_on, ticket.usable_on, ticket.span, ticket.steady)
         repeated = self._state.repeated_waits.get(alike)
         if repeated is not None:
             return replace(repeated, ticket=ticket.row)
         decision = self._load(ticket, model)
-        if isinstance(decision, Wait) and not decision.first:
+        # (Behind a head of the line no waiter loads, so the wait of that one is not repeated.)
+        if isinstance(decision, Wait):
             self._state.repeated_waits[alike] = decision
         return decision
 

@@ -205,7 +205,8 @@ class PlanState:
 
         Instances on a device that something else has to itself are left out.
         """
-        if ticket.steady:
+        # Usually nothing is suspended.
+        if ticket.steady or not self.suspended:
             return []
         closed = {device.device for device in self.view.devices} - set(self.devices)
         return sorted((one for one in self.suspended if _can_resume(ticket, one, closed)), key=self._lacks_room)

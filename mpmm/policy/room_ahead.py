@@ -36,7 +36,7 @@ def make_room_ahead(state: PlanState, ticket: TicketView, model: ModelView) -> D
     if any(overtaking_over(state.view, other) for other in state.view.tickets):
         state.room_is_coming = False
         return None
-    instance = state.suspended_for(ticket) if state.suspended else None
+    instance = state.suspended_for(ticket)
     if instance is not None:
         ticket = replace(ticket, loadable_on=instance.devices, span=len(instance.devices))
         model = resized(model, math.fsum(instance.mb_on(device) for device in instance.devices))

@@ -109,7 +109,7 @@ class SuspensionDecisions:
             if kind not in alike:
                 if model not in of_model:
                     figures = tables.models[model]
-                    barred = figures.unsuspendable or figures.superseded or not figures.load_s
+                    barred = figures.unsuspendable or figures.superseded
                     of_model[model] = None if barred else self.movable(row)
                 known = of_model[model]
                 copy = None if known is None else replace(known, mb=mb, way=Way(way))
