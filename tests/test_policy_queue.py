@@ -231,13 +231,24 @@ def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
 
 Fields = Mapping[str, Any]
 NONE: Fields = MappingProxyType({})
+TWO = [device(0), device(1, total=500.0)]
 
 
 def two_for_b(
-    head: TicketView, b_mb: float = 800.0, waiting: int = 2, a: Fields = NONE, b: Fields = NONE, **more: Any
+    head: TicketView,
+    b_mb: float = 800.0,
+    waiting: int = 2,
+    *,
+    a: Fields = NONE,
+    b: Fields = NONE,
+    rivals: Fields = NONE,
+    **more: Any,
 ) -> tuple[object, ...]:
-    """One waits for A, which needs 800 of 900 MB, and behind it some wait for B. a, b: fields of these models."""
-    behind = [ticket(row, B) for row in range(2, 2 + waiting)]
+    """One waits for A, which needs 800 of 900 MB, and behind it some wait for B.
+
+    a, b, rivals: fields of these models, and of those that wait for B.
+    """
+    behind = [replace(ticket(row, B), **rivals) for row in range(2, 2 + waiting)]
     models = [replace(model(A, 800), **a), replace(model(B, b_mb), **b)]
     return make_plan(view(models, [head, *behind], **more)).decisions
 
@@ -264,6 +275,17 @@ def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() 
         pytest.param(two_for_b(ticket(1, A), b={"owned": {OTHER: 1}}), id="not if it has a copy"),
         pytest.param(two_for_b(ticket(1, A), b={"lease": True}), id="not if it is a lease"),
         pytest.param(two_for_b(ticket(1, A), b={"known": False}), id="not if it has to run alone"),
+        *(
+            pytest.param(two_for_b(ticket(1, A), rivals=wishes), id=f"not with wishes like {wishes}")
+            for wishes in (
+                {"steady": True},
+                {"preload": 1},
+                {"loadable_on": (0,)},
+                {"usable_on": (0,)},
+                {"priority": 2},
+            )
+        ),
+        pytest.param(two_for_b(ticket(1, A), rivals={"span": 2}, devices=TWO), id="not on two devices"),
     ],
 )
 def test_but_that_has_limits(found: tuple[object, ...]) -> None:

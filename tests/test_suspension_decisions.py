@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -12,7 +13,7 @@ from random_operations import step
 from random_tables import RandomTables
 from row_changes import RowChanges
 
-from mpmm.policy.suspension import Unsuspendable, Way
+from mpmm.policy.suspension import Movable, Unsuspendable, Way, saved_share
 from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.scheduling.suspension import SuspensionDecisions
@@ -227,6 +228,24 @@ def test_the_share_that_suspensions_save_follows_the_rows(it: RowChanges) -> Non
         assert share == decide.saved_share(Way.COOPERATIVE) == decisions(it).saved_share(Way.COOPERATIVE)
         assert share < before
         before = share
+
+
+def test_the_share_is_that_of_all_models_that_may_be_suspended(it: RowChanges) -> None:
+    default_mb, way = it.namespace.settings.default_estimate_mb, Way.CHECKPOINT
+    others = Movable(default_mb, way, it.tables.models[0].load_s, 0.0, 0.0, 0.0)
+    quick, slow = (Movable(default_mb, way, load_s, 1.0, 1.0, 0.0) for load_s in (2.0, 20.0))
+    of_a_load(it, 1, 2.0)
+    decide = decisions(it)
+    assert decide.saved_share(way) == pytest.approx(saved_share([others, quick, slow]))
+    it.do(lambda t: it.to.leases.claim(t, b"lease", 90.0))
+    it.poke(it.tables.model(1) + Model.EXPECT_MB, 70000.0)
+    assert decide.saved_share(way) == pytest.approx(saved_share([others, replace(quick, mb=70000.0), slow]))
+    it.do(lambda t: it.to.estimates.estimate(t, 1, 300.0, measured=True))
+    assert decide.saved_share(way) == pytest.approx(saved_share([others, replace(quick, mb=300.0), slow]))
+    it.do(lambda t: it.to.models.supersede(t, 1, True))
+    assert decide.saved_share(way) == pytest.approx(saved_share([others, slow]))
+    it.poke(it.tables.model(0) + Model.UNSUSPENDABLE, int(Unsuspendable.TIMED_OUT))
+    assert decide.saved_share(way) == pytest.approx(saved_share([slow]))
 
 
 @pytest.mark.parametrize("seed", range(10))
