@@ -64,15 +64,25 @@ class RandomRows:
         # The pid is the only thing in rows that differs from process to process.
         return repr(answer).replace(f"pid={os.getpid()},", "pid=ours,")
 
+    def answers_without_the_scheduler(self) -> list[tuple[str, str]]:
+        """Return the current answers to the questions that only rows can answer, by question."""
+        with self.namespace.transaction():
+            found = list(self._of_rows())
+        return [(name, self._shown(answer)) for name, answer in (*self._of_snapshots(), *found)]
+
     def _answers(self) -> Iterator[tuple[str, Any]]:
         yield from self._of_snapshots()
         with self.namespace.transaction():
-            yield from self._of_instances()
-            yield from self._of_models()
-            yield from self._of_the_queue()
-            yield from self._of_members_and_devices()
+            yield from self._of_rows()
+            yield from self._of_views()
             yield from self._of_the_scheduler()
         yield from self._of_changes()
+
+    def _of_rows(self) -> Iterator[tuple[str, Any]]:
+        yield from self._of_instances()
+        yield from self._of_models()
+        yield from self._of_the_queue()
+        yield from self._of_members_and_devices()
 
     def _of_snapshots(self) -> Iterator[tuple[str, Any]]:
         snapshot = read_snapshot(self.namespace.name)
@@ -120,10 +130,6 @@ class RandomRows:
         yield "runs_alone", [self.namespace.transitions.isolation.runs_alone(row) for row in used]
         yield "isolated_under", [self.namespace.reads.devices.isolated_under(row) for row in used]
         yield "any_of_all", sorted(twins.any_of_all())
-        yield (
-            "can_be_suspended",
-            [self.scheduler.suspension.can_be_suspended(row) for row in used if not tables.instances[row].seat_of],
-        )
 
     def _of_models(self) -> Iterator[tuple[str, Any]]:
         reads, queue, tables = self.namespace.reads, self.namespace.reads.queue, self.tables
@@ -169,6 +175,11 @@ class RandomRows:
         yield "on_device", [tables.on_device(row) for row in rows]
         yield "device_name", [(tables.device_name(row), tables.device_uuid(row)) for row in rows]
         yield "ledgers", [self.namespace.transitions.ledgers.read(row) for row in rows]
+
+    def _of_views(self) -> Iterator[tuple[str, Any]]:
+        can_be_suspended, tables = self.scheduler.suspension.can_be_suspended, self.tables
+        copies = [row for row in tables.used_rows(self.layout.instances) if not tables.instances[row].seat_of]
+        yield "can_be_suspended", [can_be_suspended(row) for row in copies]
         yield "view", self.scheduler.read_view()
         yield "room", self.scheduler.views.room()
 

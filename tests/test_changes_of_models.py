@@ -267,6 +267,20 @@ def claim_a_model_where_every_row_is_in_use(it: RowChanges) -> Operation:
 
 
 @CASES.case("""
+    returns TableFullError
+""")
+def claim_no_row_of_a_model_whose_waiters_have_yet_to_read_their_answers(it: RowChanges) -> Operation:
+    for number in range(3, 8):
+        it.claim(f"m{number}")
+    for model in range(3, 8):
+        it.active(model=model, handle=b"%d" % model)
+    for model, answer in ((1, it.to.tickets.refuse), (2, it.to.tickets.answer_enough)):
+        row = it.ticket(model=model)
+        it.do(lambda t, row=row, answer=answer: answer(t, row))  # type: ignore[misc]  # defaults of its own
+    return lambda t: raised(lambda: it.to.models.claim(t, "new", b"new"))
+
+
+@CASES.case("""
     model 4: GENERATION=15 USED_AT=now TAG=3 TAG[1]='new' NAME=0
     returns 4
 """)

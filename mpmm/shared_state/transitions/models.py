@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from mpmm.errors import TableFullError
-from mpmm.shared_state.layout import Header, Model
+from mpmm.shared_state.layout import Header, Model, Ticket
 from mpmm.shared_state.transaction import Transaction, float_bits
 from mpmm.shared_state.transitions.part import Part
 from mpmm.text.display_names import display_name
@@ -83,6 +83,9 @@ class Models(Part):
         rows = self._tables.view(self._layout.models)
         busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
         free = (busy + rows[:, Model.SUSPENDED] + rows[:, Model.PINS] == 0) & (rows[:, Model.STATE] == Model.MODEL)
+        tickets = self._tables.view(self._layout.tickets)
+        # WAITING leaves out the tickets whose waiters have yet to read their answers.
+        free[tickets[tickets[:, Ticket.STATE] != Ticket.FREE, Ticket.MODEL].astype(np.intp)] = False
         unused = np.flatnonzero(free)
         return int(unused[np.argmin(rows[unused, Model.USED_AT])]) if len(unused) else -1
 
