@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 from harness import NOBODYS_PID
 from random_operations import OPERATIONS as USUAL
-from random_operations import take
+from random_operations import end_load, end_resume, end_suspension, fail_suspension, release, resume, take
 from random_reads import START_NS, WALL_S, RandomRows
 from random_tables import DEVICES, FLAGS, SECOND_NS, SERVERS, WORKERS, RandomTables
 from row_changes import when_long
@@ -40,14 +40,16 @@ from mpmm.shared_state.transitions import Transitions
 RECORDED = Path(__file__).parent / "recorded_changes.txt"
 SEEDS = range(16)
 STEPS = 200
+# How many operations are tried in a step, until one of them changes something.
+TRIES = 8
 LOOK_EVERY = 50
 CAUSE = Cause(Reason.CHEAPEST_RELOAD, 1.0, 2.0, 3.0, 4.0, 1, 3)
 # Words whose values depend on the process, or on how the lock was taken.
-OF_THE_PROCESS = (Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.CONTENDED, Header.SPIN_LOCK)
+OF_THE_PROCESS = (Header.LOCK_HOLDER, Header.LOCK_TAKEN, Header.CONTENDED, Header.SPIN_LOCK, Header.CHANGE)
 # Operations of members that hold, load or resume a copy.
 OF_HOLDERS = {
     *("end_load", "end_load_as_twin", "release", "hand_on", "end_resume", "fail_suspension", "turn_back"),
-    "give_up_load",
+    *("give_up_load", "end_lease"),
 }
 
 
@@ -70,21 +72,24 @@ class RandomChanges:
 
     def step(self) -> tuple[str, str, int]:
         """Make one operation; return its name, what it has changed, and the checksum of that."""
-        made = self.made
-        made.now += self.chance.choice([10**6, 10**8, SECOND_NS, 3 * SECOND_NS])
-        made.transitions = self.chance.choice(self.actors)
-        operation = self.chance.choices([one for _, one in OPERATIONS], [weight for weight, _ in OPERATIONS])[0]
-        before, events, after = self._copied(), self.words[Header.EVENTS], []
-        result: Any
-        try:
-            with made.namespace.transaction() as t:
-                if operation.__name__ in OF_HOLDERS:
-                    self._consume_answers(t)
-                result = operation(self, t)
-                after += t.after
-        except (TableFullError, SegmentCorruptError) as error:
-            result = type(error).__name__
-        changed = self._changed(before)
+        self.made.now += self.chance.choice([10**6, 10**8, SECOND_NS, 3 * SECOND_NS])
+        self.made.transitions = self.chance.choice(self.actors)
+        weights = [weight for weight, _ in OPERATIONS]
+        # Most operations need rows in certain states, and do nothing without them.
+        for _, operation in self.chance.choices(OPERATIONS, weights, k=TRIES):
+            before, events, after = self._copied(), self.words[Header.EVENTS], []
+            result: Any
+            try:
+                with self.made.namespace.transaction() as t:
+                    if operation.__name__ in OF_HOLDERS:
+                        self._consume_answers(t)
+                    result = operation(self, t)
+                    after += t.after
+            except (TableFullError, SegmentCorruptError) as error:
+                result = type(error).__name__
+            changed = self._changed(before)
+            if changed:
+                break
         said = [repr(result), *map(self._call, after)]
         checksum = zlib.crc32("\n".join([*said, *map(repr, changed)]).encode())
         count = self.words[Header.EVENTS] - events
@@ -238,12 +243,22 @@ def tell_no(it: RandomChanges, t: Transaction) -> Any:
 # ---- loads, unloads and suspensions --------------------------------------------------------------------------
 
 
+def suspend_any(it: RandomChanges, t: Transaction) -> Any:
+    row, to = it.made.some_unused(), it.made.transitions
+    if row is None or len(it.tables.instances[row].devices) > 1 or to.twins.any_of(row):
+        return None
+    to.suspensions.note_way(t, row, 1)
+    evicted, cause = it.chance.random() < 0.5, it.chance.choice([None, CAUSE])
+    return to.suspensions.begin(t, row, it.chance.choice(WORKERS), evicted, cause)
+
+
 def end_load_as_twin(it: RandomChanges, t: Transaction) -> Any:
     row = it.made.some(Instance.LOADING)
     used, unload = it.tables.used_rows(it.layout.instances), Instance.UNLOAD_ON_RELEASE
     # The server of a lost copy is gone, and its handle leads to nothing.
     there = [one for one in used if it.words[it.tables.instance(one) + unload] != Instance.LOST]
-    there = [one for one in there if it.tables.handle_of(one)]
+    states = (Instance.ACTIVE, Instance.IDLE, Instance.UNLOADING)
+    there = [one for one in there if it.words[it.tables.instance(one)] in states and it.tables.handle_of(one)]
     if row is None or not there or it.words[it.tables.instance(row) + Instance.SERVER]:
         return None
     other = it.chance.choice(there)
@@ -460,32 +475,39 @@ def usual(operation: Callable[[RandomTables, Transaction], None]) -> Callable[[R
 OPERATIONS: list[tuple[int, Callable[[RandomChanges, Transaction], Any]]] = [
     *((weight, usual(operation)) for weight, operation in USUAL if operation is not take),
     (8, take_idle),
-    (8, grant),
+    (12, grant),
     (8, hand_on),
     (6, allow_load),
-    (5, allow_resume),
+    (25, allow_resume),
     (5, consume_answer),
     (3, give_up_waiting),
     (3, tell_no),
     (5, end_load_as_twin),
     (3, give_up_load),
     (3, begin_load_alone),
+    (14, suspend_any),
+    (5, usual(end_suspension)),
+    (12, usual(release)),
+    (8, usual(end_load)),
+    (6, usual(end_resume)),
+    (4, usual(resume)),
+    (4, usual(fail_suspension)),
     (4, evict),
     (4, end_unloads),
     (3, ask_unload_of_any),
     (1, discard),
-    (2, turn_back),
+    (4, turn_back),
     (2, go_on_suspending),
-    (2, drop),
+    (1, drop),
     (1, free_seat),
-    (4, die),
-    (2, empty),
+    (3, die),
+    (1, empty),
     (3, lead),
     (2, describe),
     (6, look),
     (3, observe),
-    (6, learn),
-    (4, pin_or_unpin),
+    (8, learn),
+    (3, pin_or_unpin),
     (2, claim_another),
     (2, link_program),
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from row_changes import SECOND_NS, Cases, Operation, RowChanges, raised
+from row_changes import SECOND_NS, START_NS, Cases, Operation, RowChanges, raised
 from row_changes import it as it  # the fixture
 
 from mpmm.shared_state.layout import Device, Header, Instance
+from mpmm.shared_state.poll_claims import claim_late_looks, claim_late_polls, times_of_polls
 from mpmm.shared_state.transaction import Transaction
 
 CASES = Cases()
@@ -469,3 +470,82 @@ def forget_what_a_process_takes(it: RowChanges) -> Operation:
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_devices_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)
+
+
+# ---- claims to poll, and to look at devices ----------------------------------------------------------------------
+
+LATE_NS, LASTS_NS = 1000, 300
+
+
+@pytest.mark.parametrize(
+    ("tried", "claimed", "claims"),
+    [
+        *((-LATE_NS, -LASTS_NS, False), (-LATE_NS - 1, -LASTS_NS, True), (-LATE_NS - 1, -LASTS_NS + 1, False)),
+        *((-LATE_NS - 1, 0, False), (-LATE_NS - 1, 1, True), (0, -LASTS_NS, False), (1, -LASTS_NS, False)),
+        (-LATE_NS - 1, -START_NS, True),
+    ],
+)
+@pytest.mark.parametrize("late", ["the poll", "the first device", "the last device"])
+def test_who_polls_for_another_one_is_late_enough_and_the_only_one(
+    it: RowChanges, late: str, tried: int, claimed: int, claims: bool
+) -> None:
+    """tried, claimed: when something was last done, and somebody last set out to do it, in ns from now."""
+    devices = [0, 2]
+    starts = [it.tables.device(row) for row in devices]
+    places = [(Header.POLLED, Header.POLL_CLAIMED), *((at + Device.TRIED, at + Device.CLAIMED) for at in starts)]
+    for word, _ in places:
+        it.poke(word, it.now)
+    place = places[{"the poll": 0, "the first device": 1, "the last device": 2}[late]]
+    it.poke(place[0], it.now + tried)
+    it.poke(place[1], it.now + claimed)
+    assert times_of_polls(it.tables, devices) == tuple(word for word, _ in places)
+    before = it.words.tolist()
+    of_devices = claims and late != "the poll"
+    assert claim_late_looks(it.tables, devices, LATE_NS, LASTS_NS) == of_devices
+    assert [it.words[word] for _, word in places[1:]] == [it.now if of_devices else before[w] for _, w in places[1:]]
+    assert it.words[Header.POLL_CLAIMED] == before[Header.POLL_CLAIMED]
+    for word in (word for _, word in places):
+        it.poke(word, before[word])
+    assert claim_late_polls(it.tables, devices, LATE_NS, LASTS_NS) == claims
+    assert [it.words[word] for _, word in places] == [it.now if claims else before[word] for _, word in places]
+    assert [it.words[word] for word, _ in places] == [before[word] for word, _ in places]
+
+
+def test_nobody_has_claimed_what_was_never_claimed_even_if_the_machine_has_just_started(it: RowChanges) -> None:
+    it.now = LASTS_NS // 2
+    for word in (Header.POLLED, Header.POLL_CLAIMED):
+        it.poke(word, 0)
+    assert claim_late_polls(it.tables, [], 10, LASTS_NS)
+    assert it.words[Header.POLL_CLAIMED] == it.now
+
+
+# ---- what is read of them ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("isolated", "anything", "everything", "under"),
+    [
+        *((0, False, False, [False] * 3), (0b1, True, False, [True, False, True])),
+        *((0b10, True, False, [False, True, True]), (0b11, True, False, [True, True, True])),
+        *((0b100, True, False, [False] * 3), (0b111, True, True, [True] * 3)),
+    ],
+)
+def test_a_copy_that_runs_alone_has_its_devices_to_itself(
+    it: RowChanges, isolated: int, anything: bool, everything: bool, under: list[bool]
+) -> None:
+    rows = [it.loading(devices=devices) for devices in ((0,), (1,), (0, 1))]
+    it.poke(Header.ISOLATED, isolated)
+    reads = it.namespace.reads.devices
+    assert reads.anything_runs_alone() is anything
+    assert reads.all_isolated() is everything
+    assert [reads.isolated_under(row) for row in rows] == under
+    it.poke(Header.ISOLATED, 0)
+
+
+@pytest.mark.parametrize(("accounts", "processes", "whole"), [(0, 0, True), (1, 0, False), (0, 1, False)])
+def test_a_source_measures_processes_or_whole_devices_or_nothing(
+    it: RowChanges, accounts: int, processes: int, whole: bool
+) -> None:
+    it.poke(Header.SOURCE_ACCOUNTING_ONLY, accounts)
+    it.poke(Header.SOURCE_MEASURES_PROCESSES, processes)
+    assert it.namespace.reads.devices.only_whole_devices_are_measured() is whole

@@ -48,7 +48,11 @@ def test_seconds_become_nanoseconds_that_fit_into_a_word() -> None:
     assert to_ns(1.5) == 1_500_000_000
     assert to_ns(1e-9) == 1
     assert (to_ns(0.0), to_ns(-1.0), to_ns(-math.inf)) == (0, 0, 0)
-    assert to_ns(1e308) == to_ns(math.inf) == LONGEST_NS
+    assert to_ns(1e308) == to_ns(math.inf) == LONGEST_NS == 2**62
+    longest_s = LONGEST_NS / 1e9
+    assert [to_ns(seconds) for seconds in (longest_s * 0.999, longest_s, longest_s * 1.001, longest_s * 100)] == [
+        *(int(longest_s * 0.999 * 1e9), LONGEST_NS, LONGEST_NS, LONGEST_NS)
+    ]
     assert time.monotonic_ns() + to_ns(math.inf) < 2**63
 
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from dataclasses import fields, replace
 from enum import IntEnum
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state import layout
-from mpmm.shared_state.events import EventKind, placed
+from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout, device_bits, device_rows, text_words
-from mpmm.shared_state.settings import SETTINGS, Settings
+from mpmm.shared_state.settings import (
+    ALWAYS,
+    CHANGEABLE,
+    CHECKPOINTS,
+    NEVER,
+    SETTINGS,
+    Settings,
+    checkpoints_by_name,
+)
 from mpmm.sources.base import Measures
 
 ROWS = ("Header", "Member", "Model", "Instance", "Ticket", "Pin", "Device", "Observation", "Event", "Undo")
@@ -138,6 +149,55 @@ def test_the_settings_have_the_defaults_and_bounds_that_are_promised() -> None:
     assert {name: (getattr(Settings(), name), one.low, one.high) for name, one in SETTINGS.items()} == PROMISED
 
 
+def test_settings_are_stored_as_floats_and_counts_are_whole() -> None:
+    chosen = Settings(min_data_points=7, max_model_copies=3, poll_interval=np.float64(0.25), max_waiting=0)
+    assert [type(getattr(chosen, name)) for name in SETTINGS] == [float] * len(SETTINGS)
+    assert (chosen.min_data_points, chosen.poll_interval, chosen.max_waiting) == (7.0, 0.25, 0.0)
+    assert Settings(max_waiting=math.inf).max_waiting == math.inf
+    assert Settings(slack_percentage=0.25).slack_percentage == 0.25
+    impossible: list[dict[str, Any]] = [{"max_waiting": 1.5}, {"min_data_points": 5.25}, {"poll_interval": math.nan}]
+    for changes in impossible:
+        with pytest.raises(InvalidArgumentError):
+            replace(Settings(), **changes)
+
+
+def test_settings_are_changed_one_by_one_and_none_means_no_limit() -> None:
+    before = Settings(max_waiting=3, idle_ttl_seconds=1.0)
+    assert before.changed({}) == before
+    assert before.changed({"max_waiting": None}) == replace(before, max_waiting=math.inf)
+    assert before.changed({"idle_ttl_seconds": None, "slack_percentage": 0.5}) == replace(
+        before, idle_ttl_seconds=math.inf, slack_percentage=0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"slack_percentage": None}, "slack_percentage=None: expected a fraction"),
+        ({"min_data_points": None}, "min_data_points=None: expected a count"),
+        ({"wait_timeout_seconds": 5.0}, "wait_timeout_seconds cannot be changed at run time: it is each manager's own"),
+        ({"suspend": "auto"}, "suspend cannot be changed at run time: it is what was given as `suspend`"),
+        ({"max_waitings": 5}, "setting 'max_waitings': expected one of slack_percentage, poll_interval"),
+    ],
+)
+def test_a_setting_that_cannot_be_changed_that_way_says_why(change: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=re.escape(said)):
+        Settings().changed(change)
+
+
+def test_those_settings_are_changeable_that_no_process_has_for_itself() -> None:
+    fixed = ("wait_timeout_seconds", "fallback_memory_mb", "memory_budget_mb", "suspend_checkpoints")
+    assert [name for name, one in SETTINGS.items() if one.fixed] == list(fixed)
+    assert tuple(name for name in SETTINGS if name not in fixed) == CHANGEABLE
+
+
+def test_the_value_of_suspend_has_a_number() -> None:
+    assert [checkpoints_by_name(name) for name in CHECKPOINTS] == [NEVER, 1.0, ALWAYS]
+    for junk in ("never", None, 1):
+        with pytest.raises(InvalidArgumentError, match="suspend="):
+            checkpoints_by_name(junk)
+
+
 # ---- words that name several things ------------------------------------------------------------------------
 
 
@@ -160,3 +220,7 @@ def test_a_text_takes_a_word_for_its_length_and_as_many_as_its_bytes_need(most: 
 )
 def test_an_event_says_where_it_is_placed_on_the_first_devices(devices: int, word: int) -> None:
     assert placed(EventKind.LOAD_BEGAN, devices) == word
+
+
+def test_a_cause_without_figures_has_none() -> None:
+    assert Cause(Reason.MEMORY) == (Reason.MEMORY, 0.0, 0.0, 0.0, 0.0, 0, 0)

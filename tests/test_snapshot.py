@@ -9,13 +9,15 @@ from enum import IntEnum
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 from harness import NewManager
 from random_tables import SECOND_NS, RandomTables
 
 from mpmm.policy.view import Reason
+from mpmm.shared_state.columns import DeviceColumns, InstanceColumns, ModelColumns, TicketColumns
 from mpmm.shared_state.durations import LONGEST_NS
-from mpmm.shared_state.events import Cause, EventKind
+from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
 from mpmm.shared_state.reads.queue import CAN_READ_UNLOCKED
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
@@ -101,6 +103,21 @@ def test_a_typed_read_is_of_the_word_that_the_layout_gives_its_name(reads: type[
     assert places == {name: getattr(row, name.upper()) for name in places}
 
 
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [(ModelColumns, Model), (InstanceColumns, Instance), (TicketColumns, Ticket), (DeviceColumns, Device)],
+    ids=lambda one: one.__name__,
+)
+def test_a_column_has_the_word_of_each_row_that_the_layout_gives_its_name(columns: type[Any], row: type[Any]) -> None:
+    names = [name for name in vars(columns) if not name.startswith("_")]
+    rows = np.arange(3 * row.WORDS, dtype=np.uint64).reshape(3, row.WORDS)
+    for name in names:
+        found = getattr(columns(rows), name)
+        assert found.dtype == (np.float64 if name.endswith(("mb", "_s")) else np.uint64)
+        assert found.view(np.uint64).tolist() == [place * row.WORDS + getattr(row, name.upper()) for place in range(3)]
+        assert getattr(columns, name) is vars(columns)[name], "what it is, asked of the class"
+
+
 def test_both_clocks_of_a_look_are_read_at_its_beginning(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +169,33 @@ def test_an_event_without_a_reason_has_none_of_the_figures_of_the_event_that_was
     figures = [(one.kind, one.need_mb, one.free_mb, one.coming_mb, one.seconds, one.on) for one in events]
     assert figures[0] == ("waits", 1.0, 2.0, 3.0, 4.0, (0,))
     assert figures[-1] == ("queued", None, None, None, None, ())
+
+
+def test_a_typed_read_of_an_event_has_its_cause() -> None:
+    made = RandomTables(0)
+    cause = Cause(Reason.CHEAPEST_RELOAD, 1.5, 2.5, 3.5, 4.5, 3, 6)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            first = made.namespace.segment.words[Header.EVENTS]
+            t.event(placed(EventKind.LOAD_BEGAN, 2**31 + 1), 2, 4, 9, 100.0, cause)
+            t.event(EventKind.HIT, 2, 0)
+        capacity = made.layout.events.capacity
+        decided, other = (made.tables.events[(first + number) % capacity] for number in (0, 1))
+        assert (decided.kind, decided.cause, decided.instance, decided.sequence) == (
+            *(EventKind.LOAD_BEGAN, cause, 3, first + 1),
+        )
+        assert (other.kind, other.cause, other.instance, other.sequence) == (EventKind.HIT, None, None, first + 2)
+
+
+def test_a_typed_read_of_an_observation_has_its_copies_and_readings() -> None:
+    made = RandomTables(0)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            for mb in (10.0, 20.0, 30.0):
+                made.transitions.estimates.observe(t, [(70000, 2), (5, 65535)], mb, 0)
+        (row,) = made.tables.used_rows(made.layout.observations)
+        found = made.tables.observations[row]
+        assert (found.pairs, found.readings, found.device) == ([(5, 65535), (70000, 2)], [10.0, 20.0, 30.0], 1)
 
 
 def test_events_that_were_rolled_back_are_not_shown_and_have_taken_the_places_of_the_oldest() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from harness import NOBODYS_PID
@@ -133,3 +134,34 @@ def test_a_tag_is_found_as_long_as_its_row_is_its_own(namespace: Namespace) -> N
         t.set(tables.model(rows[1]), 0)
         namespace.transitions.hand_over.leave_queue(t, ticket)
     assert tables.model_row("two") is None
+
+
+def test_a_bell_is_the_word_of_its_member_and_is_woken_where_it_is_mapped(namespace: Namespace) -> None:
+    tables, segment = namespace.tables, namespace.segment
+    with namespace.transaction() as t:
+        t.set(tables.member(2) + Member.BELL, 41)
+    bell = tables.bell(2)
+    word = tables.member(2) + Member.BELL
+    assert (bell.word, bell.address, bell.seen()) == (word, segment.address + 8 * word, 41)
+    module = "mpmm.shared_state.signal_words"
+    with mock.patch(f"{module}.wake_all") as wakes, mock.patch(f"{module}.wait_for_change") as waits:
+        bell.wait(41, 0.25)
+        bell.wake()
+    assert wakes.mock_calls == [mock.call(bell.address)]
+    assert waits.mock_calls == [mock.call(mock.ANY, bell.address, 41, 0.25)]
+    assert waits.mock_calls[0].args[0]() == 41
+
+
+def test_workers_are_listed_with_what_they_can_measure(namespace: Namespace) -> None:
+    members = namespace.transitions.members
+    with namespace.transaction() as t:
+        for slot, kind in ((1, Member.SERVER), (3, Member.WORKER), (4, Member.GUEST)):
+            members.join(t, slot, kind, NOBODYS_PID, 1, b"one")
+            members.note_source(t, slot, slot)
+    mine = namespace.slot
+    measures = namespace.tables.members[mine].measures
+    assert namespace.tables.measures_of_workers() == {mine: measures, 3: 3}
+    assert [namespace.tables.member_in_use(slot) for slot in (mine, 1, 2, 3)] == [True, True, False, True]
+    with namespace.transaction() as t:
+        for slot in (1, 3, 4):
+            members.leave(t, slot)
