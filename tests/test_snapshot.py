@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,15 +16,18 @@ import pytest
 from harness import NewManager
 from random_tables import SECOND_NS, RandomTables
 
+from mpmm.errors import LayoutMismatchError, LockTimeoutError
 from mpmm.policy.view import Reason
 from mpmm.shared_state.columns import DeviceColumns, InstanceColumns, ModelColumns, TicketColumns
 from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.reads.queue import CAN_READ_UNLOCKED
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
-from mpmm.shared_state.segment import Segment
+from mpmm.shared_state.segment import Segment, UnfinishedSegment, segment_name
 from mpmm.shared_state.snapshot import (
+    DeadMakerError,
     EventChoice,
     InstanceInfo,
     MemberInfo,
@@ -30,6 +35,8 @@ from mpmm.shared_state.snapshot import (
     PinInfo,
     TicketInfo,
     decode,
+    find_lost_namespaces,
+    find_namespaces,
     read_snapshot,
 )
 from mpmm.shared_state.snapshot.decode import _Decoder
@@ -311,3 +318,166 @@ def test_a_copy_that_was_made_while_a_transaction_stored_is_made_again() -> None
                 stores.append(True)
                 assert read_snapshot(made.namespace.name).loads == committed, "what is open counts as undone"
                 assert not stores
+
+
+# ---- which namespaces there are, and whether one can be read -----------------------------------------------------
+
+READ = "mpmm.shared_state.snapshot.read"
+
+
+class Clock:
+    """Stands in for `time`; only sleeps let time pass."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def monotonic_ns(self) -> int:
+        return int(self.now * 1e9)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@contextmanager
+def without_segments(root: Path, *names: str) -> Iterator[None]:
+    """Move the segments of namespaces away for a while."""
+    segments = [Path("/dev/shm", segment_name(root, name)) for name in names]
+    for segment in segments:
+        segment.rename(segment.with_name(f"{segment.name}.aside"))
+    yield
+    for segment in segments:
+        segment.with_name(f"{segment.name}.aside").rename(segment)
+
+
+def test_the_namespaces_of_a_root_are_listed_by_name_and_those_without_a_segment_apart(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    assert (find_namespaces(root), find_lost_namespaces(root)) == ([], [])
+    with ExitStack() as stack:
+        for name in ("b", "a", "d", "c"):
+            stack.callback(Namespace.join(name, root=root).leave)
+        (root / "nobodys").mkdir()
+        (root / "lost+found").mkdir()
+        (root / "file").touch()
+        assert (find_namespaces(root), find_lost_namespaces(root)) == (["a", "b", "c", "d"], [])
+        with without_segments(root, "d", "a", "b"):
+            assert (find_namespaces(root), find_lost_namespaces(root)) == (["c"], ["a", "b", "d"])
+        with pytest.raises(FileNotFoundError, match="there is no namespace 'another'"):
+            read_snapshot("another", root)
+        with pytest.raises(FileNotFoundError, match="namespace 'nobodys' has no segment"):
+            read_snapshot("nobodys", root)
+        (root / "nobodys").rmdir()
+        (root / "lost+found").rmdir()
+        (root / "file").unlink()
+
+
+@pytest.mark.parametrize(
+    ("joins_until", "members_until", "slept", "lost"),
+    [(0, 99, 0, True), (2, 99, 2, True), (99, 99, 4, True), (99, 2, 2, False), (99, 0, 0, False), (0, 0, 0, False)],
+)
+def test_a_segment_counts_as_lost_once_whoever_joins_or_leaves_has_finished_or_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins_until: int, members_until: int, slept: int, lost: bool
+) -> None:
+    """joins_until, members_until: how long a process joins or leaves, and how long a member lives, in seconds."""
+    clock = Clock()
+
+    def is_locked(path: Path) -> bool:
+        return clock.now < (joins_until if path.name == "lifecycle.lock" else members_until)
+
+    root = tmp_path / "root"
+    with ExitStack() as stack:
+        stack.callback(Namespace.join("one", root=root).leave)
+        with without_segments(root, "one"), monkeypatch.context() as patched:
+            patched.setattr(f"{READ}.time", clock)
+            patched.setattr(f"{READ}.is_locked", is_locked)
+            patched.setattr(f"{READ}.LOST_AFTER_S", 4.0)
+            patched.setattr(f"{READ}.LIFECYCLE_LOOK_S", 1.0)
+            found = find_lost_namespaces(root)
+    assert (found, clock.slept) == (["one"] if lost else [], [1.0] * slept)
+
+
+@pytest.mark.parametrize(
+    ("places", "locked", "has_members", "opened", "error", "said"),
+    [
+        ([(1, 1), (1, 1)], False, False, 2, DeadMakerError, "is unfinished: the process that made it has died"),
+        ([(1, 1), (1, 2), (1, 2)], False, False, 3, DeadMakerError, "is unfinished"),
+        ([None, None, (1, 2)], False, False, 4, FileNotFoundError, "has no segment"),
+        (
+            [(1, 1), (1, 1)],
+            False,
+            True,
+            2,
+            LayoutMismatchError,
+            "read namespace 'begun': found an empty segment",
+        ),
+        ([(1, 1)], True, False, 1, FileNotFoundError, "is being made$"),
+        ([(1, 1)], None, False, 1, FileNotFoundError, "is being made, or its maker was killed$"),
+    ],
+)
+def test_a_segment_that_was_not_finished_is_being_made_or_its_maker_has_died(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    places: list[tuple[int, int] | None],
+    locked: bool | None,
+    has_members: bool,
+    opened: int,
+    error: type[Exception],
+    said: str,
+) -> None:
+    """places: which segment is found after each look into it."""
+    looks = [*([UnfinishedSegment("an empty segment", "an initialised one")] * len(places)), None]
+    (tmp_path / "begun").mkdir(mode=0o700)
+    tmp_path.chmod(0o700)
+    with monkeypatch.context() as patched, mock.patch.object(Segment, "open", side_effect=looks) as opens:
+        patched.setattr(f"{READ}.identity_of", mock.Mock(side_effect=places))
+        patched.setattr(f"{READ}.is_locked_as", lambda path, _: locked if path.name == "lifecycle.lock" else False)
+        patched.setattr(f"{READ}.is_locked", lambda _: has_members)
+        if has_members:
+            (tmp_path / "begun" / "m0.lock").touch()
+        with pytest.raises(error, match=said) as caught:
+            read_snapshot("begun", tmp_path)
+    assert caught.type is error
+    assert opens.call_count == opened
+
+
+@pytest.mark.parametrize("happens", ["the lock is free", "the lock is not free", "the lock file was removed"])
+def test_a_copy_is_made_with_the_lock_if_writers_leave_no_gap_for_one(
+    monkeypatch: pytest.MonkeyPatch, happens: str
+) -> None:
+    made, clock = RandomTables(0), Clock()
+    words, copy_in_use = made.namespace.segment.words, Segment.copy_in_use
+    copies: list[bytearray | None] = []
+
+    def copy(segment: Segment, *, events: bool = True, into: bytearray | None = None) -> bytearray:
+        copies.append(into)
+        found = copy_in_use(segment, events=events, into=into)
+        if into is None:
+            words[Header.CHANGE] += 2
+            words[Header.LOADS] += 1
+        return found
+
+    lock = mock.Mock()
+    if happens == "the lock is not free":
+        lock.exclusive.side_effect = LockTimeoutError("busy")
+    lock_file = mock.Mock(return_value=lock)
+    if happens == "the lock file was removed":
+        lock_file.side_effect = FileNotFoundError
+    with closing(made):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{READ}.time", clock)
+            patched.setattr(Segment, "copy_in_use", copy)
+            patched.setattr(Segment, "lock_file", lambda _: lock_file())
+            loads = read_snapshot(made.namespace.name).loads
+        assert copies[:12] == [None] * 12
+        assert clock.slept == [0.0001 * (number % 7) for number in range(12)]
+        if happens == "the lock file was removed":
+            assert (len(copies), loads) == (12, 11)
+            assert not lock.mock_calls
+        else:
+            assert (len(copies), loads) == (13, 12)
+            assert lock.mock_calls == [mock.call.exclusive(0.5), mock.call.close()]
+        words[Header.LOADS] = 0
