@@ -9,10 +9,11 @@ from unittest import mock
 import pytest
 from harness import NOBODYS_PID
 
-from mpmm.errors import TableFullError
-from mpmm.shared_state.layout import Capacities, Header, Member, Model, Pin
+from mpmm.errors import InvalidArgumentError, SegmentCorruptError, TableFullError
+from mpmm.shared_state.layout import Capacities, Header, Instance, Member, Model, Pin, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.table_rows import FEW_ROWS
+from mpmm.shared_state.tables import encode_text, fit_text
 from mpmm.text.display_names import set_display_name
 
 ROWS = 3 * FEW_ROWS
@@ -165,3 +166,93 @@ def test_workers_are_listed_with_what_they_can_measure(namespace: Namespace) -> 
     with namespace.transaction() as t:
         for slot in (1, 3, 4):
             members.leave(t, slot)
+
+
+def test_a_tag_takes_as_many_bytes_as_its_field_has() -> None:
+    assert encode_text("é", 2, "tag") == "é".encode()
+    for impossible in ("", "éa", "\ud800"):
+        with pytest.raises(InvalidArgumentError, match="tag "):
+            encode_text(impossible, 2, "tag")
+    assert [fit_text("añb", most) for most in (0, 2, 3, 9)] == [b"", b"a\xc3", "añ".encode(), "añb".encode()]
+
+
+def test_people_see_the_name_that_the_row_has_or_else_the_one_that_this_process_has(namespace: Namespace) -> None:
+    tables, models = namespace.tables, namespace.transitions.models
+    set_display_name("known here", "here")
+    set_display_name("no row", "somewhere")
+    with namespace.transaction() as t:
+        rows = [models.claim(t, tag, tag.encode()) for tag in ("plain", "known here", "by row")]
+        for row, name in ((rows[1], b""), (rows[2], b"there")):
+            t.set_text(tables.model(row) + Model.NAME, name)
+    shown = ["plain", "here [known here]", "there [by row]"]
+    assert [tables.shown(row) for row in rows] == shown
+    assert [tables.shown_for(tag) for tag in ("plain", "known here", "by row")] == shown
+    assert [tables.called(tag) for tag in ("plain", "by row", "no row")] == ["'plain'", shown[2], "somewhere [no row]"]
+    with namespace.transaction() as t:
+        t.set_text(tables.model(rows[1]) + Model.NAME, b"row")
+    assert tables.shown(rows[1]) == "row [known here]"
+    with mock.patch.object(type(tables), "model_row", side_effect=ValueError):
+        # As after another thread has left the namespace.
+        assert [tables.shown_for(tag) for tag in ("plain", "known here")] == shown[:2]
+    for tag in ("known here", "no row"):
+        set_display_name(tag, "")
+    tables.close()
+    assert tables.rows_of_tags == {}
+
+
+def test_rows_of_tags_are_remembered_for_some_times_as_many_tags_as_there_are_rows(namespace: Namespace) -> None:
+    tables = namespace.tables
+    most = 4 * namespace.segment.layout.models.capacity
+    with namespace.transaction() as t:
+        rows = [namespace.transitions.models.claim(t, tag, tag.encode()) for tag in ("one", "two")]
+    tables.rows_of_tags.clear()
+    tables.rows_of_tags.update((f"old {number}", (0, 0)) for number in range(most))
+    assert tables.model_row("one") == rows[0]
+    assert len(tables.rows_of_tags) == most + 1
+    assert tables.model_row("two") == rows[1]
+    assert list(tables.rows_of_tags) == ["two"]
+    with mock.patch.object(type(tables), "view", side_effect=AssertionError):
+        assert tables.model_row("two") == rows[1], "without a search"
+
+
+def test_the_error_for_a_row_in_an_impossible_state_says_where_it_is(namespace: Namespace) -> None:
+    at = namespace.tables.ticket(2)
+    error = namespace.tables.surprise("the ticket", at)
+    assert isinstance(error, SegmentCorruptError)
+    assert str(error).startswith(f"the ticket at word {at} of segment {namespace.segment.name} is in state 0, which")
+    assert error.name == namespace.segment.name
+
+
+@pytest.mark.parametrize(
+    ("ticket", "instance", "wakes"),
+    [
+        ((0, 5), (Instance.IDLE, 1), ""),
+        ((Ticket.WAITING, 0), (0, 1), ""),
+        ((Ticket.WAITING, 5), (Instance.ACTIVE, 1), "ticket"),
+        ((Ticket.GRANTED, 0), (Instance.UNLOADING, 3), "ticket 2"),
+        ((Ticket.RESET, 5), (Instance.SUSPENDING, ROWS), f"ticket {ROWS - 1}"),
+        ((0, 0), (Instance.RESUMING, 1), ""),
+        ((0, 0), (Instance.UNLOADING, 0), ""),
+        ((0, 0), (Instance.SUSPENDING, ROWS + 1), ""),
+        ((0, 0), (Instance.UNLOADING, 1), "0"),
+    ],
+)
+def test_all_are_woken_that_have_news_or_something_to_do(
+    namespace: Namespace, ticket: tuple[int, int], instance: tuple[int, int], wakes: str
+) -> None:
+    """ticket: state, and when it was called up. instance: state and holder. wakes: the ticket, and slots of members."""
+    tables, layout = namespace.tables, namespace.segment.layout
+    at, place = tables.ticket(1), tables.instance(2)
+    words = [(at, ticket[0]), (at + Ticket.CALLED_UP, ticket[1])]
+    words += [(place, instance[0]), (place + Instance.HOLDER, instance[1])]
+    words += [(layout.tickets.end_word, 2), (layout.instances.end_word, 3)]
+    with namespace.transaction() as t:
+        t.set_all(words)
+    with mock.patch("mpmm.shared_state.signal_words.wake_all") as wake:
+        tables.wake_all_with_news()
+    expected = [
+        at + Ticket.SIGNAL if one == "ticket" else tables.member(int(one)) + Member.BELL for one in wakes.split()
+    ]
+    assert [call.args for call in wake.mock_calls] == [(namespace.segment.address + 8 * word,) for word in expected]
+    with namespace.transaction() as t:
+        t.set_all([(at, 0), (place, 0)])
