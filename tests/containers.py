@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 from harness import import_path
 
-__all__ = ["NOBODY", "as_nobody", "as_root", "can_unshare", "run_unshared"]
+__all__ = ["NOBODY", "as_nobody", "as_root", "being_nobody", "can_unshare", "run_unshared"]
 
 can_unshare = pytest.mark.skipif(
     os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare(1) for namespaces of the kernel"
@@ -55,3 +56,13 @@ def as_nobody(action: Callable[[], object]) -> str:
         text = answers.read()
     os.waitpid(pid, 0)
     return text
+
+
+@contextmanager
+def being_nobody() -> Iterator[None]:
+    """Be another user for the length of a `with` block, in this process."""
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)

@@ -68,7 +68,9 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shared_state": (
         ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
-            *("test_layout", "test_invariants", "test_snapshot", "test_table_rows", "test_views"),
+            *("test_layout", "test_lock_file", "test_file_errors", "test_liveness", "test_runtime_dir", "test_segment"),
+            *("test_transaction", "test_removal", "test_member_files"),
+            *("test_invariants", "test_snapshot", "test_table_rows", "test_views"),
             *("test_changes_of_holds", "test_changes_of_loads", "test_changes_of_unloads"),
             *("test_changes_of_suspensions", "test_changes_of_models", "test_changes_of_devices"),
             *("test_changes_of_hand_overs", "test_changes_of_members", "test_transition_starts"),
@@ -77,7 +79,14 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "test_what_waiters_are_told",
             *("test_durations", "test_namespace", "test_accounting", "test_full_tables", "test_bounded_work"),
             *("test_copies", "test_leases", "test_model_of_promises", "test_deaths", "test_stopped_processes"),
-            *("test_futex", "test_prune", "test_vanished_files", "test_bad_ground", "test_who_measures"),
+            *(
+                "test_futex",
+                "test_prune",
+                "test_vanished_files",
+                "test_bad_ground",
+                "test_odd_hosts",
+                "test_who_measures",
+            ),
             *("test_transitions", "test_twins", "test_core", "test_core_use", "test_display_names", "test_suspension"),
             "test_reentrance",
             *("test_left_asleep", "test_declared_sizes", "test_unloads", "test_keep_alive", "test_cli"),

@@ -21,7 +21,7 @@ __all__ = ["file_error", "reason_of", "told_by_file"]
 _REFUSED = (errno.EACCES, errno.EPERM)
 # Lasting problems of the file system or the path. Errors that pass, or are the process's own, such as too few
 # descriptors, keep the system's text; so does a missing file, which callers handle.
-_LASTING = {
+_LASTING: dict[int | None, str] = {
     errno.EROFS: "nothing can be written there",
     errno.ENOSPC: "free space (or inodes) there",
     errno.EDQUOT: "free space there",
@@ -60,7 +60,7 @@ def reason_of(error: OSError, path: str | Path) -> str:
     """Return the cause of an error about a file and what to do about it, "" if unknown."""
     if error.errno in _REFUSED:
         return _who_refuses(_place_of(error, path))
-    return _LASTING.get(error.errno or 0, "")
+    return _LASTING.get(error.errno, "")
 
 
 def _place_of(error: OSError, path: str | Path) -> str:

@@ -58,15 +58,14 @@ def member_of_row_lives(tables: Tables, slot: int, lock_path: str) -> bool:
 
 def has_living_member(
     tables: Tables,
-    folder: Path | None,
+    folder: Path,
     kinds: tuple[int, ...] = (Member.WORKER, Member.SERVER, Member.GUEST),
 ) -> bool:
-    """Tell whether a member of one of these kinds lives; folder: with the lock files, None if they are gone."""
+    """Tell whether a member of one of these kinds lives; folder: with the lock files."""
     words = tables.segment.words
     return any(
         words[tables.member(slot) + Member.STATE] in kinds
-        # Without a folder, a path that cannot exist.
-        and member_of_row_lives(tables, slot, f"{folder}/m{slot}.lock" if folder else "/dev/null/m.lock")
+        and member_of_row_lives(tables, slot, f"{folder}/m{slot}.lock")
         for slot in tables.used_members()
     )
 

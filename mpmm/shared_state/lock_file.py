@@ -43,7 +43,8 @@ LONGEST_PAUSE_S = 0.01
 
 # Errors of file systems without flock: NFS and Lustre with some mount options, some FUSE file systems.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_OPEN = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+# Python opens every file close-on-exec.
+_OPEN = os.O_RDWR | os.O_NOFOLLOW
 
 
 class LockFile:
@@ -73,7 +74,7 @@ class LockFile:
         with fork_guard:
             keep_standard_descriptors()
             if folder:
-                self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self.fd = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW)
             else:
                 self.fd = _open_private(path, _OPEN | os.O_CREAT if create else _OPEN)
             close_in_children(self)
@@ -290,7 +291,7 @@ def is_open_anywhere(path: str | Path) -> bool:
 def identity_of(path: str | Path) -> tuple[int, int] | None:
     """Return device and inode of the file at a path, None if there is none; a symbolic link is not followed."""
     try:
-        found = os.stat(path, follow_symlinks=False)
+        found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_dev, found.st_ino
@@ -347,7 +348,7 @@ def _open_nevertheless(path: str | Path, flags: int, error: OSError) -> int:
     with told_by_file(path):
         if isinstance(error, PermissionError):
             # A process whose umask denies even itself is making it right now, or died meanwhile.
-            found = os.stat(path, follow_symlinks=False)
+            found = os.lstat(path)
             if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
                 os.chmod(path, 0o600)
                 return os.open(path, flags, 0o600)

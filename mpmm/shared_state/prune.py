@@ -75,7 +75,7 @@ def find_orphans(*, of_other_versions: bool = False, roots: tuple[Path, ...] = (
         with contextlib.suppress(FileNotFoundError):
             # Before all questions: if another process replaces the segment meanwhile, the answers may be about the new
             # one, and what is removed is none but this one.
-            found = os.stat(path, follow_symlinks=False)
+            found = os.lstat(path)
             why = _why_abandoned(name) or (of_other_versions and _why_foreign(name, roots))
             if not why or is_open_anywhere(path):
                 continue
@@ -126,7 +126,7 @@ def _names() -> Iterator[str]:
         if match and int(match["uid"]) == os.getuid():
             with contextlib.suppress(FileNotFoundError):
                 # In a user namespace, another user's segment may have our uid in its name, though its file does not.
-                if os.stat(f"{SHARED_MEMORY}/{name}", follow_symlinks=False).st_uid == os.getuid():
+                if os.lstat(f"{SHARED_MEMORY}/{name}").st_uid == os.getuid():
                     yield name
 
 

@@ -385,7 +385,7 @@ def _checked_layout(mapping: mmap.mmap, token: int | None) -> Layout:
 
 # What the user has to do about errors other than a lack of memory.
 _ENLARGE = f"free or enlarge {SHARED_MEMORY}, or create the namespace with smaller capacities"
-_WITHOUT_SHARED_MEMORY = {
+_WITHOUT_SHARED_MEMORY: dict[int | None, str] = {
     errno.ENOENT: f"this host has no {SHARED_MEMORY}: mount a tmpfs there, of mode 1777",
     errno.EROFS: f"{SHARED_MEMORY} is mounted read-only: mount it read-write",
     errno.EACCES: f"{SHARED_MEMORY} cannot be written by this user: give it mode 1777",
@@ -398,7 +398,7 @@ def _refusal(name: str, size_bytes: int, error: OSError) -> OSError | SegmentAll
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return error
     limit = limit_behind(error)
-    what_to_do = f"{limit}: raise it" if limit else _WITHOUT_SHARED_MEMORY.get(error.errno or 0, _ENLARGE)
+    what_to_do = f"{limit}: raise it" if limit else _WITHOUT_SHARED_MEMORY.get(error.errno, _ENLARGE)
     return SegmentAllocationError(
         f"no room for the segment {name}: {size_bytes} bytes of shared memory were refused ({error.strerror}); "
         f"{what_to_do}",

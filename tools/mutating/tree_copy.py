@@ -40,6 +40,8 @@ class TreeCopy:
     def __init__(self) -> None:
         # A short name: sockets lie below it, whose paths must be short.
         self.path = Path(tempfile.mkdtemp(prefix="mut-", dir="/tmp"))
+        # Some tests act as another user, who must reach their folders.
+        self.path.chmod(0o755)
         self._temporary = self.path / "t"
         self._temporary.mkdir()
         for name in COPIED:
