@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from containers import NOBODY
 from device import SimulatedDevice
 from devices.simulated_gpu import Build, SimulatedGpus, build
 from filelock import FileLock
@@ -186,6 +187,16 @@ def runtime_root() -> Iterator[Path]:
         for name in segments_of(root):
             os.unlink(f"/dev/shm/{name}")
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def nobodys_folder() -> Iterator[Path]:
+    """A folder of another user, which that user reaches, unlike `tmp_path`."""
+    folder = Path(tempfile.mkdtemp(prefix="mpmm-t"))
+    os.chown(folder, NOBODY, -1)
+    yield folder
+    folder.chmod(0o700)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

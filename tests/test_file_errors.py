@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import pwd
-import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,16 +88,6 @@ def test_a_block_raises_what_says_more() -> None:
 # ---- who refuses -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder of another user, who reaches it."""
-    made = Path(tempfile.mkdtemp(prefix="mpmm-t"))
-    os.chown(made, NOBODY, -1)
-    yield made
-    made.chmod(0o700)
-    shutil.rmtree(made)
-
-
 def make(folder: Path, name: str, mode: int, uid: int = NOBODY) -> Path:
     """Make a file, or a folder if its name ends in a slash."""
     path = folder / name
@@ -127,39 +115,41 @@ def belongs(place: Path, owner: str = "uid 65534 (nobody)", what_to_do: str = ""
 @as_root
 @pytest.mark.parametrize("mode", [0o000, 0o200, 0o400, 0o500])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
-def test_a_file_that_may_not_be_both_read_and_written_is_what_refuses(folder: Path, number: int, mode: int) -> None:
-    file = make(folder, "file", mode)
+def test_a_file_that_may_not_be_both_read_and_written_is_what_refuses(
+    nobodys_folder: Path, number: int, mode: int
+) -> None:
+    file = make(nobodys_folder, "file", mode)
     assert why(file, number) == belongs(file)
 
 
 @as_root
 @pytest.mark.parametrize("mode", [0o000, 0o200, 0o400, 0o600])
 @pytest.mark.parametrize("then", ["there", "missing"])
-def test_a_folder_that_may_not_be_entered_is_what_refuses(folder: Path, mode: int, then: str) -> None:
-    make(folder, "there", 0o600)
-    folder.chmod(mode)
-    assert why(folder / then) == belongs(folder)
+def test_a_folder_that_may_not_be_entered_is_what_refuses(nobodys_folder: Path, mode: int, then: str) -> None:
+    make(nobodys_folder, "there", 0o600)
+    nobodys_folder.chmod(mode)
+    assert why(nobodys_folder / then) == belongs(nobodys_folder)
 
 
 @as_root
-def test_a_folder_that_may_not_be_written_refuses_what_is_not_there_yet_and_nothing_else(folder: Path) -> None:
-    below = make(folder, "below/", 0o700)
+def test_a_folder_that_may_not_be_written_refuses_what_is_not_there_yet_and_nothing_else(nobodys_folder: Path) -> None:
+    below = make(nobodys_folder, "below/", 0o700)
     file = make(below, "file", 0o400)
-    folder.chmod(0o500)
-    assert why(folder / "missing") == belongs(folder)
-    assert why(folder / "missing" / "below") == belongs(folder)
+    nobodys_folder.chmod(0o500)
+    assert why(nobodys_folder / "missing") == belongs(nobodys_folder)
+    assert why(nobodys_folder / "missing" / "below") == belongs(nobodys_folder)
     assert why(file) == belongs(file)
 
 
 @as_root
-def test_a_file_of_another_user_asks_for_that(folder: Path) -> None:
-    file = make(folder, "file", 0o600, uid=0)
+def test_a_file_of_another_user_asks_for_that(nobodys_folder: Path) -> None:
+    file = make(nobodys_folder, "file", 0o600, uid=0)
     assert why(file) == belongs(file, "uid 0 (root)", "run it as the user who owns that")
 
 
 @as_root
-def test_a_user_without_a_name_is_told_by_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = make(folder, "file", 0o600, uid=54321)
+def test_a_user_without_a_name_is_told_by_number(nobodys_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make(nobodys_folder, "file", 0o600, uid=54321)
 
     def unknown(uid: int) -> object:
         raise KeyError(uid)
@@ -171,15 +161,15 @@ def test_a_user_without_a_name_is_told_by_number(folder: Path, monkeypatch: pyte
 @as_root
 @pytest.mark.parametrize("find", [lambda folder: folder / "missing" / "below", lambda folder: make(folder, "a", 0o600)])
 def test_where_nothing_refuses_as_far_as_one_can_see_the_user_is_told(
-    folder: Path, find: Callable[[Path], Path]
+    nobodys_folder: Path, find: Callable[[Path], Path]
 ) -> None:
     """Another layer of the system may refuse, such as SELinux."""
-    assert why(find(folder)) == "this process runs as uid 65534 (nobody)"
-    assert reason_of(REFUSED, folder) == "this process runs as uid 0 (root)"
+    assert why(find(nobodys_folder)) == "this process runs as uid 65534 (nobody)"
+    assert reason_of(REFUSED, nobodys_folder) == "this process runs as uid 0 (root)"
 
 
 @as_root
-def test_a_relative_path_is_told_in_full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = make(folder, "file", 0o400)
-    monkeypatch.chdir(folder)
+def test_a_relative_path_is_told_in_full(nobodys_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make(nobodys_folder, "file", 0o400)
+    monkeypatch.chdir(nobodys_folder)
     assert why(Path("file")) == belongs(file)

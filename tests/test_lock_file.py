@@ -6,10 +6,8 @@ import errno
 import fcntl
 import os
 import select
-import shutil
 import signal
 import stat
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -520,42 +518,35 @@ def test_a_file_that_others_may_use_too_stays_as_it_is(path: Path, mode: int) ->
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-@pytest.fixture
-def of_nobody() -> Iterator[Path]:
-    """A path in a folder of another user, who reaches it."""
-    folder = Path(tempfile.mkdtemp(prefix="mpmm-t"))
-    os.chown(folder, NOBODY, -1)
-    yield folder / "a.lock"
-    shutil.rmtree(folder)
-
-
 @as_root
 @pytest.mark.parametrize("mode", [0o000, 0o200, 0o400], ids=oct)
 @pytest.mark.parametrize("action", [lambda path: LockFile(path).close(), is_locked], ids=["open", "look"])
 def test_a_file_of_ones_own_that_denies_its_owner_is_made_right(
-    of_nobody: Path, mode: int, action: Callable[[Path], object]
+    nobodys_folder: Path, mode: int, action: Callable[[Path], object]
 ) -> None:
-    of_nobody.touch()
-    of_nobody.chmod(mode)
-    os.chown(of_nobody, NOBODY, -1)
+    path = nobodys_folder / "a.lock"
+    path.touch()
+    path.chmod(mode)
+    os.chown(path, NOBODY, -1)
     with being_nobody():
-        action(of_nobody)
-    assert stat.S_IMODE(of_nobody.stat().st_mode) == 0o600
+        action(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @as_root
 @pytest.mark.parametrize("what", ["of root", "a pipe"])
-def test_what_is_no_file_of_ones_own_is_not_made_right(of_nobody: Path, what: str) -> None:
+def test_what_is_no_file_of_ones_own_is_not_made_right(nobodys_folder: Path, what: str) -> None:
+    path = nobodys_folder / "a.lock"
     if what == "a pipe":
-        os.mkfifo(of_nobody)
-        os.chown(of_nobody, NOBODY, -1)
+        os.mkfifo(path)
+        os.chown(path, NOBODY, -1)
     else:
-        of_nobody.touch()
-    of_nobody.chmod(0o000)
+        path.touch()
+    path.chmod(0o000)
     with being_nobody(), pytest.raises(RuntimeDirectoryError, match="cannot be used: Permission denied") as caught:
-        LockFile(of_nobody)
-    assert caught.value.path == str(of_nobody)
-    assert stat.S_IMODE(of_nobody.stat().st_mode) == 0o000
+        LockFile(path)
+    assert caught.value.path == str(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o000
 
 
 @as_root
