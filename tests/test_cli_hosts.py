@@ -81,7 +81,7 @@ import os, sys
 from mpmm import ModelManager
 from mpmm.shared_state import segment
 
-def stops(name, create, size):
+def stops(name, size):
     descriptor = segment._posixshmem.shm_open(f"/{name}", os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)
     os.ftruncate(descriptor, int(sys.argv[2]))
     print("made", flush=True)

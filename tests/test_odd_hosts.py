@@ -141,7 +141,7 @@ def test_what_passes_or_is_missing_keeps_the_words_of_the_system() -> None:
 def test_shared_memory_that_is_refused_is_one_error_and_leaves_nothing(
     runtime_root: Path, monkeypatch: pytest.MonkeyPatch, number: int, what: str
 ) -> None:
-    def refuse(name: str, create: bool = False, size: int = 0) -> object:
+    def refuse(name: str, size: int) -> object:
         raise OSError(number, os.strerror(number), f"/{name}")
 
     monkeypatch.setattr(segment_module, "_shared_memory", refuse)

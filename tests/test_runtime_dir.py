@@ -221,6 +221,16 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path, mod
     assert mode_of(folder) == mode
 
 
+@pytest.mark.parametrize("level", ["root", "namespace"])
+def test_folders_that_are_there_are_looked_at_each_time(tmp_path: Path, level: str) -> None:
+    runtime = RuntimeDirectory("n", tmp_path / "run")
+    runtime.ensure()
+    folder = runtime.root if level == "root" else runtime.path
+    folder.chmod(0o755)
+    with pytest.raises(RuntimeDirectoryError, match="has mode 0755"):
+        runtime.ensure()
+
+
 @as_root
 def test_a_root_of_somebody_else_is_refused_before_anything_is_made_in_it(tmp_path: Path) -> None:
     root = tmp_path / "run"
@@ -332,6 +342,15 @@ def test_a_folder_is_left_over_if_its_removal_began_longer_ago_than_it_takes(
     assert leftovers_in(tmp_path) == ([folder] if left_over else [])
     RuntimeDirectory("other", tmp_path).sweep()
     assert folder.exists() is not left_over
+
+
+def test_one_that_removes_its_folder_sweeps_those_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = RuntimeDirectory("n", tmp_path / "run")
+    runtime.ensure()
+    (runtime.root / ".other.gone.1" / "below").mkdir(parents=True)
+    monkeypatch.setattr(runtime_dir, "REMOVAL_S", -1.0)
+    runtime.remove()
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_cannot_be_swept_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

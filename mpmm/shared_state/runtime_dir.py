@@ -191,9 +191,9 @@ class RuntimeDirectory:
 
     def _end_removal(self, gone: Path, identity: tuple[int, int] | None) -> None:
         """Delete a folder that was renamed, or give it its name back if it is not the folder to remove."""
-        if identity is not None and gone.exists() and identity_of(gone) != identity:
-            # It was made between the two calls. If there is a third one by now, the processes in this one notice that
-            # theirs is gone, and join the third.
+        if identity is not None and identity_of(gone) != identity:
+            # It was made between the two calls. If there is a third one by now, or none was renamed, this fails; the
+            # processes in this one notice that theirs is gone, and join the third.
             with contextlib.suppress(OSError):
                 os.rename(gone, self.path)
         shutil.rmtree(gone, ignore_errors=True)

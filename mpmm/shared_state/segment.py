@@ -151,7 +151,7 @@ class Segment:
         layout = Layout(capacities)
         try:
             with _unknown_to_tracker(name):
-                memory = _shared_memory(name, create=True, size=layout.size_bytes)
+                memory = _shared_memory(name, layout.size_bytes)
         except FileExistsError:
             raise
         except OSError as error:
@@ -193,7 +193,7 @@ class Segment:
         """
         try:
             # Not by `SharedMemory`: importing that takes longer than everything else that a snapshot needs.
-            fd = _posixshmem.shm_open(f"/{name}", os.O_RDWR, mode=0o600)
+            fd = _posixshmem.shm_open(f"/{name}", os.O_RDWR)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -409,10 +409,10 @@ def _refusal(name: str, size_bytes: int, error: OSError) -> OSError | SegmentAll
 
 if sys.version_info >= (3, 13):
 
-    def _shared_memory(name: str, create: bool = False, size: int = 0) -> SharedMemory:
+    def _shared_memory(name: str, size: int) -> SharedMemory:
         from multiprocessing.shared_memory import SharedMemory
 
-        return SharedMemory(name=name, create=create, size=size, track=False)
+        return SharedMemory(name=name, create=True, size=size, track=False)
 
     @contextlib.contextmanager
     def _unknown_to_tracker(name: str) -> Iterator[None]:
@@ -420,10 +420,10 @@ if sys.version_info >= (3, 13):
 
 else:
 
-    def _shared_memory(name: str, create: bool = False, size: int = 0) -> SharedMemory:
+    def _shared_memory(name: str, size: int) -> SharedMemory:
         from multiprocessing.shared_memory import SharedMemory
 
-        return SharedMemory(name=name, create=create, size=size)
+        return SharedMemory(name=name, create=True, size=size)
 
     @contextlib.contextmanager
     def _unknown_to_tracker(name: str) -> Iterator[None]:
