@@ -12,10 +12,12 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -104,6 +106,26 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     thread = threading.Thread(target=run)
     thread.start()
     return thread, outcome
+
+
+def in_child(action: Callable[[], Any]) -> Any:
+    """Return what `action` returns in a forked child, where it may change what it likes; fail with its traceback."""
+    reader, writer = os.pipe()
+    exit_now = os._exit
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = pickle.dumps((True, action()))
+        except BaseException:
+            said = pickle.dumps((False, traceback.format_exc()))
+        os.write(writer, said)
+        exit_now(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        succeeded, answer = pickle.loads(file.read())
+    os.waitpid(pid, 0)
+    assert succeeded, answer
+    return answer
 
 
 def open_descriptors() -> set[str]:
