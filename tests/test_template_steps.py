@@ -87,7 +87,7 @@ class Imports(Template):
         watch: Any = SimpleNamespace(
             begin=lambda: self.done.append("begin"),
             reads=self.reads,
-            problem=lambda: self.left,
+            problem=lambda: None if self.left == "threads" else self.left,
             known=lambda name: self.done.append(("known", name)),
         )
         self.watch = watch

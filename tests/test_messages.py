@@ -1,0 +1,676 @@
+"""Messages between two processes, without processes: what is in them, and the memory that they travel through."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.util
+import mmap
+import os
+import pickle
+import socket
+import struct
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from harness import in_child, open_descriptors
+
+from mpmm.errors import InvalidArgumentError, RemoteCallError
+from mpmm.multi_process_shared.rpc import pickling, protocol, receive_buffers, shared_buffer, sockets
+from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Message
+from mpmm.multi_process_shared.rpc.protocol import RemoteTraceback, decode_answer, encode_error, encode_result
+from mpmm.multi_process_shared.rpc.receive_buffers import (
+    ALIGNMENT,
+    SLAB_BYTES,
+    SMALLEST_SLAB_BYTES,
+    SPARE_BYTES,
+    drop_spare_slabs,
+    receive_memory,
+)
+from mpmm.multi_process_shared.rpc.shared_buffer import (
+    LEAST_AVAILABLE_BYTES,
+    LIMIT_VARIABLE,
+    SHARED_BUFFER_BYTES,
+    SLOT_BYTES,
+    SharedBuffer,
+    create_shared_buffer,
+)
+
+needs_sealed_files = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files that are sealed")
+
+
+# Pickles.
+
+
+def test_only_large_buffers_that_are_no_bytes_travel_beside_the_pickle() -> None:
+    for size, beside in ((LARGE_BYTES - 1, 0), (LARGE_BYTES, 1)):
+        array = np.arange(size, dtype=np.uint8)
+        for numbers, count in ((array, beside), (array.data, beside)):
+            thing: Any = pickle.PickleBuffer(numbers) if isinstance(numbers, memoryview) else numbers
+            message = pickling.dump(thing)
+            assert len(message.buffers) == count, size
+            assert bytes(pickling.load(message)) == array.tobytes()
+        for kind in (bytes, bytearray):
+            message = pickling.dump(pickle.PickleBuffer(kind(size)))
+            assert not message.buffers
+            assert type(pickling.load(message)) is kind
+
+
+def test_a_process_without_numpy_sends_large_buffers_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = np.arange(LARGE_BYTES, dtype=np.uint8)
+    monkeypatch.delitem(sys.modules, "numpy")
+    message = pickling.dump(pickle.PickleBuffer(large.data))
+    assert [bytes(buffer) for buffer in message.buffers] == [large.tobytes()]
+    assert pickling.load(pickling.dump({"a": 1})) == {"a": 1}
+
+
+def test_small_arrays_of_plain_numbers_have_a_short_pickle_and_others_that_of_numpy() -> None:
+    writable = np.arange(6)
+    read_only = np.arange(6)
+    read_only.flags.writeable = False
+    for array, arguments in (
+        (writable, ((6,), "<i8", bytearray(writable.tobytes()))),
+        (read_only, ((6,), "<i8", read_only.tobytes())),
+        (np.ones((2, 3), "f4"), ((2, 3), "<f4", bytearray(np.ones(6, "f4").tobytes()))),
+        (np.zeros(LARGE_BYTES - 1, "u1"), ((LARGE_BYTES - 1,), "|u1", bytearray(LARGE_BYTES - 1))),
+    ):
+        kind, found = pickling._reduce_array(array)
+        assert (kind, found, type(found[2])) == (np.ndarray, arguments, type(arguments[2]))
+    for name, array in {
+        "large": np.zeros(LARGE_BYTES, "u1"),
+        "texts": np.array(["a"]),
+        "with metadata": np.zeros(3, np.dtype("f8", metadata={"unit": "m"})),
+        "Fortran order": np.asfortranarray(np.ones((2, 3))),
+        "not contiguous": np.arange(10)[::2],
+    }.items():
+        assert pickling._reduce_array(array)[0] is not np.ndarray, name
+
+
+def make_tensor_class() -> Any:
+    """Return a class like torch's: its own state is in no `vars`."""
+
+    class Tensor:
+        __slots__ = ("__dict__", "said")
+        __module__ = "torch"
+
+        def __init__(self, **said: Any) -> None:
+            self.said = said
+
+        device = property(lambda self: SimpleNamespace(type=self.said.get("device", "cpu")))
+        layout = property(lambda self: self.said.get("layout", "strided"))
+        requires_grad = property(lambda self: self.said.get("requires_grad", False))
+        is_quantized = property(lambda self: self.said.get("is_quantized", False))
+        dtype = property(lambda self: "torch.float32")
+        shape = property(lambda self: [1, 2])
+
+        def is_conj(self) -> bool:
+            return bool(self.said.get("conj"))
+
+        def is_neg(self) -> bool:
+            return bool(self.said.get("neg"))
+
+        def is_contiguous(self) -> bool:
+            return not self.said.get("scattered")
+
+        def numel(self) -> int:
+            return int(self.said.get("count", 2))
+
+        def detach(self) -> Any:
+            return self
+
+        def reshape(self, *shape: int) -> Any:
+            assert shape == (-1,)
+            return self
+
+        def view(self, kind: str) -> Any:
+            assert kind == "uint8"
+            return self
+
+        def numpy(self) -> Any:
+            return np.frombuffer(bytearray(struct.pack("<2f", 1.0, 2.0)), np.uint8)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return str, (f"as torch does in protocol {protocol}",)
+
+    return Tensor
+
+
+def test_tensors_of_plain_numbers_travel_as_buffers_and_others_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = make_tensor_class()
+    torch: Any = ModuleType("torch")
+    torch.Tensor, torch.strided, torch.uint8, torch.float32 = kind, "strided", "uint8", np.float32
+    torch.frombuffer = lambda data, dtype: np.frombuffer(data, dtype)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    try:
+        sent = pickling.load(pickling.dump([kind(), np.arange(3)]))
+        np.testing.assert_array_equal(sent[0], np.array([[1.0, 2.0]], np.float32))
+        named = kind()
+        named.name = "weights"
+        assert pickling.load(pickling.dump(named)) == "as torch does in protocol 5"
+        for said in (
+            {"device": "cuda"},
+            {"layout": "sparse"},
+            {"requires_grad": True},
+            {"is_quantized": True},
+            {"conj": True},
+            {"neg": True},
+            {"scattered": True},
+            {"count": 0},
+        ):
+            assert pickling.load(pickling.dump(kind(**said))) == "as torch does in protocol 5", said
+    finally:
+        pickling._Pickler.dispatch_table.pop(kind, None)
+
+
+# Answers.
+
+
+class Refuses:
+    """Refuses to be pickled, and has no text."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class Own(Exception):
+    """An exception whose class takes other arguments than it passes on."""
+
+    def __init__(self, one: object, *, two: object) -> None:
+        super().__init__(f"{one} and more")
+        self.one, self.two = one, two
+
+
+class MadeAnew(Exception):
+    """An exception whose class has no `__init__` of its own."""
+
+    def __new__(cls, one: int, two: int) -> MadeAnew:
+        return super().__new__(cls, one + two)
+
+    def __init__(self, *arguments: int) -> None:
+        super().__init__(*arguments)
+
+
+class NewOnly(Exception):
+    """An exception that is made, and not initialized, in its own way."""
+
+    def __new__(cls, one: int, two: int = 3) -> NewOnly:
+        error = super().__new__(cls, one)
+        error.two = two  # type: ignore[attr-defined]
+        return error
+
+
+class Reduces(Exception):
+    """An exception whose class says how it is pickled."""
+
+    def __init__(self, one: object, two: object) -> None:
+        super().__init__(one)
+        self.way = two
+
+    def __reduce__(self) -> Any:
+        return Reduces, (self.args[0], "reduced")
+
+
+class ReducesByProtocol(Exception):
+    """An exception whose class says so for each protocol."""
+
+    def __init__(self, one: object, two: object) -> None:
+        super().__init__(one)
+        self.way = two
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return ReducesByProtocol, (self.args[0], f"protocol {protocol}")
+
+
+def raised_by(error: BaseException) -> BaseException:
+    """Return what a client raises for an error of a server."""
+    try:
+        raise error
+    except BaseException as found:
+        message = encode_error(found)
+    with pytest.raises(Exception) as caught:  # any
+        decode_answer(message, "tag", "method")
+    return caught.value
+
+
+def test_exceptions_arrive_with_what_their_classes_need() -> None:
+    own: Any = raised_by(Own("one", two=2))
+    assert (type(own), own.args, own.one, own.two) == (Own, ("one and more",), "one", 2)
+    partly: Any = raised_by(Own("one", two=Refuses()))
+    assert (partly.args, vars(partly)) == (("one and more",), {"one": "one"})
+    assert raised_by(MadeAnew(1, 2)).args == (1, 2)
+    new: Any = raised_by(NewOnly(1, 2))
+    assert (new.args, new.two) == ((1, 2), 2)
+    reduced: Any = raised_by(Reduces("one", "first"))
+    assert (reduced.args, reduced.way) == (("one",), "reduced")
+    by_protocol: Any = raised_by(ReducesByProtocol("one", "first"))
+    assert (by_protocol.args, by_protocol.way) == (("one",), "protocol 5")
+    missing: Any = raised_by(FileNotFoundError(2, "No such file", "name"))
+    assert (missing.errno, missing.filename) == (2, "name")
+    cause = raised_by(ValueError("plain")).__cause__
+    assert isinstance(cause, RemoteTraceback)
+    assert cause.args == (cause.text,)
+    assert str(cause) == f"\n{cause.text}"
+    assert "raise error" in cause.text
+    assert "ValueError: plain" in cause.text
+
+
+def test_what_cannot_be_raised_in_a_client_is_described_there() -> None:
+    for error, line in (
+        (KeyboardInterrupt("stop"), "KeyboardInterrupt: stop"),
+        (SystemExit(3), "SystemExit: 3"),
+        (Unpicklable("text"), f"{__name__}.Unpicklable: text"),
+        (Silent(), f"{__name__}.Silent: (its text cannot be made)"),
+    ):
+        found: Any = raised_by(error)
+        assert type(found) is RemoteCallError
+        assert f"method() of 'tag' raised {line}, which cannot be raised here" in str(found)
+        assert (found.tag, found.method) == ("tag", "method")
+
+
+class Unpicklable(Exception):
+    """Says how it is pickled, and cannot be."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+
+class Silent(Exception):
+    """Has no text, and cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def break_when_loaded() -> Any:
+    """Stand for the class of a result that a client does not have."""
+    raise ImportError("no such class")
+
+
+class BreaksWhenLoaded(Exception):
+    """Can be sent, but not received."""
+
+    def __reduce__(self) -> Any:
+        return break_when_loaded, ()
+
+
+def test_a_result_that_cannot_be_sent_or_received_is_an_error_that_names_it() -> None:
+    assert decode_answer(encode_result({"a": 1}, "tag", "method"), "tag", "method") == {"a": 1}
+    refused = rf"method\(\) of 'tag' returned a {__name__}.Refuses, which cannot be pickled"
+    with pytest.raises(RemoteCallError, match=refused) as caught:
+        decode_answer(encode_result(Refuses(), "tag", "method"), "tag", "method")
+    assert (caught.value.tag, caught.value.method) == ("tag", "method")
+    with pytest.raises(RemoteCallError, match="cannot be unpickled here: no such class") as caught:
+        decode_answer(encode_result(BreaksWhenLoaded(), "tag", "method"), "tag", "method")
+    assert (caught.value.tag, caught.value.method) == ("tag", "method")
+    with pytest.raises(RemoteCallError, match="BreaksWhenLoaded: text, which cannot be raised here"):
+        decode_answer(encode_error(BreaksWhenLoaded("text")), "tag", "method")
+
+
+# What a new process gets.
+
+
+class Dumps:
+    """A pickler that may refuse, and has a module."""
+
+    __module__ = "some._pickler"
+
+    def __init__(self, name: str, refuses: bool = False) -> None:
+        self.__module__ = f"some._{name}"
+        self.name, self.refuses = name, refuses
+
+    def __call__(self, thing: object) -> bytes:
+        if self.refuses:
+            raise TypeError(f"{self.name} refuses")
+        return self.name.encode()
+
+
+def test_a_constructor_is_pickled_by_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Dumps("first"), Dumps("second")
+    monkeypatch.setattr(protocol, "_dumpers", lambda: [first, second])
+    assert protocol.dump_for_server(1, "it") == b"first"
+    first.refuses = True
+    assert protocol.dump_for_server(1, "it") == b"second"
+    second.refuses = True
+    with pytest.raises(
+        InvalidArgumentError, match=r"it cannot be sent .* \(first: first refuses; second: second refuses\)"
+    ):
+        protocol.dump_for_server(1, "it")
+
+
+def test_cloudpickle_comes_first_for_a_main_module_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    package: Any = ModuleType("cloudpickle")
+    package.dumps = Dumps("cloudpickle")
+    of_beam: Any = ModuleType("apache_beam.internal.cloudpickle")
+    of_beam.dumps = Dumps("of Beam")
+    monkeypatch.setitem(sys.modules, "cloudpickle", package)
+    monkeypatch.setitem(sys.modules, of_beam.__name__, of_beam)
+    for installed, beam, importable, expected in (
+        (True, True, True, [pickle.dumps, package.dumps]),
+        (True, True, False, [package.dumps, pickle.dumps]),
+        (False, True, True, [pickle.dumps, of_beam.dumps]),
+        (False, True, False, [of_beam.dumps, pickle.dumps]),
+        (False, False, False, [pickle.dumps]),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(importlib.util, "find_spec", lambda name, installed=installed: name if installed else None)
+            patched.setattr(protocol, "is_main_importable", lambda importable=importable: importable)
+            if not beam:
+                patched.delitem(sys.modules, of_beam.__name__)
+            assert protocol._dumpers() == expected, (installed, beam, importable)
+
+
+# Memory for what arrives.
+
+
+@pytest.fixture
+def no_slabs() -> Iterator[None]:
+    """Begin and end without slabs."""
+    drop_spare_slabs()
+    kept = receive_buffers._slabs[:]
+    receive_buffers._slabs.clear()
+    yield
+    receive_buffers._slabs[:] = kept
+
+
+def owners(views: list[memoryview]) -> list[int]:
+    """Return for each view the number of the memory that it is in."""
+    found = list(dict.fromkeys(id(view.obj) for view in views))
+    return [found.index(id(view.obj)) for view in views]
+
+
+@pytest.mark.usefixtures("no_slabs")
+def test_neighbouring_buffers_share_a_slab_up_to_its_size() -> None:
+    for sizes, expected in (
+        ([SLAB_BYTES - ALIGNMENT, ALIGNMENT], [0, 0]),
+        ([SLAB_BYTES - ALIGNMENT, ALIGNMENT + 1], [0, 1]),
+        # The second one begins at the next multiple of the alignment.
+        ([SLAB_BYTES - 2 * ALIGNMENT + 1, ALIGNMENT + 1], [0, 1]),
+        ([2 * SLAB_BYTES, 1, 1], [0, 1, 2]),
+        ([1 << 20, 2 * SLAB_BYTES, 1 << 20, 1 << 20], [0, 1, 2, 2]),
+    ):
+        views = receive_memory(sizes)
+        assert owners(views) == expected, sizes
+        assert [view.nbytes for view in views] == sizes
+        addresses = [np.frombuffer(view, np.uint8).ctypes.data for view in views]
+        assert expected[0] != expected[1] or addresses[1] - addresses[0] == -(-sizes[0] // ALIGNMENT) * ALIGNMENT
+    assert receive_memory([]) == []
+
+
+@pytest.mark.usefixtures("no_slabs")
+def test_a_group_is_in_a_slab_once_it_is_large() -> None:
+    [below] = receive_memory([SMALLEST_SLAB_BYTES - ALIGNMENT])
+    assert isinstance(below.obj, bytearray)
+    assert receive_buffers._slabs == []
+    [at] = receive_memory([SMALLEST_SLAB_BYTES])
+    assert not isinstance(at.obj, bytearray)
+    assert [slab.size for slab in receive_buffers._slabs] == [SLAB_BYTES]
+    # The whole of a large one is in pages of one mapping.
+    [large] = receive_memory([SLAB_BYTES + 1])
+    assert [slab.size for slab in receive_buffers._slabs] == [SLAB_BYTES, 2 * SLAB_BYTES]
+    del at, large
+
+
+@pytest.mark.usefixtures("no_slabs")
+def test_a_slab_is_used_again_if_it_is_free_and_of_the_size_that_is_needed() -> None:
+    slabs = receive_buffers._slabs
+    first = receive_memory([SLAB_BYTES])
+    [one] = slabs
+    other = receive_memory([2 * SLAB_BYTES])
+    assert [slab.is_spare() for slab in slabs] == [False, False]
+    del first
+    assert [slab.is_spare() for slab in slabs] == [True, False]
+    # Of another size.
+    third = receive_memory([2 * SLAB_BYTES])
+    assert [slab.size // SLAB_BYTES for slab in slabs] == [1, 2, 2]
+    again = receive_memory([SLAB_BYTES])
+    assert len(slabs) == 3
+    assert slabs[-1] is one, "the one used last"
+    assert not one.is_spare()
+    del other, third, again
+    drop_spare_slabs()
+    assert slabs == []
+
+
+@pytest.mark.usefixtures("no_slabs")
+def test_free_slabs_go_only_as_far_as_needed_to_keep_to_the_limit() -> None:
+    slabs = receive_buffers._slabs
+    count = SPARE_BYTES // SLAB_BYTES
+    views = receive_memory([SLAB_BYTES] * (count - 2))
+    del views
+    # Exactly as much as is kept.
+    kept = receive_memory([2 * SLAB_BYTES])
+    assert [slab.size // SLAB_BYTES for slab in slabs] == [1] * (count - 2) + [2]
+    # One more: a free one goes.
+    more = receive_memory([3 * SLAB_BYTES])
+    assert [slab.size // SLAB_BYTES for slab in slabs] == [1] * (count - 5) + [2, 3]
+    # What is lent stays, and a slab beyond the limit is not kept.
+    beyond = receive_memory([SPARE_BYTES])
+    assert [slab.size // SLAB_BYTES for slab in slabs] == [2, 3]
+    del kept, more, beyond
+
+
+@pytest.mark.usefixtures("no_slabs")
+def test_a_slab_that_another_thread_has_taken_is_not_taken_twice_and_a_child_has_none() -> None:
+    views = receive_memory([SLAB_BYTES])
+    del views
+    assert in_child(lambda: len(receive_buffers._slabs)) == 0
+    [slab] = receive_buffers._slabs
+    assert receive_buffers._take(slab)
+    assert not receive_buffers._take(slab)
+
+
+def test_a_slab_asks_for_huge_pages_and_is_given_back_where_the_kernel_allows_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    refused: list[int] = []
+
+    class Mapping(mmap.mmap):
+        def madvise(self, option: int, *_: Any) -> None:
+            asked.append(option)
+            if option in refused:
+                raise OSError(errno.EINVAL, "no such advice")
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    ways: tuple[tuple[list[int], list[int]], ...] = (
+        ([], [mmap.MADV_FREE]),
+        ([mmap.MADV_HUGEPAGE], [mmap.MADV_FREE]),
+        ([mmap.MADV_FREE], []),
+    )
+    for refused_now, at_end in ways:
+        refused[:] = refused_now
+        asked.clear()
+        slab = receive_buffers._Slab(SLAB_BYTES)
+        assert asked == [mmap.MADV_HUGEPAGE, mmap.MADV_FREE]
+        assert slab.is_spare()
+        asked.clear()
+        memory = slab.lend()
+        assert (memory.nbytes, memory.format, slab.is_spare()) == (SLAB_BYTES, "B", False)
+        assert asked == []
+        del memory
+        assert asked == at_end
+        assert slab.is_spare()
+
+    def no_memory(*_: Any, **options: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", no_memory)
+    with pytest.raises(MemoryError, match="no memory for a payload of 4 MB"):
+        receive_buffers._Slab(SLAB_BYTES)
+
+
+# Shared buffers.
+
+
+@needs_sealed_files
+def test_a_shared_buffer_is_seen_by_both_sides_and_given_back_by_either() -> None:
+    ours, fd = create_shared_buffer()
+    theirs = SharedBuffer(fd)
+    os.close(fd)
+    assert [slot.nbytes for slot in ours.slots] == [SLOT_BYTES] * shared_buffer.SLOTS
+    for number, slot in enumerate(ours.slots):
+        slot[:2] = bytes([number + 1]) * 2
+    assert [bytes(slot[:3]) for slot in theirs.slots] == [bytes([number + 1] * 2 + [0]) for number in range(4)]
+    theirs.give_back()
+    assert [bytes(slot[:2]) for slot in ours.slots] == [bytes(2)] * 4
+
+
+@needs_sealed_files
+def test_a_process_has_as_many_shared_buffers_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = []
+    monkeypatch.setattr(shared_buffer, "_shared_buffers", held)
+    mb = SHARED_BUFFER_BYTES / 2**20
+    for limit, count in (("0", 0), (str(mb), 1), (str(2.5 * mb), 2), ("junk", 64), (None, 64), ("-1", 0)):
+        if limit is None:
+            monkeypatch.delenv(LIMIT_VARIABLE, raising=False)
+        else:
+            monkeypatch.setenv(LIMIT_VARIABLE, limit)
+        held[:] = [None] * max(0, count - 1)
+        if count:
+            shared_buffer._check_limit()
+        held[:] = [None] * count
+        with pytest.raises(OSError, match=f"^{count} shared buffers are in use"):
+            shared_buffer._check_limit()
+        with pytest.raises(OSError, match="in use"):
+            create_shared_buffer()
+
+
+@needs_sealed_files
+def test_a_shared_buffer_is_made_only_where_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = [LEAST_AVAILABLE_BYTES - 1]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available[0]))
+    with pytest.raises(OSError, match="256 MB of memory are available, less than 256"):
+        create_shared_buffer()
+    available[0] += 1
+    _, fd = create_shared_buffer()
+    os.close(fd)
+    # What is made is there: writing to it cannot fail later.
+    allocated: list[Any] = []
+
+    def allocate(fd: int, start: int, size: int) -> None:
+        allocated.append((start, size))
+        os.ftruncate(fd, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    _, fd = create_shared_buffer()
+    os.close(fd)
+    assert allocated == [(0, SHARED_BUFFER_BYTES)]
+
+
+@needs_sealed_files
+def test_only_a_file_of_the_right_size_that_keeps_it_is_a_shared_buffer() -> None:
+    shrink, grow, seal = fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_SEAL
+    for size, seals, fits in (
+        (SHARED_BUFFER_BYTES, shrink | grow | seal, True),
+        (SHARED_BUFFER_BYTES, shrink | grow, False),
+        (SHARED_BUFFER_BYTES, shrink | seal, False),
+        (SHARED_BUFFER_BYTES, grow | seal, False),
+        (SHARED_BUFFER_BYTES, 0, False),
+        (SHARED_BUFFER_BYTES - 1, shrink | grow | seal, False),
+        (SHARED_BUFFER_BYTES + 1, shrink | grow | seal, False),
+    ):
+        fd = os.memfd_create("mpmm-buffer", os.MFD_ALLOW_SEALING)
+        os.truncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        try:
+            SharedBuffer(fd)
+            accepted = True
+        except OSError:
+            accepted = False
+        finally:
+            os.close(fd)
+        assert accepted is fits, (size, seals)
+
+
+# Sockets.
+
+
+def test_an_address_is_the_path_itself_as_long_as_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_descriptors()
+    folder = "/" + "f" * (sockets.LONGEST_ADDRESS_BYTES - 10)
+    with sockets._short_address(folder, "s" * 8) as address:
+        assert address == f"{folder}/ssssssss"
+    long = tmp_path / ("f" * 200)
+    long.mkdir()
+    (long / "name").touch()
+    for has_proc in (True, False):
+        monkeypatch.setattr(sockets, "_HAS_PROC", has_proc)
+        with sockets._short_address(long, "name") as address:
+            assert os.path.samefile(address, long / "name")
+            assert len(address) < sockets.LONGEST_ADDRESS_BYTES
+        assert not os.path.lexists(address)
+        assert not os.path.lexists(os.path.dirname(os.path.dirname(address))) or has_proc
+    assert not open_descriptors() - before
+    # Bytes count, not characters.
+    (umlauts := tmp_path / ("ä" * 60)).mkdir()
+    monkeypatch.setattr(sockets, "_HAS_PROC", True)
+    with sockets._short_address(umlauts, "name") as address:
+        assert address.startswith("/proc/self/fd/")
+
+
+def test_time_limits_of_a_connection_are_for_both_directions_and_fractions_of_a_second() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sockets.set_timeouts(ours, 2.25)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            assert struct.unpack("@ll", ours.getsockopt(socket.SOL_SOCKET, option, 16)) in ((2, 250_000), (2, 252_000))
+
+
+def test_what_arrives_in_parts_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Peer:
+        def __init__(self, *parts: bytes) -> None:
+            self.parts = list(parts)
+
+        def recv(self, count: int) -> bytes:
+            asked.append(count)
+            return self.parts.pop(0) if self.parts else b""
+
+    peer: Any = Peer(b"ab", b"c", b"de")
+    assert sockets._receive(peer, 5) == b"abcde"
+    assert asked == [5, 3, 2]
+    asked.clear()
+    peer = Peer(b"ab", b"c", b"de")
+    found: list[bytes] = []
+
+    def collect() -> Generator[None, None, None]:
+        found.append((yield from sockets._receive_in_steps(peer, 5)))
+
+    looks = len(list(collect()))
+    assert found == [b"abcde"]
+    assert (asked, looks) == ([5, 3, 2], 3)
+    for receive in (sockets._receive, lambda peer, count: list(sockets._receive_in_steps(peer, count))):
+        gone: Any = Peer(b"ab")
+        with pytest.raises(EOFError):
+            receive(gone, 5)
+
+
+def test_who_is_at_the_other_end_is_known_as_far_as_the_kernel_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert sockets.peer_pid(ours.fileno()) == os.getpid()
+        assert sockets._peer_uid(ours.fileno()) == os.getuid()
+        monkeypatch.setattr(sockets, "_peer_credentials", lambda fd: (0, 5, 5))
+        assert sockets.peer_pid(ours.fileno()) is None, "in another pid namespace"
+        assert sockets._peer_uid(ours.fileno()) == 5
+        monkeypatch.undo()
+        monkeypatch.delattr(socket, "SO_PEERCRED")
+        assert sockets.peer_pid(ours.fileno()) is None
+        assert sockets._peer_uid(ours.fileno()) is None
+
+
+def test_a_message_may_have_no_buffers() -> None:
+    assert Message(b"head").buffers == ()
