@@ -215,7 +215,7 @@ def test_a_template_runs_its_hooks_then_imports_between_its_other_duties_until_i
     kind = Kind(("/one", "/two"), (), ("a:b", "c:d"), str(tmp_path), ("program", "--shard"))
 
     def run() -> list[Any]:
-        made = Imports(kind, ends[1], ["one", "two"])
+        made = Imports(kind, ends[1], ["one"])
         done, zygote = made.done, ends[1]
         changed: Any = made
         changed.make_ready = lambda name: done.append(("make ready", name))
@@ -223,15 +223,17 @@ def test_a_template_runs_its_hooks_then_imports_between_its_other_duties_until_i
             ("children", ["zygote" if one is zygote else one for one in ready])
         )
         changed.watched = lambda: ["a child"]
-        # What is heard at each wait: nothing, a child, the zygote (more to import; nothing; to retire), …
-        heard = iter([[], ["a child"], [zygote], [], [], [zygote], [zygote], ["a child"]])
+        # What is heard at each wait: a child, nothing, the zygote (more to import; nothing; to retire), …
+        heard = iter([["a child"], [], [zygote], [], [zygote], [zygote], ["a child"]])
         told = iter([True, False, "retire"])
 
         def obey() -> bool:
             what = next(told)
             done.append(("obey", what))
             if what is True:
-                made.modules.append("three")
+                made.modules.append("two")
+                # It has forked a server meanwhile.
+                children.add("a child")
             made.retired = what == "retire"
             return what is True
 
@@ -246,7 +248,6 @@ def test_a_template_runs_its_hooks_then_imports_between_its_other_duties_until_i
 
         changed.obey = obey
         children: Any = made.children
-        children.add("a child")
         patched: Any = template
         patched.wait = wait
         patched.Watch = lambda environment: done.append(("watch", environment, os.getcwd()))
@@ -263,12 +264,12 @@ def test_a_template_runs_its_hooks_then_imports_between_its_other_duties_until_i
     assert in_child(run) == [
         ("watch", {}, str(tmp_path)),
         *(("make ready", "a:b"), ("make ready", "c:d"), (READY, None)),
-        *(("wait", 0), ("children", []), ("make ready", "one")),
         # A server's end comes first.
         *(("wait", 0), ("children", ["a child"])),
-        *(("wait", 0), ("children", ["zygote"]), ("obey", True)),
+        *(("wait", 0), ("children", []), ("make ready", "one")),
+        *idle,
+        *(("wait", None), ("children", ["zygote"]), ("obey", True)),
         *(("wait", 0), ("children", []), ("make ready", "two")),
-        *(("wait", 0), ("children", []), ("make ready", "three")),
         *idle,
         *(("wait", None), ("children", ["zygote"]), ("obey", False)),
         *(("wait", None), ("children", ["zygote"]), ("obey", "retire")),
