@@ -148,7 +148,7 @@ class Attaches:
     attach_in_place = True
 
 
-def hosting(monkeypatch: pytest.MonkeyPatch, server: Notes) -> None:
+def note_hosts(monkeypatch: pytest.MonkeyPatch, server: Notes) -> None:
     """Have a server note whom it hosts, and say where its constructor may attach."""
     monkeypatch.setattr(server_process, "host_object", lambda *arguments: server.done.append(("host", *arguments)))
     monkeypatch.setattr(server_process, "write_record", lambda *arguments: server.done.append(("write", *arguments)))
@@ -168,7 +168,7 @@ def test_a_server_takes_the_tag_before_it_makes_the_object_and_then_serves_it(mo
         ServerContext("/c", namespace="other"),
     )
     server = Notes(replace(PLAN, contexts=pickle.dumps(contexts), constructor=pickle.dumps(where_to_attach)))
-    hosting(monkeypatch, server)
+    note_hosts(monkeypatch, server)
     monkeypatch.setattr(server, "prepare", lambda preparation: server.done.append(preparation))
     server.on_made = lambda: server.done.append("made")
     server.host({"dir": "/"})
@@ -196,7 +196,7 @@ def test_a_server_takes_the_tag_before_it_makes_the_object_and_then_serves_it(mo
 
 def test_a_server_whose_tag_is_taken_or_whose_object_attaches_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Notes()
-    hosting(monkeypatch, server)
+    note_hosts(monkeypatch, server)
     server.lock = None
     with pytest.raises(Ended):
         server.host(None)
@@ -208,13 +208,13 @@ def test_a_server_whose_tag_is_taken_or_whose_object_attaches_ends(monkeypatch: 
         ("exit", 0, {}),
     ]
     server = Notes(replace(PLAN, constructor=pickle.dumps(Attaches)))
-    hosting(monkeypatch, server)
+    note_hosts(monkeypatch, server)
     with pytest.raises(Ended):
         server.host(None)
     assert server.done[-2:] == [(ATTACH, ""), ("exit", 0, {"keep_life": False})]
     # Without a namespace the tag is no handle.
     server = Notes()
-    hosting(monkeypatch, server)
+    note_hosts(monkeypatch, server)
     server.host(None)
     assert not [step for step in server.done if step[0] == "remember"]
 
@@ -224,7 +224,7 @@ def test_a_child_that_a_constructor_forks_ends_when_the_constructor_has_returned
 ) -> None:
     server = Notes()
     server.pid = 0
-    hosting(monkeypatch, server)
+    note_hosts(monkeypatch, server)
     monkeypatch.setattr(server_process, "end_forked_child", end)
     with pytest.raises(Ended) as ended:
         server.host(None)
@@ -632,9 +632,9 @@ def test_a_signal_that_comes_during_a_fork_ends_the_server_and_not_the_child() -
         arrived: list[Any] = []
         one = _Signals(arrived.append)
         one._before_fork()
-        blocked = {signal.SIGTERM, signal.SIGINT} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        withheld = {signal.SIGTERM, signal.SIGINT} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
         one._after_fork_in_parent()
-        return [blocked, {signal.SIGTERM, signal.SIGINT} & signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+        return [withheld, {signal.SIGTERM, signal.SIGINT} & signal.pthread_sigmask(signal.SIG_BLOCK, ())]
 
     assert in_child(fork) == [True, set()]
 

@@ -88,7 +88,7 @@ class References:
         with self._mutex:
             self._lent[number] = _Lent(thing, pid, None if pid is None else start_time_of(pid))
         kind = f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
-        protocols = tuple(name for name in PROTOCOLS if callable(getattr(type(thing), name, None)))
+        protocols = tuple(name for name in PROTOCOLS if _follows(type(thing), name))
         return _Ticket((*self._place, number, kind, protocols))
 
     def find(self, number: int) -> Any:
@@ -111,7 +111,7 @@ class References:
     def call(self, number: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a public method, or one of PROTOCOLS. Raises AttributeError, and what the method raises."""
         thing = self.find(number)
-        if name in PROTOCOLS:
+        if name in PROTOCOLS and _follows(type(thing), name):
             return getattr(type(thing), name)(thing, *args, **kwargs)
         if name.startswith("_"):
             raise AttributeError(f"method {name!r} of a {type(thing).__name__} is not public")
@@ -151,6 +151,12 @@ def _is_gone(pid: int, started: float) -> bool:
         return start_time_of(pid) != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def _follows(kind: type, name: str) -> bool:
+    """Tell whether objects of a type have a method of PROTOCOLS."""
+    # `getattr` would find the `__call__` of the type's own type, too, which makes another object.
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None) is not None
 
 
 def _can_pickle(value: object) -> bool:
