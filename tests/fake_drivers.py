@@ -154,7 +154,7 @@ class FakeSmi:
     def __call__(self, command: list[str], **options: Any) -> str:
         self.calls.append((command, options))
         field = command[1].removeprefix("--query-gpu=").replace("memory.", "").replace(",", "_")
-        answer = self.answers.get(field, subprocess.CalledProcessError(2, command))
+        answer = self.answers.get(field, subprocess.CalledProcessError(2, command, ""))
         if "-i" in command:  # one GPU, which may have an answer of its own
             answer = self.answers.get(f"{field} of {command[-1]}", answer)
         if isinstance(answer, Exception):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_drivers import FakeDevice, FakeSmi, install, process, two_gpus, used
+from fake_drivers import FakeDevice, FakeSmi, NVMLError, install, process, two_gpus, used
 from fake_drivers import plain_environment as plain_environment  # the fixture
 from fake_drivers import smi as smi  # the fixture
 
@@ -190,6 +192,99 @@ class TestNvml:
         assert used(source) == [1000.0, 2000.0]
         assert fake.users == 1
 
+    def test_a_figure_of_one_mib_is_2_to_the_20_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = FakeDevice("GPU-aaaa", 0, 0)
+        gpu.total, gpu.used = 16 * 1024**3, 1024**3
+        install(monkeypatch, gpu)
+        source = NvmlSource()
+        assert [d.total_mb for d in source.devices()] == [16384.0]
+        assert used(source) == [1024.0]
+
+    def test_a_driver_that_does_not_count_its_gpus_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = install(monkeypatch, *two_gpus())
+
+        def refuse() -> int:
+            raise NVMLError("Unknown Error")
+
+        monkeypatch.setattr(fake, "nvmlDeviceGetCount", refuse)
+        with pytest.raises(SourceUnavailableError, match=r"none of 0 GPU\(s\)"):
+            NvmlSource()
+
+    @pytest.mark.parametrize(("mode", "uuids"), [([1, 0], ["MIG-1"]), ([0, 1], ["GPU-aaaa"])])
+    def test_a_board_is_cut_if_it_is_now_and_not_if_it_will_be_after_a_reset(
+        self, monkeypatch: pytest.MonkeyPatch, mode: list[int], uuids: list[str]
+    ) -> None:
+        fake = install(monkeypatch, FakeDevice("GPU-aaaa", 40000, 300, [FakeDevice("MIG-1", 5000, 100)]))
+        monkeypatch.setattr(fake, "nvmlDeviceGetMigMode", lambda _: mode)
+        assert [d.uuid for d in NvmlSource().devices()] == uuids
+
+    def test_a_gpu_whose_name_is_refused_is_called_by_its_uuid(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = install(monkeypatch, *two_gpus())
+
+        def refuse(device: FakeDevice) -> str:
+            raise NVMLError("Not Supported")
+
+        monkeypatch.setattr(fake, "nvmlDeviceGetName", refuse)
+        assert [d.name for d in NvmlSource().devices()] == ["GPU-aaaa", "GPU-bbbb"]
+
+    def test_one_failing_device_makes_the_library_start_again_at_most_every_so_often(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = two_gpus()
+        fake = install(monkeypatch, first, second)
+        source, starts, start = NvmlSource(retry_s=100.0), list[float](), fake.nvmlInit
+        clock = time.monotonic()
+
+        def noted_start() -> None:
+            starts.append(clock)
+            start()
+
+        monkeypatch.setattr(time, "monotonic", lambda: clock)
+        monkeypatch.setattr(fake, "nvmlInit", noted_start)
+        first.broken = True
+        found = []
+        # The first sample notices; the second one has a new session, in which there is no such device.
+        for passed_s in (0.0, 0.0, 99.0, 1.0, 1.0):
+            clock += passed_s
+            samples = source.sample(())
+            found.append(([sample.used_mb for sample in samples], samples[0].trouble, len(starts)))
+        lost = [None, 2000.0]
+        assert found == [
+            (lost, "GPU is lost", 0),
+            (lost, "not found", 1),
+            (lost, "not found", 1),
+            (lost, "not found", 2),
+            (lost, "not found", 2),
+        ]
+        assert fake.users == 1
+        first.broken = False
+        clock += 100.0
+        assert used(source) == [1000.0, 2000.0]
+        # With all figures there, there is no reason to start it again.
+        clock += 100.0
+        assert used(source) == [1000.0, 2000.0]
+        assert len(starts) == 3
+
+    def test_a_library_that_does_not_start_again_is_tried_again_in_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        source, clock = NvmlSource(retry_s=100.0), time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: clock)
+        source.close()
+        fake.init_error = "Driver Not Loaded"
+        assert [sample.trouble for sample in source.sample(())] == ["Driver Not Loaded"] * 2
+        fake.init_error = None
+        clock += 99.0
+        assert used(source) == [None, None]
+        clock += 1.0
+        assert used(source) == [1000.0, 2000.0]
+        # Who closes a source may have reloaded the driver, so that it is tried at once.
+        fake.init_error = "Driver Not Loaded"
+        source.close()
+        assert used(source) == [None, None]
+        fake.init_error = None
+        source.close()
+        assert used(source) == [1000.0, 2000.0]
+
 
 class TestNvidiaSmi:
     def test_two_gpus_are_two_devices(self, smi: FakeSmi) -> None:
@@ -209,11 +304,43 @@ class TestNvidiaSmi:
         assert ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"] in commands
         assert all(options == {"text": True, "timeout": 3.0} for _, options in smi.calls)
 
-    @pytest.mark.parametrize("junk", ["[N/A]", "[Not Supported]", "[Unknown Error]", "nan", "-3", ""])
-    def test_a_line_that_is_no_number_is_no_figure(self, smi: FakeSmi, junk: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "used_mb"),
+        [
+            *(
+                (junk, None)
+                for junk in ("[N/A]", "[Not Supported]", "[Unknown Error]", "nan", "-3", "", "junk", "[N/A")
+            ),
+            *((junk, None) for junk in ("22000x", "22000-", "2.2.2", "1e3", "9" * 400)),
+            *((number, 2000.0) for number in ("22000", "+22000", "22000.", "22000.0", "22000 MiB", "22000MiB")),
+            *((number, 2000.0) for number in ("22000, 5", "22000\tof 24000", "22000 MiB of 24000")),
+            *(("0", 24000.0), ("0.5", 23999.5), ("24000", 0.0), ("25000", 0.0)),
+        ],
+    )
+    def test_a_line_counts_if_it_begins_with_a_number_that_may_be_a_size(
+        self, smi: FakeSmi, text: str, used_mb: float | None
+    ) -> None:
         source = NvidiaSmiSource()
-        smi.answers["uuid_free"] = f"GPU-aaaa, 15000\nGPU-bbbb, {junk}\n"
-        assert used(source) == [1000.0, None]
+        smi.answers["uuid_free"] = f"GPU-aaaa, 15000\nGPU-bbbb, {text}\n"
+        first, second = source.sample(())
+        assert (first.used_mb, first.trouble, second.used_mb) == (1000.0, None, used_mb)
+        assert second.trouble == (None if used_mb is not None else text or "not in the list")
+
+    def test_it_waits_five_seconds_for_the_program(self, smi: FakeSmi) -> None:
+        NvidiaSmiSource()
+        assert {options["timeout"] for _, options in smi.calls} == {5.0}
+
+    def test_a_single_gpu_with_memory_of_its_own_has_its_figures(
+        self, smi: FakeSmi, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64000 * MIB))
+        smi.answers |= {"total": "24000\n", "uuid_free": "GPU-bbbb, 22000\n", "uuid_name": "GPU-bbbb, Big\n"}
+        source = NvidiaSmiSource()
+        assert [d.total_mb for d in source.devices()] == [24000.0]
+        assert used(source) == [2000.0]
+        # The program takes its time, and is asked no more than is needed.
+        fields = [command[1].removeprefix("--query-gpu=") for command, _ in smi.calls]
+        assert fields == ["memory.total", "uuid,mig.mode.current,name", "uuid,name", "uuid,memory.free"]
 
     def test_a_gpu_without_a_total_is_left_out_and_does_not_shift_the_lines(self, smi: FakeSmi) -> None:
         smi.answers["total"] = "[N/A]\n24000\n"
@@ -222,7 +349,11 @@ class TestNvidiaSmi:
         assert used(source) == [2000.0]
 
     @pytest.mark.parametrize(
-        "labels", [subprocess.CalledProcessError(2, "nvidia-smi"), Exception("odd"), "16000", "[N/A], x\n[N/A], y\n"]
+        "labels",
+        [
+            *(subprocess.CalledProcessError(2, "nvidia-smi", ""), Exception("odd"), "16000", "[N/A], x\n[N/A], y\n"),
+            *("GPU-aaaa\nGPU-bbbb\n", "GPU-aaaa, x\nGPU-aaaa, y\n", "GPU-aaaa, x\nGPU-bbbb,\n", "GPU-aaaa, x\n"),
+        ],
     )
     def test_names_are_made_up_when_the_program_does_not_tell_them(self, smi: FakeSmi, labels: str | Exception) -> None:
         smi.answers["uuid_name"] = labels
@@ -232,10 +363,22 @@ class TestNvidiaSmi:
         source = NvidiaSmiSource()
         smi.answers["uuid_free"] = "GPU-bbbb, 21000\n"
         assert used(source) == [None, 3000.0]
+        assert [sample.trouble for sample in source.sample(())] == ["not in the list", None]
 
     def test_without_uuids_lines_count_in_their_order(self, smi: FakeSmi) -> None:
         smi.answers |= {"uuid_name": Exception("odd"), "free": "15000\n22000\n"}
-        assert used(NvidiaSmiSource()) == [1000.0, 2000.0]
+        source = NvidiaSmiSource()
+        assert used(source) == [1000.0, 2000.0]
+        # Fewer of them may be there, or none.
+        for lines, found in (("15000\n", [1000.0, None]), ("", [None, None])):
+            smi.answers["free"] = lines
+            assert used(source) == found
+        # If the program fails, what it has printed counts.
+        smi.answers["free"] = subprocess.CalledProcessError(15, "nvidia-smi", "15000\n[GPU is lost]\n")
+        assert used(source) == [1000.0, None]
+        smi.answers["free"] = subprocess.CalledProcessError(15, "nvidia-smi", "Unable to determine anything\n")
+        with pytest.raises(subprocess.CalledProcessError):
+            source.sample(())
 
     def test_a_gpu_that_is_cut_into_slices_is_left_out(self, smi: FakeSmi) -> None:
         smi.answers["uuid_mig.mode.current_name"] = "GPU-aaaa, Enabled, Big GPU\nGPU-bbbb, [N/A], Big, Fast\n"
@@ -301,9 +444,18 @@ class TestNvidiaSmi:
         smi.answers |= {"uuid_free": lost, "uuid_free of GPU-aaaa": "GPU-aaaa, 15400\n"}
         assert used(source) == [600.0, None]
         assert "GPU is lost" in str(source.sample(())[1].trouble)
+        smi.answers["uuid_free of GPU-bbbb"] = subprocess.CalledProcessError(15, "nvidia-smi", "")
+        assert "status 15" in str(source.sample(())[1].trouble)
         # Nor does one of which the program says nothing until it is killed.
         smi.answers["uuid_free of GPU-bbbb"] = subprocess.TimeoutExpired("nvidia-smi", 5.0)
         assert used(source) == [600.0, None]
+        assert "timed out" in str(source.sample(())[1].trouble)
+        smi.answers |= {
+            "uuid_free of GPU-aaaa": smi.answers["uuid_free of GPU-bbbb"],
+            "uuid_free of GPU-bbbb": "GPU-bbbb, 22000\n",
+        }
+        assert used(source) == [None, 2000.0]
+        smi.answers["uuid_free of GPU-bbbb"] = lost
         smi.answers["uuid_free of GPU-aaaa"] = lost
         with pytest.raises(subprocess.CalledProcessError):
             source.sample(())
@@ -321,10 +473,33 @@ class TestNvidiaSmi:
             "total of 2": subprocess.CalledProcessError(6, "nvidia-smi", "No devices were found"),
         }
         source = NvidiaSmiSource()
-        assert [(d.uuid, d.name, d.total_mb) for d in source.devices()] == [("GPU-bbbb", "Big, Fast", 24000.0)]
+        assert [(d.index, d.uuid, d.name, d.total_mb) for d in source.devices()] == [
+            (1, "GPU-bbbb", "Big, Fast", 24000.0)
+        ]
+        assert {command[-1] for command, _ in smi.calls if "-i" in command} == {"0", "1", "2"}
         assert used(source) == [2000.0]
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
         assert [d.uuid for d in NvidiaSmiSource().devices()] == ["GPU-bbbb"]
+
+    def test_a_program_that_fails_for_each_gpu_is_asked_for_as_many_as_a_host_may_have(self, smi: FakeSmi) -> None:
+        smi.answers["total"] = subprocess.CalledProcessError(15, "nvidia-smi", "GPU is lost")
+        with pytest.raises(SourceUnavailableError, match=r"none of 16 GPU\(s\)"):
+            NvidiaSmiSource()
+
+    def test_a_shell_that_is_killed_is_a_failure_of_the_program(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\nkill -9 $PPID\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            # It may be one GPU's fault, so the program is run for each.
+            with pytest.raises(SourceUnavailableError, match=r"none of 16 GPU\(s\)"):
+                NvidiaSmiSource()
+        finally:
+            signal.signal(signal.SIGCHLD, before)
 
     def test_a_failure_during_a_sample_is_the_callers_to_handle(self, smi: FakeSmi) -> None:
         source = NvidiaSmiSource()

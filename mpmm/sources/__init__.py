@@ -6,6 +6,7 @@ A source measures; the monitor (`mpmm.memory.monitor`) decides when, and keeps t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -44,8 +45,8 @@ __all__ = [
 ]
 
 SOURCE_VARIABLE = "MPMM_MEMORY_SOURCE"
-# Sources that are starting, or hang as they start: in which process, and since when.
-_starting: dict[str, tuple[int, float]] = {}
+# Since when sources are starting, or hang as they start, by name and process: a forked child tries for itself.
+_starting: dict[tuple[str, int], float] = {}
 
 
 def choose_source(
@@ -134,17 +135,17 @@ def _makers(fallback_memory_mb: float, budget_mb: float | None) -> dict[str, Cal
 
 def _started(name: str, make: Callable[[], MemorySource]) -> MemorySource:
     """Return what `make` returns, but give up in time: a driver may hang when it is initialised."""
-    pid, since = _starting.get(name, (0, 0.0))
-    if pid == os.getpid() and time.monotonic() - since > START_TIMEOUT_S:
+    this = name, os.getpid()
+    if time.monotonic() - _starting.get(this, math.inf) > START_TIMEOUT_S:
         # Another try would hang beside the first one, and hold up its caller for as long again.
         raise unavailable(name, "its driver still hangs in the first call")
-    _starting[name] = (os.getpid(), time.monotonic())
+    _starting[this] = time.monotonic()
 
     def start() -> MemorySource:
         try:
             return make()
         finally:
-            _starting.pop(name, None)
+            _starting.pop(this, None)
 
     try:
         return answer_within(start, START_TIMEOUT_S, f"mpmm-start-{name}")

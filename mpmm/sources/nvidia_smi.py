@@ -95,9 +95,9 @@ class NvidiaSmiSource:
         self._has_uuids = True
         try:
             boards = self._boards()
+            self._is_unified = len(boards) == 1 and self._shares_host_memory(boards[0])
         except Exception as error:
             raise unavailable(self.name, f"nvidia-smi not found or failed: {error}") from error
-        self._is_unified = len(boards) == 1 and not boards[0].is_cut and self._shares_host_memory(boards[0])
         gpus = [
             Gpu(board.uuid, () if board.is_cut else (Unit(board.uuid, board.name, self._total_mb(board)),))
             for board in boards
@@ -183,7 +183,7 @@ class NvidiaSmiSource:
         try:
             output = _output(command, self._timeout_s)
         except subprocess.CalledProcessError as error:
-            output = error.output or ""
+            output = error.output
             if error.returncode == _INFOROM_CORRUPTED:
                 self._warn(output)
             else:
@@ -246,7 +246,7 @@ class NvidiaSmiSource:
                 continue
             rows = [[part.strip() for part in line.split(",", fields.count(","))] for line in lines]
             rows = [row for row in rows if len(row) == fields.count(",") + 1 and _UUID.fullmatch(row[0])]
-            labels = [(row[0], row[-1], len(row) > 2 and row[1] == "Enabled") for row in rows]
+            labels = [(row[0], row[-1], "Enabled" in row[1:-1]) for row in rows]
             if len({uuid for uuid, name, _ in labels if name}) == len(labels) == count:
                 return labels
         return []
@@ -284,9 +284,8 @@ def _values(lines: Sequence[str]) -> list[str]:
 def _number(text: str) -> float | None:
     """Return the MiB that `text` begins with; None for `[N/A]`, `[Not Supported]` or junk."""
     match = _VALUE.match(text)
-    number = match and match["number"]
     # Not the beginning of a word.
-    if not match or not number or text[match.end() :][:1] not in ("", " ", "\t", ","):
+    if match is None or text[match.end() : match.end() + 1] not in ("", " ", "\t", ","):
         return None
-    value = float(number)
+    value = float(match["number"] or math.nan)
     return value if math.isfinite(value) and value >= 0 else None

@@ -52,12 +52,11 @@ class _Door:
 
     def ask_if_there(self, function: str, *arguments: Any) -> Any:
         """Do what `ask` does, but not again once library or driver have turned out not to have the function."""
-        if function not in self._missing and not hasattr(self._pynvml, function):
-            self._missing.add(function)
-        if function in self._missing:
+        if function in self._missing or not hasattr(self._pynvml, function):
             return None
         answer = self.ask(function, *arguments)
-        if answer is None and ("not found" in str(self.error).lower() or is_not_told(str(self.error))):
+        refusal = str(self.error)
+        if "not found" in refusal.lower() or is_not_told(refusal):
             self._missing.add(function)
         return answer
 
@@ -185,7 +184,7 @@ def _open_session() -> _Session:
 def _shares_host_memory(door: _Door, board: Any) -> bool:
     memory = door.ask("nvmlDeviceGetMemoryInfo", board)
     if memory is None:
-        return is_not_told(door.error or "")
+        return is_not_told(str(door.error))
     return counts_page_cache(memory.total / MIB, memory.free / MIB)
 
 
@@ -209,8 +208,7 @@ def _unit(door: _Door, uuid: str, handle: Any) -> Unit:
     name = door.ask("nvmlDeviceGetName", handle)
     instances = None
     if uuid.startswith("MIG-"):
-        parts = [door.ask(f"nvmlDeviceGet{kind}InstanceId", handle) for kind in ("Gpu", "Compute")]
-        instances = (parts[0], parts[1]) if None not in parts else None
+        instances = (door.ask("nvmlDeviceGetGpuInstanceId", handle), door.ask("nvmlDeviceGetComputeInstanceId", handle))
     return Unit(uuid, str(name or uuid), None if memory is None else memory.total / MIB, instances)
 
 
@@ -248,7 +246,7 @@ def _read(
     used_mb = whole_mb()
     listing = _processes(door, handle)
     # If all is as at the last sample, nothing has changed between the readings of the whole and its parts either.
-    if used_mb is None or (used_mb, listing) != session.last.get(device.uuid):
+    if (used_mb, listing) != session.last.get(device.uuid):
         used_mb = larger_whole(used_mb, whole_mb())
     done_ns = time.monotonic_ns()
     if used_mb is None:
@@ -288,10 +286,8 @@ def _take_off_shared(figures: dict[int, float], used_mb: float, clients: Collect
     figures: changed. clients: processes that are certainly not the daemon. The daemon is not marked as such; but memory
         beyond what the whole device has in use is counted twice, and the largest of the other processes has it all.
     """
-    twice_mb = sum(figures.values()) - used_mb
+    twice_mb = max(0.0, sum(figures.values()) - used_mb)
     for pid in sorted(figures.keys() - set(clients), key=lambda pid: -figures[pid]):
-        if twice_mb <= 0:
-            return
         off_mb = min(twice_mb, figures[pid])
         figures[pid] -= off_mb
         twice_mb -= off_mb

@@ -26,13 +26,13 @@ class Unit:
     """A device with memory of its own: a whole GPU or one MIG slice.
 
     total_mb: None = could not be read.
-    instances: of a slice, the numbers of its GPU instance and compute instance, if known.
+    instances: of a slice, the numbers of its GPU instance and compute instance, None for one that is not known.
     """
 
     uuid: str
     name: str
     total_mb: float | None
-    instances: tuple[int, int] | None = None
+    instances: tuple[int | None, int | None] | None = None
 
 
 @dataclass(frozen=True)
