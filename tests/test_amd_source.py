@@ -220,6 +220,66 @@ def test_a_failure_is_told_by_its_text_or_its_kind(amd: AmdGpus, monkeypatch: py
     source.close()
 
 
+def test_what_is_refused_at_the_start_is_made_up_or_left_out(amd: AmdGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = importlib.import_module("amdsmi")
+
+    def refuse(*_: Any) -> None:
+        raise library.AmdSmiLibraryException("AMDSMI_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(library, "amdsmi_get_gpu_device_uuid", refuse)
+    assert [device.uuid for device in AmdSource().devices()] == ["amd0", "amd1"]
+    monkeypatch.setattr(library, "amdsmi_get_processor_handles", refuse)
+    with pytest.raises(SourceUnavailableError, match=r"none of 0 GPU\(s\)"):
+        AmdSource()
+
+
+def test_a_library_that_gives_all_figures_is_not_started_again(amd: AmdGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = AmdSource(retry_s=0.0)
+    monkeypatch.setattr(importlib.import_module("amdsmi"), "amdsmi_init", None)
+    for _ in range(3):
+        assert [sample.used_mb for sample in source.sample(())] == [512, 256]
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "known"),
+    [
+        # One of ours that is shown is enough, on whichever device; what others have is none.
+        ({"ours": 1}, {}, True),
+        ({BUSY: 700}, {"ours": 1}, True),
+        ({BUSY: 700}, {"ours": 0}, None),
+        # One device's list is enough to know that processes may yet be shown.
+        (None, {}, None),
+        ({BUSY: None}, {BUSY: 5}, None),
+        (None, {BUSY: None}, False),
+    ],
+)
+def test_one_sample_tells_what_the_library_lets_us_know(
+    amd: AmdGpus, first: Any, second: Any, known: bool | None
+) -> None:
+    for number, processes in enumerate((first, second)):
+        named = processes and {os.getpid() if pid == "ours" else pid: mb for pid, mb in processes.items()}
+        change(amd, number, processes=named)
+    source = AmdSource()
+    source.sample((2**22 + 5,))
+    assert source.process_knowledge is known
+    source.close()
+
+
+def test_a_process_without_its_memory_is_withheld(amd: AmdGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[dict[str, Any]] = [
+        {"pid": BUSY},
+        {"pid": 1, "memory_usage": None},
+        # Listed twice, with the same memory.
+        *({"pid": os.getpid(), "memory_usage": {"vram_mem": mb * MIB}} for mb in (100, 70)),
+    ]
+    monkeypatch.setattr(importlib.import_module("amdsmi"), "amdsmi_get_gpu_process_list", lambda _: listed)
+    source = AmdSource()
+    assert [(one.process_mb, one.processes_known) for one in source.sample(())] == [({os.getpid(): 100}, False)] * 2
+    assert source.measures_processes
+    source.close()
+
+
 def test_a_library_that_stops_working_is_tried_again_now_and_then(amd: AmdGpus) -> None:
     source = AmdSource(retry_s=0.05)
     source.close()
@@ -370,6 +430,13 @@ def test_gpus_are_counted_in_the_order_of_the_kernels_nodes(amd: AmdGpus, monkey
     assert [(device.index, device.uuid) for device in AmdSource().devices()] == [(0, "big")]
 
 
+@pytest.mark.parametrize("nodes", [(5, None), (None, 3), (5, "N/A"), (5, 5), (None, None)])
+def test_without_the_kernels_nodes_the_librarys_order_counts(amd: AmdGpus, nodes: tuple[Any, Any]) -> None:
+    for number, node in enumerate(nodes):
+        change(amd, number, node_id=node)
+    assert [device.uuid for device in AmdSource().devices()] == ["big", "small"]
+
+
 def test_a_server_counts_among_the_gpus_that_rocr_shows_it(amd: AmdGpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1,0")
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
@@ -378,6 +445,7 @@ def test_a_server_counts_among_the_gpus_that_rocr_shows_it(amd: AmdGpus, monkeyp
     assert server_setting(source, ["big"]) == ("HIP_VISIBLE_DEVICES", "1")
     assert server_setting(SelectedDevices(source, ["big"]), ["big", "small"]) == ("HIP_VISIBLE_DEVICES", "1,0")
     assert server_setting(source, ["big", "another"]) is None
+    assert server_setting(source, []) is None
     assert server_setting(BookedSource(100.0), ["GPU-1"]) == ("CUDA_VISIBLE_DEVICES", "GPU-1")
     assert PER_PROCESS_VARIABLES.fullmatch("HIP_VISIBLE_DEVICES")
 

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -20,8 +21,9 @@ from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.monitor import GPUMonitor, LocalSamples
+from mpmm.memory.sampler import Sampler
 from mpmm.shared_state.settings import Settings
-from mpmm.sources import DeviceInfo, DeviceSample
+from mpmm.sources import DeviceInfo, DeviceSample, SourceUnavailableError
 from mpmm.sources.booked import BookedSource
 
 
@@ -96,6 +98,7 @@ def monitor(source: FakeSource) -> Iterator[GPUMonitor]:
 
 
 def test_stats_are_summed_over_devices_right_after_start(monitor: GPUMonitor) -> None:
+    assert not monitor._gpu_available
     monitor.start()
     assert monitor.get_stats() == (1200.0, 1200.0, 20000.0)
     assert monitor._gpu_available
@@ -119,7 +122,7 @@ def test_starting_twice_polls_in_one_thread(source: FakeSource, monitor: GPUMoni
     monitor.start()
     first = monitor._thread
     monitor.start()
-    assert monitor._thread is first
+    assert monitor._thread is first is not None and first.daemon, "a program ends although it polls"
     source.wait_for_more(3)
     assert len(source.threads - {threading.current_thread()}) == 1
 
@@ -236,6 +239,45 @@ def test_reset_peak_starts_from_the_current_figure() -> None:
     assert store.stats() == (400.0, 400.0, 10000.0)
 
 
+def test_a_peak_that_was_reset_counts_for_as_long_as_others() -> None:
+    store = LocalSamples(10000.0, peak_window_seconds=30.0)
+    now_s = time.monotonic()
+    publish(store, now_s - 1, 900.0)
+    publish(store, now_s, 400.0)
+    store.reset_peak()
+    publish(store, now_s + 1, 300.0)
+    assert store.stats() == (300.0, 400.0, 10000.0)
+    publish(store, now_s + 3600, 200.0)
+    assert store.stats() == (200.0, 200.0, 10000.0)
+
+
+def test_the_window_ends_with_the_newest_figure_of_a_sample() -> None:
+    store = LocalSamples(10000.0, peak_window_seconds=30.0)
+    store.publish([DeviceSample(0, 500.0, 100 * 10**9), DeviceSample(1, 400.0, 140 * 10**9)])
+    publish(store, 160, 100.0)
+    assert store.stats() == (500.0, 900.0, 10000.0)
+
+
+def test_of_two_figures_of_one_moment_the_one_that_is_published_last_counts_from_the_first_moment_on() -> None:
+    store = LocalSamples(10000.0, peak_window_seconds=30.0)
+    for used_mb in (400.0, 500.0, None):
+        publish(store, 0, used_mb)
+    assert store.stats()[0] == 500.0
+
+
+def test_the_attributes_of_beams_monitor_are_those_of_the_own_samples() -> None:
+    monitor = GPUMonitor(12000.0)
+    publish(monitor._local, 100, 500.0)
+    publish(monitor._local, 101, 300.0)
+    assert (monitor._current_usage, monitor._peak_usage, monitor._total_memory) == (300.0, 500.0, 12000.0)
+    assert list(monitor._memory_history) == [(100.0, 500.0), (101.0, 300.0)]
+    monitor._current_usage, monitor._peak_usage, monitor._total_memory = 1.0, 2.0, 3.0
+    assert monitor.get_stats() == (1.0, 2.0, 3.0)
+    assert not monitor._running
+    with monitor._lock:
+        assert monitor._local.lock.locked()
+
+
 def test_a_sample_that_was_overtaken_does_not_replace_the_newer_one() -> None:
     store = LocalSamples(10000.0, peak_window_seconds=30.0)
     publish(store, 101, 400.0)
@@ -289,11 +331,94 @@ def test_a_forked_child_can_start_a_thread_of_its_own(source: FakeSource, monito
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("fallback_memory_mb", 0.0), ("poll_interval", 0.0), ("poll_interval", math.inf), ("peak_window_seconds", -1.0)],
+    [
+        *(("fallback_memory_mb", 0.0), ("fallback_memory_mb", math.inf), ("fallback_memory_mb", math.nan)),
+        *(("poll_interval", 0.0), ("poll_interval", math.inf), ("poll_interval", 2 * threading.TIMEOUT_MAX)),
+        *(("peak_window_seconds", -1.0), ("peak_window_seconds", math.inf), ("budget_mb", 0.0), ("budget_mb", -1.0)),
+        *(("source", None), ("source", 5)),
+    ],
 )
-def test_numbers_that_make_no_sense_are_refused_by_name(name: str, value: float) -> None:
+def test_values_that_make_no_sense_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=name):
-        GPUMonitor(**{name: value})  # type: ignore[arg-type]  # any of its parameters
+        GPUMonitor(**{name: value})
+
+
+def test_the_smallest_numbers_that_make_sense_are_taken() -> None:
+    monitor = GPUMonitor(0.5, 1e-6, 0.0, budget_mb=0.5)
+    assert (monitor.fallback_memory_mb, monitor.poll_interval, monitor.peak_window_seconds) == (0.5, 1e-6, 0.0)
+    assert GPUMonitor(poll_interval=threading.TIMEOUT_MAX).poll_interval == threading.TIMEOUT_MAX
+
+
+def test_who_asks_for_a_sample_of_a_source_that_cannot_work_is_told_so() -> None:
+    monitor = GPUMonitor(source="nvml")
+    with patch.dict(sys.modules, {"pynvml": None}):
+        for ask in (monitor.refresh, monitor.request_refresh, monitor.start, monitor.devices):
+            with pytest.raises(SourceUnavailableError, match="nvml"):
+                ask()
+
+
+def test_a_source_is_asked_for_its_devices_once(source: FakeSource, monitor: GPUMonitor) -> None:
+    with patch.object(source, "devices", wraps=source.devices) as devices:
+        assert monitor.refresh() and monitor.refresh()
+        monitor.last_sample_age_seconds()
+        assert [device.index for device in monitor.devices()] == [0, 1]
+    assert devices.call_count == 1
+
+
+def test_a_source_that_does_not_say_its_devices_in_time_is_unavailable(source: FakeSource) -> None:
+    answer = threading.Event()
+
+    def hang() -> tuple[DeviceInfo, ...]:
+        answer.wait(DEADLINE_S)
+        return ()
+
+    with patch.object(source, "devices", hang), patch("mpmm.memory.monitor.START_TIMEOUT_S", 0.01):
+        monitor = GPUMonitor(source=source)
+        with pytest.raises(SourceUnavailableError, match="its devices: no answer"):
+            monitor.devices()
+        answer.set()
+    # It may have recovered.
+    assert len(monitor.devices()) == 2
+
+
+@pytest.mark.parametrize("end", [GPUMonitor.stop, GPUMonitor.close_source])
+def test_the_sampling_thread_ends_with_its_monitor(source: FakeSource, end: Callable[[GPUMonitor], None]) -> None:
+    with patch("mpmm.memory.sampler.IDLE_S", DEADLINE_S):
+        monitor = GPUMonitor(source=source)
+        assert monitor.refresh()
+        [thread] = source.threads
+        end(monitor)
+        thread.join(DEADLINE_S / 2)
+        assert not thread.is_alive()
+
+
+class DatedSource(FakeSource):
+    """Was read so many seconds ago, by device."""
+
+    def __init__(self, *ago_s: float) -> None:
+        super().__init__(*ago_s)
+        self.ago_s = ago_s
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Return figures of the past."""
+        now_ns = time.monotonic_ns()
+        return tuple(DeviceSample(i, 100.0, now_ns - int(ago_s * 1e9)) for i, ago_s in enumerate(self.ago_s))
+
+
+def test_the_age_is_that_of_the_oldest_figure() -> None:
+    monitor = GPUMonitor(source=DatedSource(5.0, 1000.0, 100.0))
+    assert monitor.refresh()
+    assert 1000.0 <= monitor.last_sample_age_seconds() < 1000.0 + DEADLINE_S
+    monitor.stop()
+
+
+def test_a_device_without_a_figure_or_a_reason_is_reported_as_that(
+    source: FakeSource, monitor: GPUMonitor, caplog: pytest.LogCaptureFixture
+) -> None:
+    source.used_mb = (None, 200.0)
+    assert monitor.refresh()
+    [record] = caplog.records
+    assert record.getMessage() == "fake cannot read device(s) [0] (no figure): keeping the last figure"
 
 
 def test_a_monitor_by_itself_has_the_numbers_of_a_manager() -> None:
@@ -512,6 +637,10 @@ def test_who_gives_the_sampling_thread_a_job_waits_for_it_but_not_for_a_source_t
     begin_a_sample_that_hangs(monitor, hanging)
     monitor.call(lambda: done.append("late"), 0.01)
     assert done == ["at once"]
+    with patch.object(monitor._sampler._changed, "wait_for") as waits:
+        monitor.call(lambda: None, -1.0)
+        monitor.refresh(timeout_s=-1.0)
+    assert [call.args[1] for call in waits.call_args_list] == [0.0, 0.0]
 
 
 def test_a_program_ends_although_its_source_hangs() -> None:
@@ -542,20 +671,52 @@ def test_a_source_that_raises_what_ends_threads_is_asked_again(
 ) -> None:
     monitor = GPUMonitor(source=source)
     with patch.object(source, "sample", side_effect=SystemExit):
-        assert monitor.refresh() and monitor.refresh()
+        for _ in range(2):
+            assert monitor.refresh()
+            assert len([record for record in caplog.records if record.exc_info]) == 1
     assert len([record for record in caplog.records if record.exc_info]) == 1
     assert monitor.refresh() and monitor.get_stats()[0] == 1200.0
+    # The next failure is another one.
+    with patch.object(source, "sample", side_effect=SystemExit):
+        assert monitor.refresh()
+    assert len([record for record in caplog.records if record.exc_info]) == 2
     monitor.stop()
 
 
 def test_without_a_thread_to_be_had_the_last_figures_stand(source: FakeSource) -> None:
     monitor = GPUMonitor(source=source)
     with patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
-        assert not monitor.refresh()
+        assert monitor.refresh(timeout_s=DEADLINE_S) is False
         monitor.close_source()
     assert source.closed == 1
     assert monitor.refresh()
     monitor.stop()
+    assert source.closed == 1, "it was closed by who could not start a thread for that"
+
+
+def test_a_thread_whose_start_was_interrupted_takes_the_sample_all_the_same(source: FakeSource) -> None:
+    monitor = GPUMonitor(source=source)
+
+    def start_and_be_interrupted(thread: threading.Thread) -> None:
+        thread.start()
+        raise KeyboardInterrupt
+
+    with patch("mpmm.memory.sampler.start_thread", start_and_be_interrupted), pytest.raises(KeyboardInterrupt):
+        monitor.refresh()
+    wait_until(lambda: source.samples, "the sample is taken")
+    assert monitor.refresh()
+    assert len(source.threads) == 1
+    monitor.stop()
+
+
+def test_a_sampler_has_nothing_to_do_at_first_and_then_what_it_is_asked_for() -> None:
+    taken: list[threading.Thread] = []
+    sampler = Sampler(lambda: taken.append(threading.current_thread()), "of the test")
+    assert sampler.busy_s == 0
+    assert sampler.sample(DEADLINE_S)
+    sampler.end()
+    [thread] = taken
+    assert (thread.name, thread.daemon) == ("of the test", True)
 
 
 class KnowingSource(FakeSource):
@@ -567,11 +728,14 @@ class KnowingSource(FakeSource):
 def test_what_a_source_knows_of_processes_is_said_once_a_change(caplog: pytest.LogCaptureFixture) -> None:
     source = KnowingSource(100.0)
     monitor = GPUMonitor(source=source)
+    said = []
     with caplog.at_level(logging.INFO):
-        for source.process_knowledge in (None, None, False, False, None, False, True, True, False, False):
+        for source.process_knowledge in (None, None, False, False, None, False, True, True, False, False, None, True):
             assert monitor.refresh()
-    said = [(record.levelname, "cannot" in record.getMessage()) for record in caplog.records]
-    assert said == [("WARNING", True), ("INFO", False), ("WARNING", True)]
+            said.append("".join(f"{one.levelname} {'cannot' in one.getMessage()}" for one in caplog.records))
+            caplog.clear()
+    warning, info = "WARNING True", "INFO False"
+    assert said == ["", "", warning, "", "", "", info, "", warning, "", "", info]
     monitor.stop()
 
 

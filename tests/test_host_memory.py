@@ -19,7 +19,7 @@ from fake_drivers import plain_environment as plain_environment  # the fixture
 from mpmm.errors import InvalidArgumentError
 from mpmm.sources.base import MIB, process_exists
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
-from mpmm.sources.process_tree import is_ending, process_tree, unrelated_to
+from mpmm.sources.process_tree import is_ending, is_stopped, process_tree, unrelated_to
 
 BALLAST_MB = 64
 
@@ -122,6 +122,10 @@ class TestHostMemory:
         source = HostMemorySource()
         assert source.devices()[0].total_mb == 2000
         assert used(source) == [1500]
+        # A group may have more than its limit, which was lowered meanwhile.
+        limits[0] = (2000 * MIB, 2500 * MIB)
+        assert used(source) == [2000]
+        limits[0] = (2000 * MIB, 1500 * MIB)
         # The host itself may be shorter of memory than the group.
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000 * MIB, available=100 * MIB))
         assert used(source) == [1900]
@@ -131,7 +135,7 @@ class TestHostMemory:
         total_mb = HostMemorySource().devices()[0].total_mb
         assert total_mb == host_memory_mb() <= psutil.virtual_memory().total / MIB
 
-    @pytest.mark.parametrize("budget_mb", [0, -1, float("nan")])
+    @pytest.mark.parametrize("budget_mb", [0, -1, float("nan"), float("inf")])
     def test_a_budget_that_is_no_size_is_refused(self, budget_mb: float) -> None:
         with pytest.raises(InvalidArgumentError, match="budget_mb"):
             HostMemorySource(budget_mb)
@@ -162,6 +166,167 @@ class TestHostMemory:
         (mount / "memory" / "pod" / "memory.stat").write_text("inactive_file 4\ntotal_inactive_file 500\n")
         assert cgroup_limits(mount, membership) == [(7000, 6000)]
         assert cgroup_limits(mount, tmp_path / "missing") == []
+        # No less than nothing is used, whatever the kernel counts as cached meanwhile.
+        (mount / "memory" / "pod" / "memory.stat").write_text("total_inactive_file 7000\ntotal_inactive_file_x 9\n")
+        assert cgroup_limits(mount, membership) == [(7000, 0)]
+
+    def test_all_groups_of_a_process_count_up_to_the_root_of_what_it_sees(self, tmp_path: Path) -> None:
+        membership, mount = tmp_path / "cgroup", tmp_path / "mount"
+        (mount / "memory").mkdir(parents=True)
+        (tmp_path / "memory.max").write_text("1\n")
+        (mount / "memory.max").write_text("5000\n")
+        (mount / "memory" / "memory.limit_in_bytes").write_text("7000\n")
+        # In a container, the kernel may tell the host's path.
+        membership.write_text("5:cpu:/\n4:memory:/host/box\n3:pids:/\n0::/host/box\n")
+        assert cgroup_limits(mount, membership) == [(7000, None), (5000, None)]
+
+
+class MadeUp:
+    """A process whose figures are what the test says; stands in for psutil's."""
+
+    rss, uss = 100 * MIB, 80 * MIB
+    runs, status_now = True, str(psutil.STATUS_RUNNING)
+    walks = 0
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def is_running(self) -> bool:
+        """Tell whether it is the same process still."""
+        return MadeUp.runs
+
+    def status(self) -> str:
+        """Return its state."""
+        return MadeUp.status_now
+
+    def memory_info(self) -> SimpleNamespace:
+        """Return what costs little."""
+        return SimpleNamespace(rss=MadeUp.rss)
+
+    def memory_full_info(self) -> SimpleNamespace:
+        """Return what costs more."""
+        MadeUp.walks += 1
+        return SimpleNamespace(uss=MadeUp.uss)
+
+
+class TestWhenPagesAreWalked:
+    """A process's USS costs a walk through its pages, so it is read again only if it may have changed."""
+
+    @pytest.fixture
+    def source(self, monkeypatch: pytest.MonkeyPatch) -> HostMemorySource:
+        """A source that has read the process once, at second 0."""
+        for name in ("rss", "uss", "runs", "status_now", "walks"):
+            monkeypatch.setattr(MadeUp, name, getattr(MadeUp, name))
+        monkeypatch.setattr(psutil, "Process", MadeUp)
+        monkeypatch.setattr("time.monotonic_ns", lambda: 0)
+        source = HostMemorySource(BUDGET_MB)
+        assert (used(source, (7,)), MadeUp.walks) == ([80], 1)
+        MadeUp.uss = 81 * MIB
+        return source
+
+    @pytest.mark.parametrize(
+        ("more_bytes", "later_ns", "again"),
+        [
+            *((0, 0, False), (0, 5 * 10**9, False), (0, 5 * 10**9 + 1, True)),
+            *((2**20, 0, False), (2**20 + 1, 0, True), (-(2**20), 0, False), (-(2**20) - 1, 0, True)),
+        ],
+    )
+    def test_after_a_mib_or_five_seconds(
+        self, source: HostMemorySource, monkeypatch: pytest.MonkeyPatch, more_bytes: int, later_ns: int, again: bool
+    ) -> None:
+        MadeUp.rss += more_bytes
+        monkeypatch.setattr("time.monotonic_ns", lambda: later_ns)
+        assert (used(source, (7,)), MadeUp.walks) == (([81], 2) if again else ([80], 1))
+
+    def test_for_another_process_of_the_same_number(self, source: HostMemorySource) -> None:
+        MadeUp.runs = False
+        assert used(source, (7,)) == [81]
+
+    def test_after_the_source_was_closed_or_not_asked_for_the_process(self, source: HostMemorySource) -> None:
+        source.close()
+        assert (used(source, (7,)), MadeUp.walks) == ([81], 2)
+        assert used(source, (8,)) == [81]
+        assert (used(source, (7,)), MadeUp.walks) == ([81], 4)
+
+    def test_not_for_one_that_only_has_to_be_reaped(self, source: HostMemorySource) -> None:
+        source.close()
+        MadeUp.status_now = psutil.STATUS_ZOMBIE
+        (sample,) = source.sample((7,))
+        assert (sample.used_mb, sample.process_mb, sample.processes_known, MadeUp.walks) == (0, {}, True, 1)
+
+    def test_one_that_may_not_be_looked_at_is_unknown_and_so_is_the_sum(
+        self, source: HostMemorySource, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def look(pid: int) -> MadeUp:
+            if pid == 8:
+                raise psutil.AccessDenied(pid)
+            return MadeUp(pid)
+
+        monkeypatch.setattr(psutil, "Process", look)
+        (sample,) = source.sample((8, 7))
+        assert (sample.used_mb, sample.process_mb, sample.processes_known) == (None, {7: 80}, False)
+        assert sample.trouble == "this process may not look at another one"
+        (sample,) = HostMemorySource().sample((8, 7))
+        assert sample.used_mb is not None
+        assert (sample.process_mb, sample.processes_known, sample.trouble) == ({7: 81}, False, None)
+
+
+@pytest.fixture
+def stat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that tells of a process, whichever is asked for."""
+    monkeypatch.setattr("mpmm.sources.process_tree.Path", lambda _: tmp_path / "stat")
+    return tmp_path / "stat"
+
+
+@pytest.mark.parametrize(
+    ("state", "flags", "ending", "stopped"),
+    [
+        *(("S", 0, False, False), ("R", 0x4, True, False), ("R", 0x400FB, False, False), ("R", 0x40104, True, False)),
+        *(("Z", 0, True, False), ("X", 0, True, False), ("T", 0, False, True), ("t", 0, False, False)),
+    ],
+)
+def test_the_kernel_tells_whether_a_process_ends_or_is_stopped(
+    stat: Path, state: str, flags: int, ending: bool, stopped: bool
+) -> None:
+    stat.write_text(f"12 (S) T (x) {state} 1 4 4 4 4 {flags} 4 4 4\n")
+    assert (is_ending(12), is_stopped(12)) == (ending, stopped)
+
+
+def test_of_a_process_that_cannot_be_read_nothing_is_known(stat: Path) -> None:
+    stat.write_text("")
+    assert (is_ending(12), is_stopped(12)) == (False, False)
+    stat.unlink()
+    assert (is_ending(12), is_stopped(12)) == (False, False)
+
+
+def test_a_process_without_a_parent_descends_from_nobody(stat: Path) -> None:
+    stat.write_text("1 (init) S 0 1 1 0 -1 4194560\n")
+    assert unrelated_to([1], [0]) == {1}
+    stat.write_text("2 (b) S 1 1 1 0 -1 4194560\n")
+    assert unrelated_to([2], [1]) == set()
+    # It has ended.
+    stat.unlink()
+    assert unrelated_to([2**22 + 7], [1]) == {2**22 + 7}
+
+
+def test_trees_end_whatever_the_kernel_tells_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pids are reused, so that processes may seem to descend from each other."""
+    children = {1: [4, 2, 3, 3], 2: [4], 4: [1, 5], 3: [4]}
+    monkeypatch.setattr("mpmm.sources.process_tree._children", lambda pid: children.get(pid, []))
+    assert sorted(process_tree(1)) == [1, 2, 3, 4, 5]
+    assert sorted(process_tree(1, without={4})) == [1, 2, 3]
+    assert sorted(process_tree(4, without={4, 3})) == [1, 2, 4, 5]
+    parents = {2: 1, 3: 1, 4: 2, 5: 4, 6: 7, 7: 6, 8: 7}
+    asked: list[int] = []
+
+    def parent_of(pid: int) -> int | None:
+        asked.append(pid)
+        return parents.get(pid)
+
+    monkeypatch.setattr("mpmm.sources.process_tree._parent_of", parent_of)
+    assert unrelated_to([5, 4, 3, 6, 8, 9, 1], [2]) == {3, 6, 8, 9, 1}
+    assert sorted(asked) == [1, 3, 4, 5, 6, 7, 8, 9], "each once"
+    assert unrelated_to([5, 6], []) == {5, 6}
 
 
 @pytest.mark.parametrize("proc", ["as it is", "not there"])

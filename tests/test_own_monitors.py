@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 from harness import NewManager
+from patience import DEADLINE_S
 
 from mpmm.memory.monitor import GPUMonitor
-from mpmm.memory.monitor_source import MONITOR_METHODS
+from mpmm.memory.monitor_source import MONITOR_METHODS, MonitorSource
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import SourceUnavailableError
 
 
 class DerivedMonitor(GPUMonitor):
@@ -66,6 +69,73 @@ def test_a_monitor_with_methods_of_its_own_is_the_callers_whatever_it_is_derived
         (found,) = read_snapshot(namespace).devices
     assert (found.used_mb, found.total_mb) == (100.0, 1000.0)
     assert manager._monitor is monitor
+
+
+class Peaks:
+    """A monitor whose peak begins anew only if it is reset; its start and stop hang while `answers` is not set."""
+
+    def __init__(self) -> None:
+        self.used_mb, self.peak_mb = 100.0, 700.0
+        self.answers = threading.Event()
+        self.called: list[str] = []
+
+    def start(self) -> None:
+        """Begin."""
+        self.called.append("start")
+        assert self.answers.wait(DEADLINE_S)
+
+    def stop(self) -> None:
+        """End."""
+        self.called.append("stop")
+        assert self.answers.wait(DEADLINE_S)
+
+    def refresh(self) -> None:
+        """Measure."""
+        self.peak_mb = max(self.peak_mb, self.used_mb)
+
+    def reset_peak(self) -> None:
+        """Begin anew."""
+        self.peak_mb = self.used_mb
+
+    def get_stats(self) -> tuple[float, float, float]:
+        """Return the figures."""
+        return self.used_mb, self.peak_mb, 1000.0
+
+
+def test_a_peak_counts_from_when_the_monitor_has_reset_it() -> None:
+    monitor = Peaks()
+    source = MonitorSource(monitor)
+    assert source.peak_mb == 0
+    source.sample(())
+    assert source.peak_mb == 700
+    first, second = source.ask_for_reset(), source.ask_for_reset()
+    assert source.peak_mb == 0
+    first()
+    assert (source.peak_mb, monitor.peak_mb) == (0, 100)
+    source.sample(())
+    assert source.peak_mb == 0
+    monitor.used_mb = 150.0
+    second()
+    assert source.peak_mb == 150
+    monitor.used_mb = 400.0
+    source.sample(())
+    assert source.peak_mb == 400
+
+
+def test_a_monitor_that_hangs_as_it_starts_or_stops_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("START_TIMEOUT_S", "STOP_TIMEOUT_S"):
+        monkeypatch.setattr(f"mpmm.memory.monitor_source.{name}", 0.01)
+    monitor = Peaks()
+    source = MonitorSource(monitor)
+    with pytest.raises(SourceUnavailableError, match="its start hangs: no answer"):
+        source.start()
+    source.stop()
+    monitor.answers.set()
+    for name in ("START_TIMEOUT_S", "STOP_TIMEOUT_S"):
+        monkeypatch.setattr(f"mpmm.memory.monitor_source.{name}", DEADLINE_S)
+    source.start()
+    source.stop()
+    assert monitor.called == ["start", "stop"] * 2
 
 
 def test_a_monitor_shows_what_it_was_made_with() -> None:

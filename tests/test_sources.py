@@ -232,8 +232,8 @@ class TestNvml:
     ) -> None:
         first, second = two_gpus()
         fake = install(monkeypatch, first, second)
-        source, starts, start = NvmlSource(retry_s=100.0), list[float](), fake.nvmlInit
-        clock = time.monotonic()
+        source, starts, start = NvmlSource(), list[float](), fake.nvmlInit
+        clock = 0.0
 
         def noted_start() -> None:
             starts.append(clock)
@@ -244,7 +244,7 @@ class TestNvml:
         first.broken = True
         found = []
         # The first sample notices; the second one has a new session, in which there is no such device.
-        for passed_s in (0.0, 0.0, 99.0, 1.0, 1.0):
+        for passed_s in (0.0, 0.0, 1.5, 0.5, 1.0):
             clock += passed_s
             samples = source.sample(())
             found.append(([sample.used_mb for sample in samples], samples[0].trouble, len(starts)))
@@ -258,16 +258,16 @@ class TestNvml:
         ]
         assert fake.users == 1
         first.broken = False
-        clock += 100.0
+        clock += 1.0
         assert used(source) == [1000.0, 2000.0]
         # With all figures there, there is no reason to start it again.
-        clock += 100.0
+        clock += 2.0
         assert used(source) == [1000.0, 2000.0]
         assert len(starts) == 3
 
     def test_a_library_that_does_not_start_again_is_tried_again_in_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fake = install(monkeypatch, *two_gpus())
-        source, clock = NvmlSource(retry_s=100.0), time.monotonic()
+        source, clock = NvmlSource(retry_s=100.0), 0.0
         monkeypatch.setattr(time, "monotonic", lambda: clock)
         source.close()
         fake.init_error = "Driver Not Loaded"
@@ -284,6 +284,61 @@ class TestNvml:
         fake.init_error = None
         source.close()
         assert used(source) == [1000.0, 2000.0]
+
+    def test_a_child_leaves_the_session_of_its_parent_alone_and_starts_its_own_at_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = two_gpus()
+        fake = install(monkeypatch, first, second)
+        source = NvmlSource(retry_s=1000.0)
+        first.broken = True
+        for _ in range(2):  # the second time, the library has just been started again
+            assert used(source) == [None, 2000.0]
+        first.broken = False
+        pid = os.fork()
+        if pid == 0:
+            inherited = source._sessions._session
+            found = used(source)
+            users = [fake.users]
+            source.close()
+            users.append(fake.users)
+            source._sessions._session = inherited
+            source.close()
+            os._exit(0 if (found, [*users, fake.users]) == ([1000.0, 2000.0], [1, 0, 0]) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+    def test_a_session_is_ended_once_whoever_else_ends_it_meanwhile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = two_gpus()
+        fake = install(monkeypatch, first, second)
+        source, make, starts = NvmlSource(retry_s=0.0), nvml._open_session, list[str]()
+        first.broken = True
+        assert used(source) == [None, 2000.0]
+        first.broken = False
+
+        def let_another_thread_see_the_old_session() -> Any:
+            starts.append("again")
+            # It has been ended, and there is no new one yet.
+            assert used(source) == [None, None]
+            return make()
+
+        monkeypatch.setattr(source._sessions, "_open_session", let_another_thread_see_the_old_session)
+        assert used(source) == [1000.0, 2000.0]
+        assert (starts, fake.users) == (["again"], 1)
+
+    def test_a_source_that_is_closed_while_the_library_starts_has_the_new_session(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake = install(monkeypatch, *two_gpus())
+        source, make = NvmlSource(retry_s=0.0), nvml._open_session
+
+        def be_closed() -> Any:
+            source.close()
+            return make()
+
+        monkeypatch.setattr(source._sessions, "_open_session", be_closed)
+        source._sessions.doubted = True
+        assert used(source) == [1000.0, 2000.0]
+        assert fake.users == 1
 
 
 class TestNvidiaSmi:

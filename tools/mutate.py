@@ -98,7 +98,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/sources/*.py", "mpmm/memory/monitor*.py", "mpmm/memory/sample*.py", "mpmm/memory/listed_pids.py"),
         (
             *("test_gpu_monitor", "test_sources", "test_source_choice", "test_host_memory", "test_amd_source"),
-            *("test_source_failures", "test_attribution", "test_published_samples"),
+            *("test_published_samples", "test_own_monitors"),
+            *("test_source_failures", "test_attribution"),
         ),
     ),
     "multi_process_shared": (

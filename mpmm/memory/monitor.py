@@ -313,8 +313,8 @@ class GPUMonitor(_BeamAttributes):
         with self._control_lock:
             self._end_thread()
             with self._source_lock:
-                own = self._source is not None and self._source is not self._wanted_source
-                if own:
+                # Not a source that somebody else has made.
+                if self._source is not self._wanted_source:
                     self.close_source()
                     self._source = self._devices = None
             self._sampler.end()
@@ -366,7 +366,7 @@ class GPUMonitor(_BeamAttributes):
         """Return the age of the oldest device figure that this process took; infinite while one is missing."""
         source = self._source
         read_ns = self._read_ns
-        if source is None and not read_ns:
+        if not read_ns:
             return math.inf
         indexes = read_ns.keys() if source is None else [device.index for device in self.devices()]
         if any(index not in read_ns for index in indexes):

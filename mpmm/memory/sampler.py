@@ -60,9 +60,9 @@ class Sampler:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def request(self) -> bool:
-        """Request a sample as soon as possible, and do not wait. Return False if no thread can be started for it."""
-        return self._request() > 0
+    def request(self) -> None:
+        """Request a sample as soon as possible, and do not wait. There will be none if no thread can be started."""
+        self._request()
 
     def sample(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` for a sample that begins after this call; return whether it has ended."""
@@ -78,18 +78,19 @@ class Sampler:
         timeout_s: the longest wait for that, after which the thread still runs the job as soon as it can. The job never
         runs while a sample is being taken. If no thread can be started, the caller runs it itself.
         """
-        done: list[bool] = []
+        done = False
 
         def work() -> None:
+            nonlocal done
             try:
                 job()
             finally:
-                done.append(True)
+                done = True
 
         with self._changed:
             self._jobs.append(work)
             if self._wake():
-                self._changed.wait_for(lambda: bool(done), max(0.0, timeout_s))
+                self._changed.wait_for(lambda: done, max(0.0, timeout_s))
                 return
             self._jobs.remove(work)
         job()

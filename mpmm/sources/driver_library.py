@@ -89,7 +89,7 @@ class Sessions(Generic[Session]):
             self._session, self.trouble = None, error.reason
             return None
         other = self._session
-        if other is not None and other is not old and other.pid == os.getpid():
+        if other is not None and other is not old:
             new.end()  # another thread was faster
             return other
         self._session = new
@@ -135,7 +135,7 @@ class ProcessTrust:
         missing = frozenset(pid for pid in pids if not process_exists(pid))
         # A process that does not exist may have just ended, but not twice in a row.
         if missing & self._missing:
-            self._foreign_pids, self._shown = True, False
+            self._foreign_pids = True
         self._missing = missing
 
     def as_far_as_trusted(self, samples: Sequence[DeviceSample]) -> tuple[DeviceSample, ...]:

@@ -23,8 +23,10 @@ def process_tree(pid: int, without: Collection[int] = ()) -> list[int]:
     ahead = [pid]
     while ahead:
         parent = ahead.pop()
-        found.append(parent)
-        ahead += [child for child in _children(parent) if child not in without and child not in found]
+        # A child may be listed twice: when the thread that has started it ends, it moves to another one of its parent.
+        if parent not in found:
+            found.append(parent)
+            ahead += [child for child in _children(parent) if child not in without]
     return found
 
 
