@@ -24,6 +24,7 @@ from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedE
 from mpmm.multi_process_shared import host as module
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.host import (
+    LOOK_S,
     QUIET_MS,
     Host,
     can_sleep,
@@ -427,6 +428,9 @@ def test_a_forked_child_has_no_part_in_its_parents_host(host: Host) -> None:
 # Threads.
 
 
+NOW = 1000.0
+
+
 class Threads(Host):
     """A host that notes what its thread does, in `done`, and takes its answers from `says`."""
 
@@ -439,6 +443,10 @@ class Threads(Host):
         )
         self._follower_lock: Any = contextlib.nullcontext()
         self._has_follower = False
+        self._look_due = NOW + LOOK_S
+
+    def look_after_files(self) -> None:
+        self.done.append("look after the files")
 
     def _accept(self) -> Any:
         return self.says["accept"].pop(0)
@@ -507,7 +515,9 @@ def test_a_host_that_can_accept_no_connection_waits_a_moment_and_closes_what_it_
     listener: Any = SimpleNamespace(close=lambda: closed.append("listener"), fileno=lambda: 5)
     host._listener, host._waker = listener, waker
     accepted: list[Any] = [OSError(errno.EMFILE, "Too many open files"), None, "connection"]
-    ends: list[bool] = [False] * 4 + [True]
+    # What is heard: a client that cannot be accepted, nothing for a while, one that is gone, and one that is there.
+    heard: list[list[Any]] = [[listener], [], [], [listener], [listener], [waker]]
+    now, passes = [NOW], [0.25, 0.0, LOOK_S - 0.25, 0.5, 0.0, 0.0]
 
     def accept(found: Any) -> Any:
         assert found is listener
@@ -518,20 +528,22 @@ def test_a_host_that_can_accept_no_connection_waits_a_moment_and_closes_what_it_
 
     def wait(things: list[Any], timeout: float | None = None) -> list[Any]:
         waits.append((len(things), timeout))
-        return [waker] if ends.pop(0) else [listener]
+        now[0] += passes.pop(0)
+        return heard.pop(0)
 
     monkeypatch.setattr(sockets, "accept", accept)
     monkeypatch.setattr(module, "wait", wait)
-    # What is heard: a client that cannot be accepted, one that is gone, and one that is there.
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     assert str(Host._accept(host)) == "connection"
-    assert waits == [(2, None), (1, 0.1), (2, None), (2, None)]
+    assert waits == [(2, LOOK_S), (1, 0.1), (2, LOOK_S - 0.25), (2, LOOK_S), (2, LOOK_S - 0.5)]
+    assert host.done == ["look after the files"]
     assert "cannot accept a connection for 'it': [Errno 24] Too many open files" in caplog.text
     assert closed == []
     assert Host._accept(host) is None
     assert closed == ["listener", "waker"]
     host._listener = SimpleNamespace(fileno=lambda: -1)  # closed by the thread before
     assert Host._accept(host) is None
-    assert len(waits) == 5
+    assert len(waits) == 6
 
 
 def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(

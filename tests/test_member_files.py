@@ -182,20 +182,30 @@ def test_what_was_removed_is_put_back_counted_and_told_once(
 
 
 @pytest.mark.parametrize("name", ["alive.lock", "m0.lock"])
-def test_the_lock_on_a_removed_file_is_kept_until_the_member_leaves(member: Namespace, name: str) -> None:
+def test_the_lock_on_a_removed_file_is_given_up_once_there_is_the_one_on_the_new_file(
+    member: Namespace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = folder_of(member) / name
     old = os.open(path, os.O_RDWR)
     path.unlink()
-    before = open_descriptors()
+    before, close = open_descriptors(), LockFile.close
+    is_free: list[bool] = []
+
+    def look_and_close(file: LockFile) -> None:
+        if file.path == path and not is_free:
+            is_free.append(False)
+            other = LockFile(path)
+            is_free[0] = other.try_exclusive()
+            other.close()
+        close(file)
+
+    monkeypatch.setattr(LockFile, "close", look_and_close)
     member._files.put_back()
-    assert len(open_descriptors()) == len(before) + 1
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if name == "m0.lock":
-        assert member.life_fd != old
-        assert os.fstat(member.life_fd).st_ino == path.stat().st_ino
-    member.leave()
+    assert is_free == [False]
+    assert len(open_descriptors()) == len(before)
     fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if name == "m0.lock":
+        assert os.fstat(member.life_fd).st_ino == path.stat().st_ino
     os.close(old)
 
 

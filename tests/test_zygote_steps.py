@@ -85,6 +85,8 @@ class Steps(_Zygote):
     def __init__(self) -> None:
         self.templates, self.requesters = [], {}
         self.modules, self.unforkable, self.failures, self.read, self.environments = {}, {}, {}, {}, {}
+        self.children = set()
+        self.life: Any = SimpleNamespace(is_current=lambda: True)
         self.done: list[Any] = []
 
     def fork_server(self, order: Order, kind: Kind) -> None:
@@ -546,10 +548,11 @@ def test_only_requesters_whose_time_is_over_are_hung_up_on(zygote: Steps) -> Non
     assert ended == [0, 1]
 
 
-@pytest.mark.parametrize("is_free", [False, True])
+@pytest.mark.parametrize("is_free", [False, True, None])
 def test_a_zygote_looks_once_a_second_for_its_clients_and_acts_on_what_it_hears_at_once(
-    zygote: Steps, monkeypatch: pytest.MonkeyPatch, exits: list[int], is_free: bool
+    zygote: Steps, monkeypatch: pytest.MonkeyPatch, exits: list[int], is_free: bool | None
 ) -> None:
+    """is_free: whether it has no client; None: it has, but they do not find it any more."""
     now, waits = [NOW], list[tuple[int, float]]()
     done: list[Any] = zygote.done
     listener, requester, child = Link(), Link(), Link()
@@ -558,7 +561,7 @@ def test_a_zygote_looks_once_a_second_for_its_clients_and_acts_on_what_it_hears_
 
     def look() -> bool:
         done.append("look")
-        return is_free
+        return bool(is_free)
 
     alive: Any = SimpleNamespace(is_free=look)
     zygote.alive, zygote.listener = alive, listener  # type: ignore[assignment]  # a `Link`
@@ -584,16 +587,17 @@ def test_a_zygote_looks_once_a_second_for_its_clients_and_acts_on_what_it_hears_
         monkeypatch.setattr(zygote, name, note)
     monkeypatch.setattr(zygote, "look_after_children", lambda ready: done.append(("children", len(ready))))
     monkeypatch.setattr(zygote, "watched", lambda: [child])
+    monkeypatch.setattr(zygote, "is_forgotten", lambda: is_free is None)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(module, "wait", wait)
     with pytest.raises(_Ended):
         zygote.run()
-    looked = [("hang_up_on_silent",), "look", ("leave",) if is_free else ("keep_alive",)]
+    looked = [("hang_up_on_silent",), "look", ("keep_alive",) if is_free is False else ("leave",)]
     heard = [("children", 4), ("listen_to", template), ("hear", requester), ("meet_requester",)]
     first = [("children", 0), *heard, ("children", 0), *looked]
-    assert done == (first if is_free else [*first, ("children", 0), *looked])
+    assert done == ([*first, ("children", 0), *looked] if is_free is False else first)
     # The listener, the requesters, the templates and what is watched.
-    assert waits == [(6, 1.0), (6, 0.75), (6, 0.25), *([] if is_free else [(6, 1.0)])]
+    assert waits == [(6, 1.0), (6, 0.75), (6, 0.25), *([(6, 1.0)] if is_free is False else [])]
 
 
 @pytest.mark.parametrize("current", [True, False])
