@@ -261,22 +261,25 @@ def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() 
     assert not wait.first, "its time begins when that load has ended"
 
 
+FIRST = ticket(1, A)
+
+
 @pytest.mark.parametrize(
-    "found",
+    ("head", "more"),
     [
-        pytest.param(two_for_b(replace(ticket(1, A), passed=True)), id="only once"),
-        pytest.param(two_for_b(ticket(1, A, head_for=2.0)), id="not when its time is up"),
-        pytest.param(two_for_b(ticket(1, A), waiting=1), id="not for as many"),
-        pytest.param(two_for_b(ticket(1, A), b_mb=900.5), id="not where it does not fit"),
-        pytest.param(two_for_b(replace(ticket(1, A), loadable_on=(0,))), id="not past one that may not go anywhere"),
-        pytest.param(two_for_b(ticket(1, A, priority=0)), id="not past one of the highest priority"),
-        pytest.param(two_for_b(ticket(1, A), a={"owned": {OTHER: 1}}), id="not past one that has a copy"),
-        pytest.param(two_for_b(ticket(1, A), a={"lease": True}), id="not past a lease"),
-        pytest.param(two_for_b(ticket(1, A), b={"owned": {OTHER: 1}}), id="not if it has a copy"),
-        pytest.param(two_for_b(ticket(1, A), b={"lease": True}), id="not if it is a lease"),
-        pytest.param(two_for_b(ticket(1, A), b={"known": False}), id="not if it has to run alone"),
+        pytest.param(replace(FIRST, passed=True), {}, id="only once"),
+        pytest.param(ticket(1, A, head_for=2.0), {}, id="not when its time is up"),
+        pytest.param(FIRST, {"waiting": 1}, id="not for as many"),
+        pytest.param(FIRST, {"b_mb": 900.5}, id="not where it does not fit"),
+        pytest.param(replace(FIRST, loadable_on=(0,)), {}, id="not past one that may not go anywhere"),
+        pytest.param(ticket(1, A, priority=0), {}, id="not past one of the highest priority"),
+        pytest.param(FIRST, {"a": {"owned": {OTHER: 1}}}, id="not past one that has a copy"),
+        pytest.param(FIRST, {"a": {"lease": True}}, id="not past a lease"),
+        pytest.param(FIRST, {"b": {"owned": {OTHER: 1}}}, id="not if it has a copy"),
+        pytest.param(FIRST, {"b": {"lease": True}}, id="not if it is a lease"),
+        pytest.param(FIRST, {"b": {"known": False}}, id="not if it has to run alone"),
         *(
-            pytest.param(two_for_b(ticket(1, A), rivals=wishes), id=f"not with wishes like {wishes}")
+            pytest.param(FIRST, {"rivals": wishes}, id=f"not with wishes like {wishes}")
             for wishes in (
                 {"steady": True},
                 {"preload": 1},
@@ -285,11 +288,11 @@ def test_a_model_that_more_wait_for_is_loaded_before_that_of_the_first_waiter() 
                 {"priority": 2},
             )
         ),
-        pytest.param(two_for_b(ticket(1, A), rivals={"span": 2}, devices=TWO), id="not on two devices"),
+        pytest.param(FIRST, {"rivals": {"span": 2}, "devices": TWO}, id="not on two devices"),
     ],
 )
-def test_but_that_has_limits(found: tuple[object, ...]) -> None:
-    assert found[0] == Load(1, (0,), 800, False)
+def test_but_that_has_limits(head: TicketView, more: dict[str, Any]) -> None:
+    assert two_for_b(head, **more)[0] == Load(1, (0,), 800, False)
 
 
 def test_where_both_fit_neither_is_passed() -> None:

@@ -469,6 +469,7 @@ def test_there_is_a_row_for_a_copy_while_a_row_or_a_seat_is_not_in_use(made: Ran
             Reason.BACKING_OFF,
             "waits: its loads have failed, so nothing is evicted for another attempt for about 1.00 s",
         ),
+        (Reason.IN_USE, "waits: needs 100 MB, 50 free, 30 kept for it where b is in use, for about 2.00 s"),
         (Reason.MEMORY, "waits: needs 100 MB, 50 free, and unloading every idle copy would not free enough"),
     ],
 )
@@ -476,17 +477,19 @@ def test_a_waiter_is_told_what_is_left_of_its_time(made: RandomTables, reason: R
     waiters = Scheduler(made.namespace).waiters
     with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
         ticket = enqueue(made, "a")
+        other = made.tables.instances[load(made, "b")].model
         with made.namespace.transaction() as t:
             for _ in range(2):
                 made.transitions.models.note_failure(t, made.tables.tickets[ticket].model)
-        carry_out(made, Wait(ticket, reason, Why(reason, 100.0, 50.0, seconds=3.0)))
+        carry_out(made, Wait(ticket, reason, Why(reason, 100.0, 50.0, 30.0, 3.0, other)))
         made.now += SECOND_NS
         with made.namespace.transaction():
             assert waiters.why(ticket) == f"{reason.name.lower()}: {said}"
             assert waiters.backs_off_for_s(ticket) == (1.0 if reason is Reason.BACKING_OFF else math.inf)
         made.now += 2 * SECOND_NS
         with made.namespace.transaction():
-            assert ("unknown time" in waiters.sentence(ticket)) == (reason is Reason.SHARING)
+            is_timed = reason in (Reason.SHARING, Reason.IN_USE)
+            assert ("unknown time" in waiters.sentence(ticket)) == is_timed
             assert (waiters.backs_off_for_s(ticket) == 0.0) == (reason is Reason.BACKING_OFF)
 
 
