@@ -518,6 +518,14 @@ def test_a_waiter_is_told_behind_whom_it_waits(made: RandomTables) -> None:
         assert waiters.sentence(tickets[3]) == "waits: e runs alone until it has been measured"
 
 
+def test_a_wait_is_foretold_even_to_one_that_has_just_been_answered(made: RandomTables) -> None:
+    """It stood behind all others, so none of those that still wait stands in its place."""
+    scheduler, tickets = Scheduler(made.namespace), [enqueue(made, "a") for _ in range(2)]
+    with made.namespace.transaction() as t:
+        made.transitions.tickets.refuse(t, tickets[-1])
+        assert math.isfinite(scheduler.expected_wait_s(tickets[-1]))
+
+
 def test_a_load_that_has_failed_is_no_longer_counted_as_a_request(made: RandomTables) -> None:
     demand, (first, _) = Scheduler(made.namespace).demand, (enqueue(made, "a"), enqueue(made, "a"))
     model = made.tables.tickets[first].model
