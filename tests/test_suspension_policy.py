@@ -314,6 +314,34 @@ def test_nothing_is_evicted_past_a_waiter_that_may_not_be_overtaken_any_more() -
     assert make_plan(late).decisions == (Evict(20, (12,)),)
 
 
+def test_no_room_is_promised_behind_one_that_also_waits_for_copies_in_use() -> None:
+    there = full_view(host_free_mb=1e5)
+    models = {**there.models, 4: ModelView(4, True, 500.0, 1, {}, 0, load_s=10.0, rate=0.1)}
+    models[0], models[1] = replace(models[0], need_mb=1200.0), replace(models[1], need_mb=200.0)
+    first, second = there.tickets
+    late = replace(first, head_since_s=there.now_s - RULES.max_overtake_seconds)
+    device = replace(there.devices[0], total_mb=1500.0, used_mb=1500.0)
+    busy = BusyInstance(14, 4, 0, 500.0, 1.0)
+    there = replace(there, models=models, tickets=(late, second), devices=(device,), busy=(busy,))
+    decisions = make_plan(there).decisions
+    assert decisions == (Evict(20, (12, 13)),)
+
+
+@pytest.mark.parametrize("suspending", [(1, 0), (0, 1), (1, 1), (0, 0)])
+def test_room_is_made_ahead_while_anything_is_suspended_for_the_first(suspending: tuple[int, int]) -> None:
+    there = full_view()
+    devices = tuple(
+        replace(there.devices[0], device=row, unloading_mb=500.0, unloading=1, suspending=count)
+        for row, count in enumerate(suspending)
+    )
+    first, second = there.tickets
+    models = {**there.models, 0: replace(there.models[0], need_mb=1000.0)}
+    wide = replace(there, models=models, idle=there.idle[1:], tickets=(replace(first, span=2), second), devices=devices)
+    head, *others = make_plan(wide).decisions
+    assert isinstance(head, Wait) and head.reason == Reason.UNLOADING
+    assert others == ([Evict(21, (13,))] if any(suspending) else [])
+
+
 def test_copies_that_would_be_unloaded_wait_for_their_turn() -> None:
     (decision,) = make_plan(full_view(suspendable=False)).decisions
     assert isinstance(decision, Evict) and decision.ticket == 20
