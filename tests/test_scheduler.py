@@ -14,6 +14,7 @@ from random_tables import SECOND_NS, RandomTables
 
 from mpmm.errors import TableFullError
 from mpmm.policy.plan import Plan
+from mpmm.policy.sharing import FIRST_LOAD_S
 from mpmm.policy.view import Decision, Evict, Grant, Load, Reason, Refuse, Satisfied, Wait, Why
 from mpmm.scheduling import Scheduler, wakes
 from mpmm.scheduling.views import QUEUE_PART
@@ -516,6 +517,23 @@ def test_a_waiter_is_told_behind_whom_it_waits(made: RandomTables) -> None:
     load(made, "e", alone=True)
     with made.namespace.transaction():
         assert waiters.sentence(tickets[3]) == "waits: e runs alone until it has been measured"
+
+
+@pytest.mark.parametrize(("reason", "room_s"), [(Reason.IN_USE, 50.0), (Reason.BACKING_OFF, 2.0), (Reason.BEHIND, 0.0)])
+def test_a_waiter_is_expected_to_wait_for_the_room_of_those_before_it(
+    made: RandomTables, reason: Reason, room_s: float
+) -> None:
+    scheduler = Scheduler(made.namespace)
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        first = enqueue(made, "a")
+        made.now += 1
+        second = enqueue(made, "b")
+        with made.namespace.transaction() as t:
+            for _ in range(2):
+                made.transitions.models.note_failure(t, made.tables.tickets[first].model)
+        carry_out(made, Wait(first, reason, Why(reason, seconds=50.0)))
+        with made.namespace.transaction():
+            assert scheduler.expected_wait_s(second) == pytest.approx(room_s + FIRST_LOAD_S)
 
 
 def test_a_wait_is_foretold_even_to_one_that_has_just_been_answered(made: RandomTables) -> None:

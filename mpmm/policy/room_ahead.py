@@ -61,7 +61,7 @@ def _loads_next(state: PlanState, ticket: TicketView, model: ModelView) -> bool:
         return False
     if model.usable_by(ticket.member) or presumed(model, state.seen).coming_for(ticket.member):
         return False
-    return not (model.shared or model.suspending or state.has_most_copies(model))
+    return not (model.suspending or state.has_most_copies(model))
 
 
 def _all_are_suspended(state: PlanState, plan: EvictionPlan) -> bool:
