@@ -221,6 +221,24 @@ def test_a_small_load_does_not_go_on_where_there_are_as_many_copies_as_there_may
     assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
 
 
+@pytest.mark.parametrize(
+    ("loadable_on", "head_for", "goes_on"),
+    [
+        *(((), 3.9, True), ((), 4.0, False), ((0,), 3.9, True), ((0,), 4.0, False)),
+        *(((1,), 4.0, True), ((0, 1), 4.0, False)),
+    ],
+)
+def test_once_overtaking_is_over_a_small_load_goes_on_only_where_the_head_may_not_load(
+    loadable_on: tuple[int, ...], head_for: float, goes_on: bool
+) -> None:
+    head = replace(ticket(1, A, head_for=head_for), loadable_on=loadable_on)
+    users = (in_use(5, C, 850, 1.0), replace(in_use(6, C, 900, 1.0), device=1))
+    devices = [device(0, used=850), device(1, used=900)]
+    state = view([model(A, 800), model(B, 50), model(C, shared=2)], [head, ticket(2, B)], devices=devices, busy=users)
+    expected = (Load(2, (0,), 50, alone=False),) if goes_on else ()
+    assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
+
+
 def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
     handle = replace(model(A, 100), shares=True, load_s=2.0, hold_s=0.1)
     state = view([handle], [ticket(1, A), ticket(2, A, member=OTHER)])
