@@ -320,6 +320,35 @@ def test_what_is_wrong_is_found(whole: Snapshot, invariant: str, what: str, brea
     assert invariant in {line.split()[0] for line in found}, found
 
 
+def test_an_idle_list_that_leads_astray_says_where_to(whole: Snapshot) -> None:
+    (astray,) = [
+        line for line in check_invariants(rows("models", tag("m0"), idle_head=FREE_ROW)(whole)) if "M2" in line
+    ]
+    assert astray.endswith(f"the idle list leads to row {FREE_ROW}, not of this model")
+    (circle,) = [line for line in check_invariants(_circle(whole)) if "leads to" in line]
+    assert circle.endswith(", again")
+
+
+def test_a_lease_may_have_the_name_of_models_even_of_two(whole: Snapshot) -> None:
+    twice = rows("models", tag("m1"), tag="m0")(whole)
+    alike = rows("models", tag("lease"), tag="m0")(twice)
+    assert len([line for line in check_invariants(alike) if line.startswith("M4")]) == 2
+
+
+def test_as_many_users_as_there_may_be_are_not_too_many(whole: Snapshot) -> None:
+    assert check_invariants(rows("models", tag("shared"), users=MOST_USERS)(whole)) == []
+
+
+@pytest.mark.parametrize(("which", "too_many"), [(is_seat, True), (has_seats, False)])
+def test_a_copy_is_on_its_way_out_if_its_own_row_says_so_and_not_for_its_seats(
+    whole: Snapshot, which: Callable[[Any], bool], too_many: bool
+) -> None:
+    going = rows("instances", which, unload_on_release=True)(whole)
+    none_allowed: Any = mock.Mock(max_model_copies=0)
+    found = check_invariants(replace(going, settings=none_allowed))
+    assert any(line.startswith("M6 shared") for line in found) is too_many
+
+
 def test_the_deviation_of_an_estimate_that_there_is_not_may_be_anything(whole: Snapshot) -> None:
     assert check_invariants(rows("models", tag("m0"), estimate_mb=None, sd_mb=math.inf)(whole)) == []
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 from harness import NewManager
 from random_tables import SECOND_NS, RandomTables
@@ -21,11 +24,12 @@ from mpmm.policy.view import Reason
 from mpmm.shared_state.columns import DeviceColumns, InstanceColumns, ModelColumns, TicketColumns
 from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import Cause, EventKind, placed
-from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Pin, Ticket
+from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Observation, Pin, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.reads.queue import CAN_READ_UNLOCKED
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
 from mpmm.shared_state.segment import Segment, UnfinishedSegment, segment_name
+from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import (
     DeadMakerError,
     EventChoice,
@@ -33,6 +37,7 @@ from mpmm.shared_state.snapshot import (
     MemberInfo,
     ModelInfo,
     PinInfo,
+    Snapshot,
     TicketInfo,
     decode,
     find_lost_namespaces,
@@ -42,6 +47,7 @@ from mpmm.shared_state.snapshot import (
 from mpmm.shared_state.snapshot.decode import _Decoder
 from mpmm.shared_state.snapshot.kinds import PLACE
 from mpmm.shared_state.states import InstanceState, MemberState, ModelState, TicketState
+from mpmm.shared_state.transaction import float_bits
 
 # What `decode` computes fields from, or nobody outside needs.
 COMPUTED = {
@@ -340,7 +346,7 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
-        self.now += seconds
+        self.now = round(self.now + seconds, 6)
 
 
 @contextmanager
@@ -377,10 +383,13 @@ def test_the_namespaces_of_a_root_are_listed_by_name_and_those_without_a_segment
 
 @pytest.mark.parametrize(
     ("joins_until", "members_until", "slept", "lost"),
-    [(0, 99, 0, True), (2, 99, 2, True), (99, 99, 4, True), (99, 2, 2, False), (99, 0, 0, False), (0, 0, 0, False)],
+    [
+        *((0.0, 9.0, 0, True), (0.01, 9.0, 2, True), (9.0, 9.0, 100, True)),
+        *((9.0, 0.01, 2, False), (9.0, 0.0, 0, False), (0.0, 0.0, 0, False)),
+    ],
 )
 def test_a_segment_counts_as_lost_once_whoever_joins_or_leaves_has_finished_or_takes_too_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins_until: int, members_until: int, slept: int, lost: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins_until: float, members_until: float, slept: int, lost: bool
 ) -> None:
     """joins_until, members_until: how long a process joins or leaves, and how long a member lives, in seconds."""
     clock = Clock()
@@ -394,10 +403,8 @@ def test_a_segment_counts_as_lost_once_whoever_joins_or_leaves_has_finished_or_t
         with without_segments(root, "one"), monkeypatch.context() as patched:
             patched.setattr(f"{READ}.time", clock)
             patched.setattr(f"{READ}.is_locked", is_locked)
-            patched.setattr(f"{READ}.LOST_AFTER_S", 4.0)
-            patched.setattr(f"{READ}.LIFECYCLE_LOOK_S", 1.0)
             found = find_lost_namespaces(root)
-    assert (found, clock.slept) == (["one"] if lost else [], [1.0] * slept)
+    assert (found, clock.slept) == (["one"] if lost else [], [0.005] * slept)
 
 
 @pytest.mark.parametrize(
@@ -444,6 +451,23 @@ def test_a_segment_that_was_not_finished_is_being_made_or_its_maker_has_died(
     assert opens.call_count == opened
 
 
+def test_one_copy_is_enough_between_transactions_and_two_that_are_equal_within_one() -> None:
+    made = RandomTables(0)
+    copy_in_use, copies = Segment.copy_in_use, list[bool]()
+
+    def copy(segment: Segment, **options: Any) -> bytearray:
+        copies.append(options["events"])
+        return copy_in_use(segment, **options)
+
+    with closing(made), mock.patch.object(Segment, "copy_in_use", copy):
+        read_snapshot(made.namespace.name)
+        assert copies == [True]
+        with made.namespace.transaction() as t:
+            t.add(Header.HITS, 1)
+            assert read_snapshot(made.namespace.name, events=False).torn_words == 1
+        assert copies == [True, False, False]
+
+
 @pytest.mark.parametrize("happens", ["the lock is free", "the lock is not free", "the lock file was removed"])
 def test_a_copy_is_made_with_the_lock_if_writers_leave_no_gap_for_one(
     monkeypatch: pytest.MonkeyPatch, happens: str
@@ -481,3 +505,148 @@ def test_a_copy_is_made_with_the_lock_if_writers_leave_no_gap_for_one(
             assert (len(copies), loads) == (13, 12)
             assert lock.mock_calls == [mock.call.exclusive(0.5), mock.call.close()]
         words[Header.LOADS] = 0
+
+
+# ---- what is computed from several words -------------------------------------------------------------------------
+
+
+def decoded(made: RandomTables, words: dict[int, int] | None = None, **options: Any) -> Snapshot:
+    """Return a snapshot of a namespace as if some of its words had other values."""
+    segment = made.namespace.segment
+    copied = bytearray(segment.copy())
+    for word, value in (words or {}).items():
+        copied[8 * word : 8 * word + 8] = value.to_bytes(8, "little")
+    return decode(copied, segment.layout, "n", segment.name, **options)
+
+
+@pytest.mark.parametrize(
+    ("status", "held", "stopped"),
+    [
+        *((psutil.STATUS_STOPPED, True, True), (psutil.STATUS_TRACING_STOP, True, True)),
+        *((psutil.STATUS_SLEEPING, True, False), (psutil.NoSuchProcess(1), True, False), (ValueError(), True, False)),
+        *((OverflowError(), True, False), (psutil.STATUS_STOPPED, False, False), (psutil.STATUS_STOPPED, None, False)),
+    ],
+    ids=str,
+)
+def test_the_holder_of_the_lock_is_shown_as_stopped_if_it_has_the_lock_and_is(
+    status: str | Exception, held: bool | None, stopped: bool
+) -> None:
+    made = RandomTables(0)
+    outcome: Any = [status]
+    with closing(made), mock.patch("psutil.Process") as process:
+        process.return_value.status.side_effect = outcome
+        found = decoded(made, {Header.LOCK_HOLDER: 4321}, held=held).lock
+        assert (found.holder_stopped, found.held) == (stopped, held)
+        assert process.mock_calls[:1] == ([mock.call(4321)] if held else [])
+
+
+def test_a_waiters_time_left_ends_with_its_deadline() -> None:
+    made = RandomTables(0)
+    with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        with made.namespace.transaction() as t:
+            for deadline_ns in (made.now + SECOND_NS, made.now - SECOND_NS, LONGEST_NS - 1, LONGEST_NS):
+                made.transitions.tickets.enqueue(t, made.claim_model(t), 1, 1, 100.0, deadline_ns)
+        found = {one.row: one.time_left_s for one in decoded(made).tickets}
+    assert (found[0], found[1], found[3]) == (1.0, -1.0, math.inf)
+    assert found[2] == pytest.approx((LONGEST_NS - made.now) / 1e9)
+
+
+def test_idle_copies_are_kept_as_long_as_the_word_says() -> None:
+    made = RandomTables(0)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            row = made.claim_model(t)
+        word = made.tables.model(row) + Model.KEEP_ALIVE
+        kept = {}
+        for value in (0, 1, 2 * SECOND_NS + 1, LONGEST_NS, LONGEST_NS + 1):
+            kept[value] = next(one.keep_alive_s for one in decoded(made, {word: value}).models if one.row == row)
+    longest_s = pytest.approx(LONGEST_NS / 1e9)
+    assert kept == {0: None, 1: 0.0, 2 * SECOND_NS + 1: 2.0, LONGEST_NS: longest_s, LONGEST_NS + 1: math.inf}
+
+
+def test_the_budget_for_suspended_copies_is_the_chosen_one_or_else_the_creators_share() -> None:
+    made = RandomTables(0)
+    names = [field.name for field in fields(Settings)]
+    word = Header.SETTINGS + names.index("suspend_budget_mb")
+    with closing(made):
+        share = {Header.HOST_SHARE_MB: float_bits(77.0)}
+        assert decoded(made, {**share, word: float_bits(5.0)}).suspend_budget_mb == 5.0
+        assert decoded(made, {**share, word: float_bits(math.inf)}).suspend_budget_mb == 77.0
+
+
+def test_junk_in_counts_and_lengths_is_shown_as_far_as_there_are_words() -> None:
+    made = RandomTables(0)
+    most = 2**64 - 1
+    with closing(made):
+        with made.namespace.transaction() as t:
+            model = made.claim_model(t)
+            made.transitions.estimates.observe(t, [(1, 1)], 10.0)
+        device, observation = made.tables.device(0), made.layout.observations.base
+        junk = decoded(
+            made,
+            {
+                device + Device.RETURN_COUNT: most,
+                observation + Observation.PAIRS_USED: most,
+                observation + Observation.COUNT: most,
+                made.tables.model(model) + Model.TAG: most,
+                made.tables.member(1): 99,
+            },
+        )
+    assert len(junk.devices[0].returns_mb) == Device.RETURNS_LENGTH
+    assert len(junk.observations[0].readings_mb) == Observation.READINGS_KEPT
+    assert len(next(one.tag for one in junk.models if one.row == model).encode("utf-8", "surrogateescape")) == 1024
+    assert [one.kind for one in junk.members if one.slot == 1] == ["worker"]
+
+
+def test_the_collector_is_left_as_it_was_found() -> None:
+    made = RandomTables(0)
+    enabled = []
+    with closing(made):
+        for collects in (False, True):
+            (gc.enable if collects else gc.disable)()
+            try:
+                decoded(made)
+                enabled.append(gc.isenabled())
+            finally:
+                gc.enable()
+    assert enabled == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("states", "shown"),
+    [
+        ({}, ("idle", 60, 4.0, None)),
+        ({1: "active"}, ("active", 60, 5.0, 101)),
+        ({1: "active", 2: "active"}, ("active", 60, 6.0, 102)),
+        ({0: "active", 1: "active"}, ("active", 60, 5.0, 101)),
+        ({0: "unloading", 1: "active"}, ("unloading", 60, 4.0, 100)),
+        ({0: "active"}, ("active", 60, 4.0, 100)),
+    ],
+)
+def test_a_copy_with_seats_is_shown_with_the_user_that_has_held_it_for_longest(
+    states: dict[int, str], shown: tuple[str, int, float, int | None]
+) -> None:
+    """states: of the copy's own row, 0, and of its seats; idle otherwise."""
+    made = RandomTables(0)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            made.transitions.loads.begin(t, made.claim_model(t), 1, 1, 100.0, alone=False)
+        snapshot = decoded(made)
+    (copy,) = snapshot.instances
+    rows = [
+        replace(
+            copy,
+            row=row,
+            state=states.get(row, "idle"),
+            holder=100 + row if row in states else None,
+            seat_of=0 if row else None,
+            seats=0 if row else 2,
+            uses=10 * (row + 1),
+            for_s=4.0 + row,
+        )
+        for row in range(3)
+    ]
+    (found,) = replace(snapshot, instances=tuple(rows)).copies
+    assert (found.state, found.uses, found.for_s, found.holder) == shown
+    alone = replace(rows[0], seats=0)
+    assert replace(snapshot, instances=(alone,)).copies == (alone,)
