@@ -438,6 +438,18 @@ def which_of_the_unloads_is_the_last_of_a_handle(it: RowChanges) -> Operation:
     return lambda t: (before, after)
 
 
+@CASES.case("""
+    model 1: UNLOADING=1 USED_AT=now
+    instance 1: STATE=FREE SINCE=now
+    device 1: RETURNING_MB=500 RETURN_COUNT=1 CONFIGURED_AT=now RETURNS=now RETURNS[1]=500 RETURNS[2]=nan
+    UNLOAD_ENDED: model=1 row=1 value=500
+""")
+def end_the_unload_of_an_object_while_another_one_is_unloaded(it: RowChanges) -> Operation:
+    row = it.unloading(handle=b"")
+    it.unloading(handle=b"", devices=(0,))
+    return lambda t: it.to.unloads.end(t, row)
+
+
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_unloads_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)

@@ -283,7 +283,7 @@ CASES: list[tuple[str, str, Break]] = [
     ("P1", "lease", lambda snapshot: _pinned_lease(snapshot)),
     ("P1", "member", rows("pins", member=FREE_SLOT)),
     ("P1", "twice", again("pins")),
-    ("D1", "future", rows("devices", sample_age_s=-10.0)),
+    *[("D1", f"{-age_s} s ahead", rows("devices", sample_age_s=age_s)) for age_s in (-1.5, -10.0)],
     ("D2", "sum", rows("devices", returning_mb=more)),
     ("D2", "negative", rows("devices", returning_mb=-1.0, returns_mb=(-1.0,))),
     ("D2", "others", rows("devices", unrelated_mb=-1.0)),
@@ -335,8 +335,17 @@ def test_a_lease_may_have_the_name_of_models_even_of_two(whole: Snapshot) -> Non
     assert len([line for line in check_invariants(alike) if line.startswith("M4")]) == 2
 
 
-def test_as_many_users_as_there_may_be_are_not_too_many(whole: Snapshot) -> None:
-    assert check_invariants(rows("models", tag("shared"), users=MOST_USERS)(whole)) == []
+@pytest.mark.parametrize(
+    "most",
+    [
+        rows("models", tag("shared"), users=MOST_USERS),
+        *(rows("tickets", urgency=steps) for steps in (HIGHEST_URGENCY, -HIGHEST_URGENCY)),
+        rows("tickets", in_state("waiting"), called_up_ago_s=lambda _: 0.0, head_of_line_for_s=0.0, waited_s=0.0),
+        rows("devices", sample_age_s=-1.0),
+    ],
+)
+def test_what_is_as_much_as_there_may_be_is_not_too_much(whole: Snapshot, most: Break) -> None:
+    assert check_invariants(most(whole)) == []
 
 
 @pytest.mark.parametrize(("which", "too_many"), [(is_seat, True), (has_seats, False)])
@@ -347,6 +356,16 @@ def test_a_copy_is_on_its_way_out_if_its_own_row_says_so_and_not_for_its_seats(
     none_allowed: Any = mock.Mock(max_model_copies=0)
     found = check_invariants(replace(going, settings=none_allowed))
     assert any(line.startswith("M6 shared") for line in found) is too_many
+
+
+@pytest.mark.parametrize(("state", "found"), [("idle", 2), ("active", 0)])
+def test_seats_of_a_copy_on_its_way_out_are_in_use(whole: Snapshot, state: str, found: int) -> None:
+    going = [
+        replace(row, unload_on_release=True, state=state if is_seat(row) else row.state) if row.tag == "shared" else row
+        for row in whole.instances
+    ]
+    lines = check_invariants(with_rows(whole, "instances", going))
+    assert len([line for line in lines if line.startswith("I10")]) == found
 
 
 def test_the_deviation_of_an_estimate_that_there_is_not_may_be_anything(whole: Snapshot) -> None:

@@ -277,6 +277,31 @@ def test_the_last_samples_of_a_device_are_shown_with_their_ages_the_oldest_first
     assert device.samples == tuple((kept - place - 0.5, float(3 + place)) for place in range(kept))
 
 
+def test_a_request_comes_after_another_one_that_is_earlier_and_for_use_of_the_same_model() -> None:
+    made = RandomTables(0)
+    tickets, hand_over = made.transitions.tickets, made.transitions.hand_over
+    after = made.namespace.reads.queue.comes_after_another
+    with closing(made):
+        with made.namespace.transaction() as t:
+            a, b = (made.transitions.models.claim(t, tag, tag.encode()) for tag in ("a", "b"))
+            first, of_b, preload, last = [
+                tickets.enqueue(t, model, 1, 1, 100.0, LONGEST_NS, wanted)
+                for model, wanted in ((a, 0), (b, 0), (a, 2), (a, 0))
+            ]
+        assert [after(row) for row in (first, of_b, preload, last)] == [False, False, True, True]
+        with made.namespace.transaction() as t:
+            hand_over.leave_queue(t, preload)
+        assert [after(row) for row in (first, last)] == [False, True], "they are just two"
+        with made.namespace.transaction() as t:
+            hand_over.leave_queue(t, first)
+            preload = tickets.enqueue(t, a, 1, 2, 100.0, LONGEST_NS, 2)
+            new = tickets.enqueue(t, a, 1, 1, 100.0, LONGEST_NS)
+        assert [after(row) for row in (last, preload, new)] == [False, True, True]
+        with made.namespace.transaction() as t:
+            hand_over.leave_queue(t, last)
+        assert [after(row) for row in (preload, new)] == [False, False], "a preload is not for use"
+
+
 @pytest.mark.parametrize("happens", ["nothing", "a change", "changes without end", "a change is open"])
 def test_what_is_read_without_the_lock_stood_there_together_and_was_committed(happens: str) -> None:
     made = RandomTables(0)

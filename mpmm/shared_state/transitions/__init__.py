@@ -146,7 +146,6 @@ class Transitions:
             # would count a hold and write an event though the use continues.
             self.isolation.end(t, row)
             self._instances.change_state(t, row, Instance.IDLE)
-            t.set(at + Instance.HOLDER, 0)
             if not words[at + Instance.OWNER]:
                 t.set_all(self._instances.pushed(at, row))
         state, slot = words[at + Instance.STATE], self._actor.slot

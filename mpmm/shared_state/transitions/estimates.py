@@ -81,8 +81,8 @@ class Estimates(Part):
         the model becomes unknown again, so that the next copy that loads is measured.
         """
         words, floats, at = self._segment.words, self._segment.floats, self._tables.model(row)
-        # The comparison below is False for nan, so that an unknown model is not reset again.
-        estimate = floats[at + Model.ESTIMATE_MB] if words[at + Model.KNOWN] else math.nan
+        # nan of an unknown model: the comparison below is False then, so that it is not reset again.
+        estimate = floats[at + Model.ESTIMATE_MB]
         t.add(Header.OUT_OF_MEMORY, 1)
         t.event(EventKind.OUT_OF_MEMORY, row + 1, value=estimate)
         if at_least_mb > floats[at + Model.AT_LEAST_MB]:
