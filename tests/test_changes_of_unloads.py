@@ -450,6 +450,17 @@ def end_the_unload_of_an_object_while_another_one_is_unloaded(it: RowChanges) ->
     return lambda t: it.to.unloads.end(t, row)
 
 
+@CASES.case("""
+    model 1: UNLOADING=0 USED_AT=now
+    instance 1: STATE=FREE SINCE=now
+    device 1: RETURNING_MB=0.5 RETURN_COUNT=1 CONFIGURED_AT=now RETURNS=now RETURNS[1]=0.5 RETURNS[2]=nan
+    UNLOAD_ENDED: model=1 row=1 value=0.5
+""")
+def end_the_unload_of_a_very_small_one(it: RowChanges) -> Operation:
+    row = it.unloading(mb=100.5)
+    return lambda t: it.to.unloads.end(t, row)
+
+
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_unloads_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)

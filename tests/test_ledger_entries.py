@@ -152,3 +152,30 @@ def test_a_lease_of_a_program_that_nobody_measures_may_be_used_or_not(it: RowCha
     put(it, it.leased(), PROGRAM=4711, MB=80.0)
     it.poke(Header.SOURCE_MEASURES_PROCESSES, 0)
     check(it, (0, 300))
+
+
+@pytest.mark.parametrize(
+    ("make", "counts_named", "is_sure"),
+    [
+        (lambda it: it.active(server=3), 0, True),
+        (lambda it: it.active(), 0, False),
+        (lambda it: it.active(), 1, True),
+        (lambda it: put(it, it.leased(), PROGRAM=4711, MB=80.0), 0, True),
+        (lambda it: it.leased(), 0, False),
+    ],
+    ids=["a server", "a copy without one", "a copy outside the figure", "a program", "a lease without one"],
+)
+def test_what_is_not_ours_is_known_for_sure_where_all_that_is_ours_is_measured_by_itself(
+    it: RowChanges, make: Made, counts_named: int, is_sure: bool
+) -> None:
+    it.wait(60)
+    make(it)
+    measured(it)
+    it.poke(Header.SOURCE_COUNTS_NAMED, counts_named)
+    at = it.tables.device(1)
+    for word in (Device.EXTERNAL_MB, Device.EXTERNAL_LEAST_MB):
+        it.poke(at + word, 0.0)
+    it.sample(1, FIGURE_MB)
+    external_mb, sure_mb = it.floats[at + Device.EXTERNAL_MB], it.floats[at + Device.EXTERNAL_LEAST_MB]
+    assert external_mb > FIGURE_MB / 2
+    assert sure_mb == (external_mb if is_sure else 0.0)
