@@ -467,6 +467,17 @@ def forget_what_a_process_takes(it: RowChanges) -> Operation:
     return lambda t: it.to.measurements.forget(t, 1)
 
 
+@CASES.case("""
+    device 1: USED_MB=300 SAMPLED=now PEAK_MB=300 HIGHEST_MB=300 RING_NEXT=1 RING=now RING[1]=300
+    returns True
+""")
+def sample_while_a_copy_loads_that_may_have_taken_all_of_that(it: RowChanges) -> Operation:
+    it.loading()
+    for word in (Device.EXTERNAL_MB, Device.EXTERNAL_LEAST_MB):
+        it.poke(it.tables.device(1) + word, 0.0)
+    return lambda t: it.to.devices.sample(t, 1, 300.0, it.now)
+
+
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_devices_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)

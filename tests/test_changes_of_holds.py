@@ -280,6 +280,18 @@ def take_one_of_several_in_use(it: RowChanges) -> Operation:
     return lambda t: it.to.holds.take_idle(t, row, 2)
 
 
+@CASES.case("""
+    model 1: LOADED=2 IDLE=1 USED_AT=now SEATS=1
+    instance 1: SEATS=1
+    instance 2: STATE=FREE SEAT_OF=0 SINCE=now
+    instance 3: NEXT=0
+""")
+def free_a_seat(it: RowChanges) -> Operation:
+    it.users(3)
+    row = it.active()
+    return lambda t: it.to.seats.free(t, row + 1)
+
+
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_holds_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)

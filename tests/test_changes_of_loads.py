@@ -438,6 +438,20 @@ def end_a_load_beside_a_steady_one(it: RowChanges) -> Operation:
     return lambda t: it.to.loads.end(t, row, b"handle", 500.0, 0, False)
 
 
+@CASES.case("""
+    header: ACTIVE=3 LOADING=0 LOADS=23
+    model 1: LOADED=2 ACTIVE=2 LOADING=0 LOADS=104 LOAD_S=9.29
+    instance 2: STATE=ACTIVE OWNER=2 MB=500 RESERVED_MB=0 SINCE=now LOADED_AT=now USES=1
+    device 1: CONFIGURED_AT=now
+    LOAD_ENDED: model=1 row=2 value=2
+    returns False
+""")
+def end_the_load_of_an_object_beside_another_one(it: RowChanges) -> Operation:
+    it.active(handle=b"", devices=(0,))
+    row = it.loading()
+    return lambda t: it.to.loads.end(t, row, b"", 500.0, 0, False)
+
+
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_loads_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from row_changes import CAUSE, SECOND_NS, Cases, Operation, RowChanges, raised
+from row_changes import CAUSE, SECOND_NS, SMALL, Cases, Operation, RowChanges, raised
 from row_changes import it as it  # the fixture
 
+from mpmm.errors import TableFullError
 from mpmm.shared_state.layout import Model, Ticket
+from mpmm.shared_state.namespace import Namespace
 from mpmm.text.display_names import set_display_name
 
 CASES = Cases()
@@ -264,6 +268,15 @@ def claim_a_model_where_every_row_is_in_use(it: RowChanges) -> Operation:
     for model in range(1, 8):
         it.ticket(model=model) if model < 6 else it.pin(model)
     return lambda t: raised(lambda: it.to.models.claim(t, "new", b"new"))
+
+
+@CASES.case("""
+    returns 1
+""")
+def claim_a_model_that_has_a_name_which_this_process_does_not_know(it: RowChanges) -> Operation:
+    with it.namespace.transaction() as t:
+        t.set_text(it.tables.model(1) + Model.NAME, b"what others call it")
+    return lambda t: it.to.models.claim(t, "a", b"a")
 
 
 @CASES.case("""
@@ -619,3 +632,38 @@ def note_a_solution(it: RowChanges) -> Operation:
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_models_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)
+
+
+def leases_in_turn(namespace: Namespace, count: int) -> list[int]:
+    """Claim leases one after another, each after the end of the one before; return their rows."""
+    rows, leases = [], namespace.transitions.leases
+    for number in range(count):
+        with namespace.transaction() as t:
+            rows.append(leases.claim(t, b"lease %d" % number, 1.0))
+            leases.forget_spent(t, rows[-1])
+    return rows
+
+
+@pytest.mark.parametrize(("capacity", "rows"), [(20, [*range(16), 0, 1]), (5, [0, 1, 2, 3, 4, 0, 1])])
+def test_sixteen_ended_leases_keep_their_names_if_the_table_has_room_for_them(capacity: int, rows: list[int]) -> None:
+    namespace = Namespace.join("leases", capacities=replace(SMALL, models=capacity))
+    try:
+        assert leases_in_turn(namespace, len(rows)) == rows
+        with namespace.transaction() as t:
+            assert namespace.transitions.leases.claim(t, b"lease 3", 1.0) == 3, "of the same name"
+    finally:
+        namespace.leave()
+
+
+def test_even_the_first_row_is_taken_from_a_model_that_is_not_used() -> None:
+    namespace = Namespace.join("single", capacities=replace(SMALL, models=1))
+    try:
+        for tag in ("a", "b"):
+            with namespace.transaction() as t:
+                assert namespace.transitions.models.claim(t, tag, tag.encode()) == 0
+        with namespace.transaction() as t:
+            namespace.transitions.pins.pin(t, 0, -1)
+            with pytest.raises(TableFullError):
+                namespace.transitions.models.claim(t, "c", b"c")
+    finally:
+        namespace.leave()

@@ -7,7 +7,7 @@ from row_changes import CAUSE, Cases, Operation, RowChanges
 from row_changes import it as it  # the fixture
 
 from mpmm.policy.suspension import Unsuspendable
-from mpmm.shared_state.layout import Member
+from mpmm.shared_state.layout import Instance, Member
 
 CASES = Cases()
 
@@ -374,6 +374,23 @@ def end_a_lease_that_another_waits_for(it: RowChanges) -> Operation:
     row = it.leased()
     it.ticket(model=3)
     return lambda t: it.to.leases.end(t, row)
+
+
+@CASES.case("""
+    header: LOADING=0
+    member 0: BELL=1
+    model 1: LOADING=0 UNLOADING=1
+    instance 1: STATE=UNLOADING HOLDER=1 MB=0 RESERVED_MB=0 SINCE=now DEVICE_MB=0
+    RESUME_GIVEN_UP: model=1 row=1 value=7
+    UNLOAD_BEGAN: model=1 row=1 value=0 ASKED 0/0/0/0 0/0
+    wake member 0 BELL
+""")
+def a_guest_in_the_first_row_cancels_a_resume_of_what_is_to_be_unloaded(it: RowChanges) -> Operation:
+    row = it.resuming()
+    it.act_as(0)
+    it.poke(it.tables.member(0), Member.GUEST)
+    it.poke(it.tables.instance(row) + Instance.UNLOAD_ON_RELEASE, Instance.ASKED)
+    return lambda t: it.to.suspensions.cancel(t, row)
 
 
 @pytest.mark.parametrize("name", CASES.names)

@@ -99,8 +99,7 @@ class Instances(Part):
         at = self._tables.instance(row)
         words = self._segment.words
         state = words[at + Instance.STATE]
-        if words[at + Instance.SEATS]:
-            self.orphan_seats(t, row)
+        self.orphan_seats(t, row)
         is_seat = bool(words[at + Instance.SEAT_OF])
         if is_seat:
             self._count_seat_out(t, row)

@@ -17,6 +17,8 @@ __all__ = ["NAMES_KEPT", "Models"]
 # How many ended leases keep their names, for events about them, before the first row is reused. No more, because each
 # row makes every search of the table longer.
 NAMES_KEPT = 16
+# Counts of the rows, other than tickets, that refer to a model.
+_REFERENCES = [Model.LOADED, Model.LOADING, Model.UNLOADING, Model.SUSPENDED, Model.PINS]
 
 
 class Models(Part):
@@ -80,11 +82,9 @@ class Models(Part):
 
     def _oldest_unused(self) -> int:
         """Return the row of the longest unused model to which nothing refers, -1 if there is none."""
-        rows = self._tables.view(self._layout.models)
-        busy = rows[:, Model.LOADED] + rows[:, Model.LOADING] + rows[:, Model.UNLOADING] + rows[:, Model.WAITING]
-        free = (busy + rows[:, Model.SUSPENDED] + rows[:, Model.PINS] == 0) & (rows[:, Model.STATE] == Model.MODEL)
-        tickets = self._tables.view(self._layout.tickets)
-        # WAITING leaves out the tickets whose waiters have yet to read their answers.
+        rows, tickets = self._tables.view(self._layout.models), self._tables.view(self._layout.tickets)
+        free = (rows[:, Model.STATE] == Model.MODEL) & ~rows[:, _REFERENCES].any(axis=1)
+        # Not by WAITING, which leaves out the tickets whose waiters have yet to read their answers.
         free[tickets[tickets[:, Ticket.STATE] != Ticket.FREE, Ticket.MODEL].astype(np.intp)] = False
         unused = np.flatnonzero(free)
         return int(unused[np.argmin(rows[unused, Model.USED_AT])]) if len(unused) else -1

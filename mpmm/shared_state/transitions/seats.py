@@ -29,9 +29,9 @@ class Seats(Part):
         None if the copy is to be unloaded on release.
         """
         at, words = self._tables.instance(row), self._segment.words
-        users = words[self._tables.model(words[at + Instance.MODEL]) + Model.USERS]
-        if users <= 1 or words[at + Instance.UNLOAD_ON_RELEASE]:
+        if words[at + Instance.UNLOAD_ON_RELEASE]:
             return
+        users = words[self._tables.model(words[at + Instance.MODEL]) + Model.USERS]
         handle = self._tables.text(at + Instance.HANDLE)
         for _ in range(users - 1):
             try:
