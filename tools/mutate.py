@@ -69,7 +69,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/shared_state/*.py", "mpmm/shared_state/*/*.py"),
         (
             *("test_layout", "test_lock_file", "test_file_errors", "test_liveness", "test_runtime_dir", "test_segment"),
-            *("test_orphans", "test_transaction", "test_removal", "test_member_files"),
+            *("test_orphans", "test_transaction", "test_removal", "test_member_files", "test_membership"),
             *("test_invariants", "test_snapshot", "test_table_rows", "test_views"),
             *("test_changes_of_holds", "test_changes_of_loads", "test_changes_of_unloads"),
             *("test_changes_of_suspensions", "test_changes_of_models", "test_changes_of_devices"),

@@ -53,17 +53,14 @@ def close_segment(segment: Segment, runtime: RuntimeDirectory, kinds: tuple[int,
 
     Raises LockTimeoutError.
     """
-    tables = Tables(segment)
     try:
         with contextlib.closing(TransactionLock(segment, REMOVAL_TIMEOUT_S)) as lock, lock() as t:
             # Under the lock: a newcomer takes its row in a transaction that checks the mark, so it either has a row by
             # now and is found alive, or will find the mark.
-            if has_living_member(tables, runtime.path, kinds):
+            if has_living_member(Tables(segment), runtime.path, kinds):
                 return False
             t.set(Header.CLOSED, Header.IS_CLOSED)
     except SegmentCorruptError:
         # No process can take the lock any more, so none can join.
-        return True
-    finally:
-        tables.close()
+        pass
     return True

@@ -212,8 +212,8 @@ class Namespace:
                 try:
                     segment = create(runtime, capacities or Capacities(), settings, source)
                 except SegmentAllocationError:
-                    if deserted:
-                        runtime.remove()
+                    # Nobody else is in it.
+                    runtime.remove()
                     raise
             chosen = read_settings(segment)
             if kind == Member.WORKER:
