@@ -129,12 +129,22 @@ def test_a_member_touches_all_files_below_the_root_once_an_hour(
     shutil.rmtree(other)
 
 
+def are_held(member: Namespace) -> bool:
+    """Tell whether a cleaner that heeds locks keeps away from root and folder."""
+    cleaners = [LockFile(folder, folder=True) for folder in (member.runtime.root, folder_of(member))]
+    taken = [cleaner.try_exclusive() for cleaner in cleaners]
+    for cleaner in cleaners:
+        cleaner.close()
+    return not any(taken)
+
+
 # ---- what is put back --------------------------------------------------------------------------------------------
 
 
 def test_a_newcomer_would_find_the_same_while_everything_is_in_place(member: Namespace, tmp_path: Path) -> None:
     files = member._files
     assert files.is_in_place() is True
+    assert are_held(member)
     assert files.folder_identity == identity_of(folder_of(member))
     aside = tmp_path / "aside"
     for path in (Path(member.segment.path), folder_of(member) / "alive.lock", folder_of(member), member.runtime.root):
@@ -252,6 +262,18 @@ def test_a_file_that_cannot_be_locked_is_put_back_the_next_time(
     assert said() == put_back(member, "m0.lock")
 
 
+def test_what_is_in_the_place_of_a_members_own_lock_is_replaced(member: Namespace, said: Said) -> None:
+    path = folder_of(member) / "m0.lock"
+    path.unlink()
+    other = LockFile(path)
+    assert other.try_exclusive()
+    member._files.put_back()
+    assert other.is_replaced()
+    other.close()
+    assert is_locked(path)
+    assert said() == put_back(member, "m0.lock")
+
+
 def test_a_folder_that_was_removed_is_made_again_and_held(member: Namespace, said: Said) -> None:
     folder = folder_of(member)
     old = os.open(folder, os.O_RDONLY)
@@ -264,10 +286,8 @@ def test_a_folder_that_was_removed_is_made_again_and_held(member: Namespace, sai
     assert member._files.folder_identity == identity_of(folder)
     fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(old)
-    for held in (member.runtime.root, folder):
-        cleaner = LockFile(held, folder=True)
-        assert cleaner.try_exclusive() is False
-        cleaner.close()
+    assert are_held(member)
+    assert not (folder / "lifecycle.lock").exists(), "the segment was where it belongs"
 
 
 def test_a_folder_that_another_member_has_made_again_is_held_and_not_counted(member: Namespace, said: Said) -> None:
@@ -290,7 +310,7 @@ def test_a_folder_that_a_cleaner_had_locked_is_held_as_soon_as_it_can_be(root: P
     assert cleaner.try_exclusive()
     cleaner.unlock()
     member._files.put_back()
-    assert cleaner.try_exclusive() is False
+    assert are_held(member)
     cleaner.close()
     member.leave()
 
@@ -326,6 +346,19 @@ def test_the_segment_gets_its_name_when_the_lifecycle_lock_is_free(member: Names
     assert said() == put_back(member, "the root of the runtime directories")
     member._files.put_back()
     assert said() == []
+
+
+def test_the_segment_gets_its_name_although_the_folder_is_removed_again_meanwhile(member: Namespace) -> None:
+    old = member.segment.name
+    shutil.rmtree(member.runtime.root)
+    member.runtime.ensure()
+    newcomer = LockFile(member.runtime.file("lifecycle.lock"))
+    assert newcomer.try_exclusive()
+    member._files.put_back()
+    newcomer.close()
+    shutil.rmtree(folder_of(member))
+    member._files.put_back()
+    assert member.segment.name == segment_name(member.runtime.root, "n") != old
 
 
 def test_one_of_several_members_renames_the_segment(member: Namespace, said: Said) -> None:
@@ -393,31 +426,36 @@ def test_what_was_put_back_before_a_failure_is_told(
     assert said() == failed + put_back(member, "token")
 
 
-@pytest.mark.parametrize("why", ["the namespace is closed", "it gives up", "it has closed its files", "it was forked"])
+@pytest.mark.parametrize("why", ["the namespace is closed", "it gives up"])
 def test_nothing_is_put_back_by_one_that_leaves(member: Namespace, lead: LockFile, clock: Clock, why: str) -> None:
     token = folder_of(member) / "token"
     token.unlink()
     lead.path.unlink()
-    clock.now += 10.0
-
-    def look() -> None:
-        files = member._files
-        if why == "the namespace is closed":
-            member.segment.words[Header.CLOSED] = Header.IS_CLOSED
-        elif why == "it gives up":
-            files.give_up()
-        elif why == "it has closed its files":
-            files.close()
-        for leading in (True, False):
-            clock.now += 10.0
-            assert member.look_after_files(lead, leading) is leading
-        assert not token.exists()
-        assert not lead.path.exists()
-
-    assert run_in_child(look) == 0
+    if why == "the namespace is closed":
+        member.segment.words[Header.CLOSED] = Header.IS_CLOSED
+    else:
+        member._files.give_up()
+    for leading in (True, False):
+        clock.now += 10.0
+        assert member.look_after_files(lead, leading) is leading
+    assert not token.exists()
+    assert not lead.path.exists()
     member.segment.words[Header.CLOSED] = 0
-    member._files.put_back()
+
+
+def test_nothing_is_put_back_by_one_that_has_closed_its_files_or_is_a_child(member: Namespace) -> None:
+    token = folder_of(member) / "token"
+    token.unlink()
+    assert run_in_child(member._files.put_back) == 0
+    assert not token.exists()
+    other = Namespace.join("n", root=member.runtime.root)
     assert token.exists()
+    token.unlink()
+    files = other._files
+    files.close()
+    files.put_back()
+    assert not token.exists()
+    other._detach()
 
 
 def test_a_child_closes_what_its_parent_holds_without_giving_it_up(member: Namespace) -> None:
@@ -430,9 +468,25 @@ def test_a_child_closes_what_its_parent_holds_without_giving_it_up(member: Names
     assert run_in_child(look) == 0
     assert is_locked(folder_of(member) / "m0.lock")
     assert member._files.is_in_place() is True
-    cleaner = LockFile(folder_of(member), folder=True)
-    assert cleaner.try_exclusive() is False
-    cleaner.close()
+    assert are_held(member)
+
+
+def test_files_can_be_forgotten_without_giving_up_the_locks(member: Namespace) -> None:
+    """As in a child that inherited them, and closes its own descriptors alone."""
+    before = open_descriptors()
+    other = Namespace.join("n", root=member.runtime.root)
+    path = folder_of(other) / "m1.lock"
+    old = os.open(path, os.O_RDWR)
+    inherited = os.dup(other.life_fd)
+    path.unlink()
+    other._files.put_back()
+    other.forget_after_fork()
+    other.segment.close()
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(old)
+    os.close(inherited)
+    assert open_descriptors() == before
 
 
 def test_one_that_has_no_row_yet_has_no_lock_to_put_back(member: Namespace, said: Said) -> None:

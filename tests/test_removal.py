@@ -219,6 +219,20 @@ def test_a_folder_is_a_namespace_if_it_has_a_token_or_nothing_but_locks(
     assert namespaces_below(tmp_path / "missing") == []
 
 
+def test_a_folder_that_vanishes_during_the_look_is_no_namespace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "lifecycle.lock").touch()
+    assert namespaces_below(tmp_path) == ["n"]
+
+    def vanish(path: Path) -> Iterator[Path]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "iterdir", vanish)
+    assert namespaces_below(tmp_path) == []
+
+
 def test_all_that_are_deserted_are_removed_and_no_others(
     runtime_root: Path, closing: list[Callable[[], object]]
 ) -> None:

@@ -81,7 +81,8 @@ class MemberFiles:
     @property
     def folder_identity(self) -> tuple[int, int]:
         """Device and inode of the folder that the member holds: another one at its path must not be removed instead."""
-        return self._holds[-1].identity
+        _, folder = self._holds
+        return folder.identity
 
     def is_in_place(self) -> bool:
         """Tell whether a newcomer would find the same segment and files as this member."""
