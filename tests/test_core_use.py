@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sysconfig
 import threading
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from core_calls import Caller, built, place_of
@@ -21,10 +23,7 @@ from mpmm import ModelManager
 from mpmm.errors import InvalidArgumentError
 from mpmm.observability import doctor
 from mpmm.shared_state import core as core_module
-from mpmm.shared_state.core import (
-    CORE_VARIABLE,
-    which,
-)
+from mpmm.shared_state.core import CORE_VARIABLE, is_compiled, which
 
 SOURCE = Path(core_module.__file__).with_name("_core.c")
 
@@ -130,6 +129,50 @@ def test_without_the_extension_python_does_it(
     with pytest.raises(InvalidArgumentError, match="the compiled core is missing"):
         ModelManager(namespace="elsewhere", memory_source="booked")
     assert core_line().startswith("MPMM_CORE=compiled: ")
+
+
+@pytest.mark.parametrize(
+    ("choice", "there", "expected"),
+    [
+        ("", True, "compiled"),
+        ("", False, "python"),
+        ("python", True, "python"),
+        ("python", False, "python"),
+        ("compiled", True, "compiled"),
+        ("compiled", False, None),
+        ("fast", True, None),
+        ("fast", False, None),
+    ],
+)
+def test_which_one_it_is_depends_on_the_environment_and_on_what_is_built(
+    monkeypatch: pytest.MonkeyPatch, choice: str, there: bool, expected: str | None
+) -> None:
+    extension = SimpleNamespace(Core=object) if there else None
+    monkeypatch.setitem(sys.modules, "mpmm.shared_state._core", extension)
+    monkeypatch.setenv(CORE_VARIABLE, choice)
+    assert is_compiled() is (expected == "compiled")
+    if expected is None:
+        with pytest.raises(InvalidArgumentError, match=f"{CORE_VARIABLE}="):
+            which()
+    else:
+        assert which() == expected
+
+
+@pytest.mark.parametrize(
+    ("processors", "nanoseconds"), [(1, 0), (2, 10_000), (3, 20_000), (16, 150_000), (17, 160_000), (64, 160_000)]
+)
+def test_a_process_spins_for_as_many_others_as_there_are_processors(
+    monkeypatch: pytest.MonkeyPatch, processors: int, nanoseconds: int
+) -> None:
+    asked: list[int] = []
+
+    def processors_of(pid: int) -> set[int]:
+        asked.append(pid)
+        return set(range(processors))
+
+    monkeypatch.setattr(os, "sched_getaffinity", processors_of)
+    assert core_module._spin_ns() == nanoseconds
+    assert asked == [0], "of this process"
 
 
 @built

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from containers import as_root, being_nobody
 from crash_lab import run_in_child
 from harness import files_in, segments_of
 from test_lock_file import Clock
 
-from mpmm.errors import LockTimeoutError
+from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
 from mpmm.shared_state import leftovers, lock_file, prune, runtime_dir
 from mpmm.shared_state.layout import Header, Member
 from mpmm.shared_state.leftovers import Leftover
@@ -307,6 +308,12 @@ def test_prune_tells_deserted_namespaces_with_the_memory_that_they_take(
     assert left(runtime_root) == ([], set())
     assert leftovers.prune(runtime_root) == []
     assert leftovers.prune(runtime_root / "missing") == []
+
+
+@as_root
+def test_prune_says_whose_the_root_is_where_it_may_not_look(runtime_root: Path, orphans: list[prune.Orphan]) -> None:
+    with being_nobody(), pytest.raises(RuntimeDirectoryError, match=f"{runtime_root} belongs to uid 0"):
+        leftovers.prune(runtime_root)
 
 
 def test_prune_asks_for_segments_of_all_versions(runtime_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
