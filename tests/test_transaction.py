@@ -404,7 +404,7 @@ def test_a_newcomer_stands_back_while_a_claim_holds_that_can_be_meant(
 ) -> None:
     words = joined.segment.words
     words[Header.STARVING], words[Header.STARVING_SINCE] = BEGIN_NS + later_ns, BEGIN_NS + since_ns
-    with lock():
+    with lock(0.5):
         assert words[Header.STARVING] == 0, "a claim that nobody repeats is forgotten"
     assert waits.did == [*LONG_SLEEP, "try", ("wake", "contended")] if stands_back else ["try", ("wake", "contended")]
 
@@ -761,6 +761,22 @@ def test_a_lock_can_be_forgotten_without_giving_it_up(joined: Namespace, lock: T
     with pytest.raises(ClosedError), lock():
         raise AssertionError
     os.close(inherited)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [TransactionLock.close, TransactionLock.forget_after_fork, lambda lock: lock.intercept_stores(lambda words: words)],
+    ids=["close", "forget", "intercept"],
+)
+def test_the_compiled_core_ends_with_the_lock_and_where_stores_are_watched(
+    lock: TransactionLock, end: Callable[[TransactionLock], None]
+) -> None:
+    closed: list[bool] = []
+    core: Any = SimpleNamespace(close=lambda: closed.append(lock.core is None))
+    lock.core = core
+    for _ in range(2):
+        end(lock)
+        assert closed == [True]
 
 
 def test_the_thread_that_watches_is_woken_at_each_transaction_but_not_by_a_closed_lock(lock: TransactionLock) -> None:
