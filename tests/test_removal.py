@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from containers import as_root, being_nobody
 from crash_lab import run_in_child
-from harness import files_in, segments_of
+from harness import files_in, open_descriptors, segments_of
 from test_lock_file import Clock
 
 from mpmm.errors import LockTimeoutError, RuntimeDirectoryError
@@ -180,8 +180,11 @@ def test_who_joins_waits_a_minute_for_the_lifecycle_lock(
     runtime.ensure()
     with monkeypatch.context() as patched, Lifecycle(runtime):
         patched.setattr(lock_file, "time", clock)
-        with pytest.raises(LockTimeoutError), Lifecycle(runtime):
+        before = open_descriptors()
+        with pytest.raises(LockTimeoutError) as caught, Lifecycle(runtime):
             raise AssertionError("two have the lock")
+        assert caught.tb is not None
+        assert open_descriptors() == before
         assert 60.0 <= sum(clock.pauses) < 60.1
     assert not is_locked(runtime.file("lifecycle.lock"))
     runtime.remove()
