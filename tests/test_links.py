@@ -496,6 +496,10 @@ def test_a_proxy_asks_its_server_and_after_a_release_nobody(
     assert proxy.expect_mb == 250.0
     assert repr(proxy) == "<proxy of 'it' in pid 17>"
     assert {"predict", "unsafe_hard_delete"} <= set(dir(proxy))
+    for name in ("odd__", "__odd"):
+        assert getattr(proxy_of(link, frozenset({name})), name).__name__ == name
+    _, pickled = proxy.__reduce__()
+    assert pickled == ("/root", link.record, 3, proxy._mpmm_use.methods)
     assert proxy.get_auto_proxy_object() is proxy
     for name in ("weights", "__len__", "_mpmm_uses"):
         with pytest.raises(AttributeError, match=name):
@@ -568,8 +572,9 @@ def test_a_proxy_in_the_process_of_the_object_uses_it_directly_and_in_a_child_th
         proxy()
     proxy._mpmm_use.release()
     assert host.released == [3]
-    with pytest.raises(SharedObjectReleasedError):
-        proxy.get("a")
+    for use in (lambda: proxy.get("a"), lambda: proxy._mpmm_use.call("get", ("a",), {}), proxy._mpmm_use.release):
+        with pytest.raises(SharedObjectReleasedError):
+            use()
     host.inherited = True
     channel = Channel(5, 6, None)
     made: list[Any] = []
@@ -840,6 +845,19 @@ def test_a_hard_delete_ends_the_server_or_resets_what_is_attached(handle: Any, m
     outcomes.append(True)
     made.unsafe_hard_delete()
     assert (Attaches.resets, made.registry.done, made.marker.exists()) == (resets + 1, [("forget", "it")], True)
+
+
+def test_what_is_no_tag_or_no_folder_is_refused_at_once() -> None:
+    nothing: Any = 5
+    with pytest.raises(InvalidArgumentError, match="tag"):
+        MultiProcessShared(dict, nothing)
+    with pytest.raises(InvalidArgumentError, match="path"):
+        MultiProcessShared(dict, "it", path=nothing)
+    for call in (shared.unload, shared.server_pid):
+        with pytest.raises(InvalidArgumentError, match="tag"):
+            call(nothing)
+    with pytest.raises(InvalidArgumentError, match="timeout_seconds"):
+        shared.unload("it", timeout_seconds=-1.0)
 
 
 def test_what_was_not_acquired_cannot_be_released(handle: Any) -> None:
