@@ -880,7 +880,6 @@ def test_the_pid_of_a_server_is_that_of_a_process_that_runs(handle: Any, monkeyp
         ((True, RECORD), False, None),
         ((True, None), True, None),
         ((False, None), True, None),
-        ((False, RECORD), True, None),
     ):
         handle(look)
         running[0] = runs
@@ -900,6 +899,14 @@ def test_the_pid_of_a_server_is_that_of_a_process_that_runs(handle: Any, monkeyp
     for pid in (0, -1):
         with pytest.raises(InvalidArgumentError):
             shared.unload("it", pid=pid)
+
+
+def test_the_link_of_a_new_use_is_remembered(links: list[float]) -> None:
+    link = link_to(Registry(), Channel((3, frozenset({"a"}))))
+    use = shared._use_through(link)
+    assert use.link is link
+    assert (use.token, use.methods) == (3, frozenset({"a"}))
+    assert client.known_link(link.registry, "it") is link
 
 
 # What a tag stands for.
@@ -1056,12 +1063,12 @@ def test_a_server_is_asked_to_sleep_if_it_is_the_one_that_is_meant(monkeypatch: 
         assert channels[-1].closed
     assert registry.done == ["join", "join"]
     assert sleeping.record_of("it") == RECORD
-    for look, pid in (((True, RECORD), 18), ((True, None), None), ((False, RECORD), None), ((False, None), 17)):
+    for look, pid in (((True, RECORD), 18), ((True, None), None), ((False, None), 17)):
         registry.looks = [look]
         with pytest.raises(ModelServerError, match="there is no server of 'it' to ask to wake up") as caught:
             sleeping.ask_to(protocol.WAKE_UP, "it", pid)
         assert (caught.value.tag, caught.value.server_pid) == ("it", pid)
-    registry.looks = [(False, RECORD)]
+    registry.looks = [(False, None)]
     assert sleeping.record_of("it") is None
     registry.looks = [(True, RECORD)]
 

@@ -12,6 +12,7 @@ import socket
 import struct
 import sys
 from collections.abc import Generator, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from harness import in_child, open_descriptors
+from harness import in_child, in_thread, open_descriptors
+from patience import DEADLINE_S
 
 from mpmm.errors import InvalidArgumentError, RemoteCallError
-from mpmm.multi_process_shared.rpc import pickling, protocol, receive_buffers, shared_buffer, sockets
-from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Message
+from mpmm.multi_process_shared.rpc import channel, pickling, protocol, receive_buffers, shared_buffer, sockets
+from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Channel, Message
 from mpmm.multi_process_shared.rpc.protocol import RemoteTraceback, decode_answer, encode_error, encode_result
 from mpmm.multi_process_shared.rpc.receive_buffers import (
     ALIGNMENT,
@@ -41,6 +43,7 @@ from mpmm.multi_process_shared.rpc.shared_buffer import (
     SharedBuffer,
     create_shared_buffer,
 )
+from mpmm.multi_process_shared.rpc.sockets import NO_SIGNAL, ForkSafeSocket
 
 needs_sealed_files = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files that are sealed")
 
@@ -674,3 +677,217 @@ def test_who_is_at_the_other_end_is_known_as_far_as_the_kernel_tells(monkeypatch
 
 def test_a_message_may_have_no_buffers() -> None:
     assert Message(b"head").buffers == ()
+
+
+# Channels.
+
+
+SMALL_SLOT_BYTES = LARGE_BYTES
+ANSWER = Message(b"answer")
+SENT_ANSWER = struct.pack("<II", 6, 0) + b"answer"
+
+
+class Line(ForkSafeSocket):
+    """A socket that notes what is sent and how much is received at a time."""
+
+    def __init__(self, fileno: int) -> None:
+        super().__init__(fileno=fileno)
+        self.sent: list[bytes] = []
+        self.flags: set[int] = set()
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        self.sent.append(bytes(data))
+        self.flags.add(flags)
+        super().sendall(data, flags)
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """Two ends of a connection that note what they send, in slots of a size at which a test is quick."""
+    monkeypatch.setattr(channel, "SLOT_BYTES", SMALL_SLOT_BYTES)
+    monkeypatch.setattr(shared_buffer, "SLOT_BYTES", SMALL_SLOT_BYTES)
+    monkeypatch.setattr(shared_buffer, "SHARED_BUFFER_BYTES", 4 * SMALL_SLOT_BYTES)
+    ours, theirs = (Channel(Line(end.detach())) for end in socket.socketpair())
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def exchange(sender: Channel, receiver: Channel, message: Message) -> Message:
+    """Send a message from one end to the other, and an answer back; return the message, with copies of its parts."""
+    sending, outcome = in_thread(lambda: sender.send(message))
+    head, buffers = receiver.receive()
+    found = Message(bytes(head), [memoryview(bytes(buffer)) for buffer in buffers])
+    sending.join(DEADLINE_S)
+    assert outcome == [None]
+    receiver.send(ANSWER)
+    assert bytes(sender.receive().head) == ANSWER.head
+    return found
+
+
+def test_a_small_message_is_sent_at_once_and_a_large_one_as_a_bulk(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair
+    for size, marks in ((0, []), (LARGE_BYTES - 1, []), (LARGE_BYTES, ["o", "f"]), (LARGE_BYTES + 1, ["f", "f"])):
+        ours._socket.sent.clear()
+        head = bytes([size % 251]) * size
+        assert exchange(ours, theirs, Message(head)) == (head, [])
+        frame, *rest = ours._socket.sent
+        assert struct.unpack_from("<II", frame) == ((size, 0) if size < LARGE_BYTES else (0, 1))
+        # The offer of a shared buffer goes with a descriptor.
+        assert [mark.decode() for mark in rest] == [mark for mark in marks if mark != "o"], size
+    assert ours._socket.flags == {NO_SIGNAL}
+    assert theirs._socket.flags == {NO_SIGNAL}
+    buffers = [memoryview(b"a" * 5), memoryview(b""), memoryview(b"b" * 7)]
+    assert exchange(ours, theirs, Message(b"head", buffers)) == (b"head", buffers)
+    large = b"h" * LARGE_BYTES
+    assert exchange(ours, theirs, Message(large, buffers)) == (large, buffers)
+
+
+def test_memory_for_frames_grows_to_that_of_a_small_message_and_no_further(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair
+    first = theirs._kept
+    for size in (10, len(first) - 8):
+        exchange(ours, theirs, Message(bytes(size)))
+        assert theirs._kept is first
+    exchange(ours, theirs, Message(bytes(len(first) - 7)))
+    assert len(theirs._kept) == len(first) + 1
+    exchange(ours, theirs, Message(bytes(LARGE_BYTES - 1)))
+    assert len(theirs._kept) == LARGE_BYTES + 7
+    exchange(ours, theirs, Message(b"x", [memoryview(b"x")] * (LARGE_BYTES // 8)))
+    assert len(theirs._kept) == LARGE_BYTES + 7
+
+
+@needs_sealed_files
+def test_slots_are_used_in_turn_and_given_back_only_if_they_are_needed_again(
+    pair: tuple[Any, Any],
+) -> None:
+    ours, theirs = pair
+    for slots, emptied in ((1, 0), (4, 0), (5, 1), (9, 5)):
+        for size in (slots * SMALL_SLOT_BYTES - 1, slots * SMALL_SLOT_BYTES):
+            for one, other in ((ours, theirs), (theirs, ours)):
+                one._socket.sent.clear()
+                other._socket.sent.clear()
+                payload = np.arange(size, dtype=np.uint8).data
+                _, [found] = exchange(one, other, Message(b"head", [payload]))
+                assert found == payload
+                assert b"".join(one._socket.sent[1:]) == b"f" * slots
+                # The first one has no shared buffer yet.
+                have = [b"l", b"h"] if size == SMALL_SLOT_BYTES - 1 and one is ours else [b"h"]
+                assert other._socket.sent == [*have, *[b"e"] * emptied, b"r", SENT_ANSWER], (slots, size)
+
+
+@needs_sealed_files
+def test_a_side_without_shared_buffers_is_offered_one_once_and_sent_everything_through_the_socket(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair
+    offers: list[bool] = []
+
+    def create_and_note() -> Any:
+        offers.append(True)
+        return create_shared_buffer()
+
+    def refuse(fd: int) -> Any:
+        raise OSError("no memory")
+
+    before = open_descriptors()
+    monkeypatch.setattr(channel, "create_shared_buffer", create_and_note)
+    monkeypatch.setattr(channel, "SharedBuffer", refuse)
+    payload = np.arange(LARGE_BYTES, dtype=np.uint8).data
+    for _ in range(2):
+        ours._socket.sent.clear()
+        theirs._socket.sent.clear()
+        assert exchange(ours, theirs, Message(b"head", [payload, payload]))[1] == [payload, payload]
+        assert ours._socket.sent[1:] == [b"p", bytes(payload), bytes(payload)]
+    assert (len(offers), theirs._socket.sent) == (1, [b"l", SENT_ANSWER])
+    assert ours._shared_buffer is None
+    assert not open_descriptors() - before
+    # A side that can make none does not offer it, and tries again.
+    monkeypatch.setattr(channel, "create_shared_buffer", lambda: refuse(0))
+    assert exchange(theirs, ours, Message(b"head", [payload]))[1] == [payload]
+    assert not theirs._refused
+
+
+@needs_sealed_files
+def test_an_idle_side_gives_its_memory_back_and_the_other_one_makes_a_new_one(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair
+    monkeypatch.setattr(channel, "IDLE_MS", 0)
+    dropped: list[bool] = []
+    monkeypatch.setattr(channel, "drop_spare_slabs", lambda: dropped.append(True))
+    ours.give_back_when_idle()
+    assert dropped == []
+    payload = np.arange(LARGE_BYTES, dtype=np.uint8).data
+    exchange(ours, theirs, Message(b"head", [payload]))
+    # Something arrives.
+    ours.send(Message(b"more"))
+    theirs.give_back_when_idle()
+    assert (dropped, theirs._shared_buffer is None) == ([], False)
+    assert bytes(theirs.receive().head) == b"more"
+    theirs.give_back_when_idle()
+    assert (dropped, theirs._shared_buffer) == ([True], None)
+    assert bytes(ours._shared_buffer.slots[0][:2]) == bytes(2)
+    kept = ours._shared_buffer
+    assert exchange(ours, theirs, Message(b"head", [payload]))[1] == [payload]
+    assert ours._shared_buffer is not kept
+    assert theirs._shared_buffer is not None
+
+
+@needs_sealed_files
+def test_a_side_whose_payload_is_being_copied_is_not_idle(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair
+    monkeypatch.setattr(channel, "IDLE_MS", 0)
+    payload = np.arange(LARGE_BYTES, dtype=np.uint8).data
+    sending, _ = in_thread(lambda: ours.send(Message(b"head", [payload])))
+    theirs.receive()
+    sending.join(DEADLINE_S)
+    # The last word about the copy has arrived.
+    assert ours._being_read
+    assert (ours.is_readable(0), ours._being_read) == (False, False)
+    ours._being_read = True
+    assert (ours.is_readable(0), ours._being_read) == (False, True)
+    ours.give_back_when_idle()
+    assert ours._shared_buffer is not None
+    theirs._socket.sendall(channel.READ)
+    theirs.send(Message(b"answer"))
+    assert ours.is_readable(0)
+    assert not ours._being_read
+    assert bytes(ours.receive().head) == b"answer"
+    ours._being_read = True
+    theirs._socket.sendall(channel.READ)
+    theirs.send(Message(b"answer"))
+    assert bytes(ours.receive().head) == b"answer"
+    assert not ours._being_read
+
+
+def test_a_side_that_hangs_up_is_noticed_at_each_step(pair: tuple[Any, Any]) -> None:
+    ours, theirs = pair
+    theirs._socket.sendall(channel.FILLED)
+    theirs._socket.shutdown(socket.SHUT_WR)
+    with pytest.raises(EOFError):
+        # It says that a slot is full, and there is no shared buffer.
+        ours._receive_bulk([memoryview(bytearray(5))])
+    assert ours._byte() == channel.FILLED
+    for step in (ours._byte, ours._marks, ours.receive, lambda: ours._fill(memoryview(bytearray(5)), 0, 5)):
+        with pytest.raises(EOFError):
+            step()
+    assert ours.is_readable(0), "the end is something to read"
+
+
+def test_a_channel_takes_over_a_connection_and_is_closed_in_children() -> None:
+    ours, theirs = socket.socketpair()
+    connection = Connection(ours.detach())
+    taken = Channel(connection)
+    assert connection.closed
+    fd = taken.fileno()
+    assert os.fstat(fd)
+    assert in_child(lambda: os.path.exists(f"/proc/self/fd/{fd}")) is False
+    taken.close()
+    assert (taken.fileno(), theirs.recv(1)) == (-1, b"")
+    taken.close()
+    theirs.close()
+    # One that was never made, as where no descriptor was to be had, has nothing to close.
+    Channel.__new__(Channel).__del__()

@@ -393,7 +393,7 @@ class ServerRegistry:
                     held.close()
 
     def look(self, tag: str) -> tuple[bool, ServerRecord | None]:
-        """Tell whether a server of the tag lives, and return its record.
+        """Tell whether a server of the tag lives, and return its record: none if no server lives.
 
         True with None: the server has just taken its lock and not written its record yet.
         """

@@ -139,8 +139,8 @@ class MultiProcessShared(Generic[T]):
                 forget_link(link)
         expect_real_threads(f"the shared object {self._tag!r}")
         # Usually a server is ready; then there is no need to wait for the lock behind others that only look for it.
-        lives, record = registry.look(self._tag)
-        if lives and record is not None and record.ready:
+        _, record = registry.look(self._tag)
+        if record is not None and record.ready:
             with suppress(ModelServerError):
                 return self._use(registry, record)
         refuse_while_importing_main("acquire the shared object", self._tag)
@@ -151,7 +151,7 @@ class MultiProcessShared(Generic[T]):
                 if lives and (record is None or not record.ready):
                     # Its starter has died, or this process would not have the lock; it still comes up or fails.
                     time.sleep(STARTING_PAUSE_S)
-                elif lives and record is not None:
+                elif record is not None:
                     try:
                         return self._use(registry, record)
                     except ModelServerError:
@@ -253,8 +253,8 @@ def server_pid(tag: str, *, path: str | None = None) -> int | None:
     Raises InvalidArgumentError.
     """
     encoded_text("tag", tag)
-    lives, record = registry_for(path).look(tag)
-    return record.pid if lives and record is not None and record.is_running() else None
+    _, record = registry_for(path).look(tag)
+    return record.pid if record is not None and record.is_running() else None
 
 
 class _Use:

@@ -18,8 +18,7 @@ __all__ = ["ask_to", "can_sleep", "record_of"]
 
 def record_of(tag: str) -> ServerRecord | None:
     """Return the record of a tag's server; None if there is none."""
-    lives, record = registry_for(None).look(tag)
-    return record if lives else None
+    return registry_for(None).look(tag)[1]
 
 
 def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
@@ -33,8 +32,8 @@ def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
     host = find_host(registry, tag)
     if host is not None:
         return host.sleep() if request == protocol.SLEEP else host.wake_up()
-    lives, record = registry.look(tag)
-    if not lives or record is None or pid not in (None, record.pid):
+    _, record = registry.look(tag)
+    if record is None or pid not in (None, record.pid):
         raise ModelServerError(f"there is no server of {tag!r} to ask to {request}", tag=tag, server_pid=pid)
     registry.join()
     try:

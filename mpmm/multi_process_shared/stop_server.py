@@ -113,8 +113,8 @@ def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
 
 def _signal(registry: ServerRegistry, record: ServerRecord, number: int) -> None:
     """Send a signal to the process of a record if the same server still runs in it."""
-    lives, now = registry.look(record.tag)
-    if lives and now is not None and now.incarnation == record.incarnation and record.is_running():
+    _, now = registry.look(record.tag)
+    if now is not None and now.incarnation == record.incarnation and record.is_running():
         with suppress(ProcessLookupError):
             os.kill(record.pid, number)
 
