@@ -500,6 +500,8 @@ def test_a_proxy_asks_its_server_and_after_a_release_nobody(
         assert getattr(proxy_of(link, frozenset({name})), name).__name__ == name
     _, pickled = proxy.__reduce__()
     assert pickled == ("/root", link.record, 3, proxy._mpmm_use.methods)
+    copy = shared._connect_again(*pickled)._mpmm_use
+    assert (copy.registry.root, copy.record, copy.token, copy.methods) == (Path("/root"), *pickled[1:])
     assert proxy.get_auto_proxy_object() is proxy
     for name in ("weights", "__len__", "_mpmm_uses"):
         with pytest.raises(AttributeError, match=name):
@@ -614,6 +616,10 @@ def test_attached_objects_are_counted_and_those_of_a_parent_are_kept_but_not_use
     objects.start_over_in_child()
     assert objects.acquire(where, "it") is None
     assert [one.shared for one in objects._inherited] == [first]
+    shared._attached.add(where, "of a parent", first)
+    with shared._attached._mutex:
+        assert in_child(lambda: shared._attached.acquire(where, "of a parent")) is None
+    shared._attached.drop(where, "of a parent")
 
 
 # Acquiring.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import importlib.util
@@ -11,7 +12,9 @@ import pickle
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Generator, Iterator
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -43,7 +46,7 @@ from mpmm.multi_process_shared.rpc.shared_buffer import (
     SharedBuffer,
     create_shared_buffer,
 )
-from mpmm.multi_process_shared.rpc.sockets import NO_SIGNAL, ForkSafeSocket
+from mpmm.multi_process_shared.rpc.sockets import NO_SIGNAL, PROTOCOL_VERSION, ForkSafeSocket
 
 needs_sealed_files = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files that are sealed")
 
@@ -673,6 +676,134 @@ def test_who_is_at_the_other_end_is_known_as_far_as_the_kernel_tells(monkeypatch
         monkeypatch.delattr(socket, "SO_PEERCRED")
         assert sockets.peer_pid(ours.fileno()) is None
         assert sockets._peer_uid(ours.fileno()) is None
+
+
+KEY = b"k" * 32
+
+
+def shake_hands(
+    monkeypatch: pytest.MonkeyPatch, clients_key: bytes = KEY, server_version: int = PROTOCOL_VERSION
+) -> tuple[Any, Any]:
+    """Return what comes of a handshake for the client and for the server, None if it succeeds."""
+    ours, theirs = socket.socketpair()
+    version_struct = struct.Struct(">H")
+
+    def versions(version: int) -> bytes:
+        is_server = threading.current_thread() is not threading.main_thread()
+        return version_struct.pack(server_version if is_server else version)
+
+    monkeypatch.setattr(
+        sockets, "_VERSION", SimpleNamespace(pack=versions, size=2, unpack_from=version_struct.unpack_from)
+    )
+
+    def serve() -> None:
+        with Connection(theirs.detach()) as connection:
+            sockets.authenticate_client(connection, KEY)
+
+    serving, outcome = in_thread(serve)
+    client: Any = None
+    try:
+        sockets._prove_to_server(ours, clients_key)
+    except Exception as error:
+        client = error
+    ours.close()
+    serving.join(DEADLINE_S)
+    return client, outcome[0]
+
+
+def test_two_sides_that_know_the_key_and_speak_the_same_version_accept_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert shake_hands(monkeypatch) == (None, None)
+    client, server = shake_hands(monkeypatch, b"another" * 4)
+    assert (type(client), str(client)) == (AuthenticationError, "the server does not know the key")
+    assert isinstance(server, EOFError)
+    client, server = shake_hands(monkeypatch, server_version=PROTOCOL_VERSION + 1)
+    assert isinstance(client, AuthenticationError)
+    assert str(client).startswith(f"the server speaks version {PROTOCOL_VERSION + 1} of the protocol, this process ver")
+
+
+def test_a_client_that_does_not_know_the_key_is_refused_whatever_it_repeats() -> None:
+    """Also one that sends back what the server itself has proved."""
+    for proves in (lambda proof: bytes(32), lambda proof: proof):
+        ours, theirs = socket.socketpair()
+
+        def serve(theirs: socket.socket = theirs) -> None:
+            with Connection(theirs.detach()) as connection:
+                sockets.authenticate_client(connection, KEY)
+
+        serving, outcome = in_thread(serve)
+        with ours:
+            ours.sendall(sockets._nonce())
+            ours.sendall(proves(sockets._receive(ours, 64)[32:]))
+            serving.join(DEADLINE_S)
+        assert [(type(error), str(error)) for error in outcome] == [
+            (AuthenticationError, "the client does not know the key")
+        ]
+
+
+def test_a_handshake_of_another_user_is_refused_before_anything_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, Connection(theirs.detach()) as connection:
+        for uid, refused in ((os.getuid() + 1, True), (None, False), (os.getuid(), False)):
+            monkeypatch.setattr(sockets, "_peer_uid", lambda fd, uid=uid: uid)
+            steps = sockets.handshake(connection, KEY)
+            if refused:
+                with pytest.raises(AuthenticationError, match=f"a process of uid {uid} tried to connect"):
+                    next(steps)
+            else:
+                next(steps)
+
+
+def test_nonces_begin_with_the_version_and_are_never_the_same() -> None:
+    nonces = [sockets._nonce() for _ in range(3)]
+    assert {(len(nonce), nonce[:2]) for nonce in nonces} == {(32, PROTOCOL_VERSION.to_bytes(2, "big"))}
+    assert len({nonce[2:] for nonce in nonces}) == 3
+
+
+def test_a_listener_that_cannot_be_had_leaves_no_descriptor(tmp_path: Path) -> None:
+    before = open_descriptors()
+    with pytest.raises(OSError, match=r"[Nn]o such file") as error:
+        sockets.listen(tmp_path / "nowhere", "s")
+    assert not open_descriptors() - before
+    assert error.tb is not None
+    with contextlib.closing(sockets.listen(tmp_path, "s")) as listener:
+        assert not listener.getblocking()
+        assert sockets.accept(listener) is None
+        with pytest.raises(OSError, match="in use"):
+            sockets.listen(tmp_path, "s")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "s"))
+            assert sockets.pid_at(tmp_path, "s", 1.0) == os.getpid()
+            connection = sockets.accept(listener)
+            assert connection is not None
+            with connection:
+                assert os.get_blocking(connection.fileno())
+                fds = [listener.fileno(), connection.fileno()]
+                assert in_child(lambda: [os.path.exists(f"/proc/self/fd/{fd}") for fd in fds]) == [False, False]
+    with pytest.raises(ConnectionRefusedError):
+        sockets.pid_at(tmp_path, "s", 1.0)
+
+    def abort() -> Any:
+        raise ConnectionAbortedError
+
+    aborted: Any = SimpleNamespace(accept=abort)
+    assert sockets.accept(aborted) is None
+
+
+def test_sockets_have_no_time_limit_whatever_a_program_sets_for_its_own() -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5.0)
+    try:
+        with ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM) as one:
+            assert one.gettimeout() is None
+        ours, theirs = sockets.pair()
+        with ours, theirs:
+            assert (ours.gettimeout(), theirs.gettimeout()) == (None, None)
+            fds = [ours.fileno(), theirs.fileno()]
+            assert in_child(lambda: [os.path.exists(f"/proc/self/fd/{fd}") for fd in fds]) == [False, False]
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def test_a_message_may_have_no_buffers() -> None:
