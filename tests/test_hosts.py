@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -24,6 +25,7 @@ from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedE
 from mpmm.multi_process_shared import host as module
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.host import (
+    END_HOSTS_PRIORITY,
     LOOK_S,
     QUIET_MS,
     Host,
@@ -34,10 +36,11 @@ from mpmm.multi_process_shared.host import (
     new_record,
     public_methods,
 )
-from mpmm.multi_process_shared.registry import ServerRegistry, registry_at, start_time_of
+from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRegistry, registry_at, start_time_of
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.multi_process_shared.rpc.protocol import decode_answer, encode_request
+from mpmm.multi_process_shared.start_server import DISOWN_PRIORITY
 
 
 class Model:
@@ -113,7 +116,8 @@ def threads() -> list[threading.Thread]:
 def ask(host: Host, token: int, name: str, *args: Any, **kwargs: Any) -> Any:
     """Return what a host answers to a request of this process."""
     answer = host._answer(encode_request(token, name, args, kwargs), os.getpid())
-    return None if answer is None else decode_answer(answer, "it", name)
+    assert answer is not None
+    return decode_answer(answer, "it", name)
 
 
 # Answers.
@@ -180,7 +184,7 @@ def test_a_hard_delete_is_answered_by_the_end_of_the_connection(registry: Server
     token = host.acquire()
     called: list[bool] = []
     host._at_hard_delete = lambda: called.append(os.path.exists(registry.path / host.record.socket_name))
-    assert ask(host, protocol.CONTROL, protocol.HARD_DELETE) is None
+    assert host._answer(encode_request(protocol.CONTROL, protocol.HARD_DELETE, (), {}), None) is None
     assert called == [False], "it is called once its socket is removed"
     with pytest.raises(ModelServerError, match="the shared object 'it' was deleted; acquire it again") as caught:
         ask(host, token, "predict", 4)
@@ -221,9 +225,9 @@ def test_a_child_that_a_call_forks_ends_with_the_call_and_answers_nothing(host: 
 
 
 def test_the_object_is_made_again_for_a_user_that_comes_after_the_last_one(host: Host) -> None:
+    shared = host._shared
     first, second = host.acquire(), host.acquire()
-    shared = host.object_for(first)
-    assert host.object_for(second) is shared
+    assert host.object_for(first) is host.object_for(second) is shared
     host.sleep()
     host.release(first)
     host.release(second)
@@ -232,6 +236,7 @@ def test_the_object_is_made_again_for_a_user_that_comes_after_the_last_one(host:
     host.methods = frozenset()
     third = host.acquire()
     assert host.object_for(third) is not shared
+    assert host.object_for(host.acquire()) is host.object_for(third)
     assert "predict" in host.methods
     # The new one is awake.
     host.wake_up()
@@ -546,6 +551,10 @@ def test_a_host_that_can_accept_no_connection_waits_a_moment_and_closes_what_it_
     assert len(waits) == 6
 
 
+class Answer(str):
+    """An answer that a weak reference may refer to."""
+
+
 def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -553,6 +562,7 @@ def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
 
     def serve(*requests: Any, authentic: Any = None, follower: bool = False, readable: bool = True) -> list[Any]:
         done: list[Any] = []
+        sent: list[weakref.ref[Answer]] = []
         incoming = list(requests)
         host: Any = Threads()
         host._connections, host._connections_lock = set(), contextlib.nullcontext()
@@ -569,6 +579,7 @@ def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
 
             def give_back_when_idle(self) -> None:
                 done.append("idle")
+                assert not [answer for answer in sent if answer() is not None], "it is kept until the next request"
 
             def is_readable(self, timeout_ms: int) -> bool:
                 done.append(("readable", timeout_ms))
@@ -581,7 +592,7 @@ def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
                 return incoming.pop(0)
 
             def send(self, answer: Any) -> None:
-                done.append(("send", answer))
+                done.append(("send", str(answer)))
 
             def close(self) -> None:
                 done.append("close")
@@ -590,7 +601,11 @@ def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
             assert client == 17
             if message == "end":
                 host._ended = True
-            return None if message == "delete" else f"answer to {message}"
+            if message == "delete":
+                return None
+            answer = Answer(f"answer to {message}")
+            sent.append(weakref.ref(answer))
+            return answer
 
         def authenticate(connection: Any, key: bytes) -> None:
             assert host._connections == {connection}
@@ -639,3 +654,7 @@ def test_threads_of_a_host_keep_no_program_from_ending(monkeypatch: pytest.Monke
         ("mpmm-host-it", True, (True,)),
         ("mpmm-host-it", True, (False,)),
     ]
+
+
+def test_at_the_end_of_a_process_its_servers_are_disowned_then_its_hosts_end_and_then_registries_are_left() -> None:
+    assert DISOWN_PRIORITY > END_HOSTS_PRIORITY > LEAVE_PRIORITY
