@@ -697,6 +697,10 @@ def test_one_process_at_a_time_looks_for_a_tags_server(registry: ServerRegistry)
     with registry.tag_lock("it", 0.0):
         # A client of the registry needs no other lock.
         assert not is_locked(registry.path / "lifecycle.lock")
+    another = ServerRegistry(registry.root)
+    with another.tag_lock("it"):
+        assert another._alive is not None, "the registry stays while it looks"
+    another.leave()
 
 
 def test_a_lock_that_was_replaced_while_it_was_waited_for_is_taken_again(

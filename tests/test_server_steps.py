@@ -27,7 +27,7 @@ from mpmm.errors import ModelServerError, ServerStartError
 from mpmm.multi_process_shared import output, server_process, spawned_server, start_server, stop_server
 from mpmm.multi_process_shared.context import ServerContext, attach_namespace, namespace_of, serving_for
 from mpmm.multi_process_shared.output import LOG_BYTES, Output, Starter
-from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry, start_time_of
+from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry, server_lives_by, start_time_of
 from mpmm.multi_process_shared.server_process import (
     ATTACH,
     CRASHED,
@@ -140,6 +140,33 @@ def test_a_server_serves_until_it_is_interrupted_or_says_why_it_cannot(monkeypat
     with pytest.raises(Ended, match="ValueError"):
         server.run(None)
     assert server.done == [], "a child that the constructor has forked says nothing"
+
+
+def test_a_process_is_a_server_before_it_does_anything_else_and_has_a_session_of_its_own() -> None:
+    def run(refused: bool) -> tuple[Any, ...]:
+        done: list[Any] = []
+
+        class Notes:
+            def __init__(self, *arguments: Any) -> None:
+                done.append(arguments)
+
+            def run(self, preparation: Any) -> None:
+                done.append((preparation, server_lives_by(), os.getsid(0) == os.getpid()))
+
+        def refuse() -> None:
+            raise PermissionError
+
+        patched: Any = server_process
+        patched._Server = Notes
+        if refused:
+            # As it is for the leader of a group of processes.
+            os.setsid = refuse
+        nothing: Any = None
+        server_process.run_server(replace(PLAN, alive_locks=("/a", "/b")), nothing, {"dir": "/"}, nothing)
+        return done[0][0].alive_locks, *done[1]
+
+    assert in_child(lambda: run(False)) == (("/a", "/b"), {"dir": "/"}, ("/a", "/b"), True)
+    assert in_child(lambda: run(True)) == (("/a", "/b"), {"dir": "/"}, ("/a", "/b"), False)
 
 
 class Attaches:
