@@ -54,6 +54,11 @@ def registry(tmp_path: Path) -> Iterator[ServerRegistry]:
 
 def test_a_registry_says_where_it_lies(registry: ServerRegistry) -> None:
     assert str(registry.path) in repr(registry)
+    assert (registry.folder, registry.root) == (str(registry.path), registry.path.parent)
+    digest = registry_module.digest_of("it")
+    assert registry.life_path("it") == str(registry.path / f"{digest}.life")
+    assert registry.attach_marker("it") == registry.path / f"{digest}.attach"
+    assert registry.alive_path == str(registry.path / "alive.lock")
 
 
 @pytest.mark.parametrize("junk", [b"", b"too short", bytes(KEY_BYTES + 1), bytes(100)], ids=len)

@@ -28,6 +28,8 @@ from mpmm.multi_process_shared import output, server_process, spawned_server, st
 from mpmm.multi_process_shared.context import ServerContext, attach_namespace, namespace_of, serving_for
 from mpmm.multi_process_shared.output import LOG_BYTES, Output, Starter
 from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry, server_lives_by, start_time_of
+from mpmm.multi_process_shared.rpc import sockets
+from mpmm.multi_process_shared.rpc.protocol import CONTROL, HARD_DELETE, decode_request
 from mpmm.multi_process_shared.server_process import (
     ATTACH,
     CRASHED,
@@ -1168,6 +1170,34 @@ def test_a_spawned_server_is_sent_a_signal_where_no_thread_can_ask_it(ending: An
     error, done = ending(registry)
     assert isinstance(error, ModelServerError)
     assert not [step for step in done if step[0] == "kill"]
+
+
+def test_a_server_is_asked_to_end_over_a_connection_of_its_own_and_may_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[Any] = []
+    channel: Any = SimpleNamespace(
+        send=lambda message: done.append(decode_request(message)),
+        receive=lambda: done.append("receive"),
+        close=lambda: done.append("close"),
+    )
+    monkeypatch.setattr(stop_server, "Channel", lambda line: channel)
+    monkeypatch.setattr(sockets, "dial_socket", lambda *arguments: done.append(arguments))
+    registry: Any = Ending(GONE)
+    stop_server._ask(registry, RECORD, b"key")
+    assert done == [
+        (Path("/root"), "it-1.sock", b"key"),
+        (CONTROL, HARD_DELETE, (), {}),
+        *("receive", "close"),
+    ]
+    assert registry.done == [], "it does not join"
+    for error in (multiprocessing.AuthenticationError(), EOFError(), ConnectionRefusedError()):
+
+        def fail(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(sockets, "dial_socket", fail)
+        stop_server._ask(registry, RECORD, b"key")
 
 
 def test_a_process_is_killed_until_it_is_not_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ class Watch:
 
             library.bit_generator.randbits = note_draw
             self._watches_draws = True
-        if name == "torch" and library is not None:
+        if name == "torch":
             with contextlib.suppress(Exception):
                 self._torch_seed = library.initial_seed()
 
