@@ -12,6 +12,7 @@ from harness import NOBODYS_PID
 from row_changes import SECOND_NS, RowChanges
 from row_changes import it as it  # the fixture
 
+from mpmm.memory.listed_pids import ListedPids
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Header
@@ -140,6 +141,20 @@ def test_what_a_process_sees_is_named_only_where_there_are_other_devices(namespa
     every, second = sees(there, (0, 1)), sees(there, (1,))
     assert (first.visible_bits(), second.visible_bits(), every.visible_bits()) == (0b01, 0b10, 0)
     joined.leave()
+
+
+def test_a_server_that_has_ended_is_no_other_program_for_as_long_as_its_memory_may_take_to_come_back(
+    it: RowChanges,
+) -> None:
+    pids = ListedPids(it.namespace)
+    assert set(pids.to_measure()) == {SERVER, OTHER}
+    it.do(lambda t: it.to.members.reap(t, 3), 0)
+    unrelated = []
+    for ns in (0, 20 * SECOND_NS, 1):
+        it.now += ns
+        assert set(pids.to_measure()) == {OTHER}
+        unrelated.append(pids.unrelated({SERVER: 1.0, OTHER: 1.0, STRANGER: 1.0}))
+    assert unrelated == [{STRANGER}, {STRANGER}, {STRANGER, SERVER}]
 
 
 def test_each_process_knows_devices_by_its_own_indices(it: RowChanges) -> None:

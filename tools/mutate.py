@@ -98,8 +98,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("mpmm/sources/*.py", "mpmm/memory/monitor*.py", "mpmm/memory/sample*.py", "mpmm/memory/listed_pids.py"),
         (
             *("test_gpu_monitor", "test_sources", "test_source_choice", "test_host_memory", "test_amd_source"),
-            *("test_published_samples", "test_own_monitors"),
-            *("test_source_failures", "test_attribution"),
+            *("test_published_samples", "test_recorded_samples", "test_own_monitors"),
+            *("test_accounting", "test_source_failures", "test_attribution"),
         ),
     ),
     "multi_process_shared": (
@@ -117,8 +117,11 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "estimator": (
-        ("mpmm/memory/estimator.py", "mpmm/memory/shared_estimator.py", "mpmm/memory/estimates_file.py"),
-        ("test_resource_estimator", "test_estimates_file", "test_accounting"),
+        (
+            *("mpmm/memory/estimator.py", "mpmm/memory/shared_estimator.py", "mpmm/memory/estimates_file.py"),
+            "mpmm/memory/learning.py",
+        ),
+        ("test_resource_estimator", "test_recorded_samples", "test_estimates_file", "test_accounting"),
     ),
     "observability": (
         ("mpmm/observability/*.py", "mpmm/text/printable.py"),

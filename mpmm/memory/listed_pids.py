@@ -64,7 +64,10 @@ class ListedPids:
         tables = self._namespace.tables
         leases = tables.rows_where(self._namespace.segment.layout.instances, Instance.STATE, Instance.LEASED)
         programs = {row: (tables.instances[row].program, tables.instances[row].holder) for row in leases}
-        return {row: pid for row, (pid, holder) in programs.items() if pid and self._is_program_here(holder)}
+        # A lease without a holder has just ended.
+        return {
+            row: pid for row, (pid, holder) in programs.items() if pid and holder is not None and self._is_here(holder)
+        }
 
     def taken_by_programs(self, listed: Mapping[int, float]) -> dict[int, float]:
         """Return what the programs of leases take, by pid, as far as it was measured."""
@@ -93,9 +96,6 @@ class ListedPids:
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         slots = tables.rows_where(layout.members, Member.STATE, Member.SERVER)
         return {tables.members[slot].pid for slot in slots if self._is_here(slot)}
-
-    def _is_program_here(self, holder: int | None) -> bool:
-        return self._is_here(holder) if holder is not None else not self.are_apart()
 
     def _programs(self) -> dict[int, list[int]]:
         """Return the programs of leases, by pid: the pids of each, and of the processes that it has started.
