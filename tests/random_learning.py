@@ -11,26 +11,27 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from random_operations import step
+from random_operations import release, step, take
 from random_samples import RandomRowChanges, answers_of, lines_of
-from random_tables import SECOND_NS, SERVERS, RandomTables
+from random_tables import SECOND_NS, SERVERS, WORKERS, RandomTables
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.estimates_file import Estimate, NamespaceEstimates
 from mpmm.memory.estimator import Footprints, Observation
 from mpmm.memory.learning import Learning
 from mpmm.memory.shared_estimator import SharedResourceEstimator
-from mpmm.shared_state.layout import Header, Member
+from mpmm.shared_state.layout import Device, Header, Instance, Member, Model
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.transaction import Transaction, float_bits
 
 RECORDED = Path(__file__).parent / "recorded_learning.txt"
 SEEDS = range(12)
-LOOKS, STEPS = 8, 15
+LOOKS, STEPS = 14, 15
 TAGS = ("m0", "m1", "m2", "m9")
 
 
@@ -60,21 +61,34 @@ class RandomLearning(RandomRowChanges):
         return self._solution
 
     def step(self) -> None:
-        """Change rows: samples of devices that have not changed since, and readings."""
+        """Change rows, or only use the copies that there are; take samples, and add readings."""
         chance, transitions = self.chance, self.made.transitions
-        for _ in range(STEPS):
-            step(self.made)
+        if chance.random() < 0.5:
+            for _ in range(STEPS):
+                step(self.made)
+            if chance.random() < 0.8:
+                self._leave_only_copies()
+        else:
+            for operation in (take, release, take):
+                self.made.do(partial(operation, self.made))
+        for _ in range(2):
+            with self.namespace.transaction() as t:
+                for row in self.tables.used_rows(self.layout.devices):
+                    if chance.random() < 0.8:
+                        transitions.devices.note_unrelated(t, row, chance.choice([0.0, 30.0]))
+                        used_mb = chance.choice([0.0, 300.0, 900.0])
+                        transitions.devices.sample(t, row, used_mb, self.made.now, self.made.now)
+            self.made.now += chance.choice([0, SECOND_NS])
         with self.namespace.transaction() as t:
-            for row in self.tables.used_rows(self.layout.devices):
-                if chance.random() < 0.8:
-                    transitions.devices.note_unrelated(t, row, chance.choice([0.0, 30.0]))
-                    transitions.devices.sample(t, row, chance.choice([300.0, 900.0]), self.made.now, self.made.now)
             for slot in SERVERS:
-                if chance.random() < 0.5:
-                    at = self.tables.member(slot)
-                    t.set(
-                        at + Member.PEAK_MB, float_bits(chance.choice([0.0, 70.0, 99.95, 100.0, 100.5, 260.0, 700.0]))
-                    )
+                if chance.random() < 0.8:
+                    mb = self._usual_mb(slot) * chance.choice([0.0, 0.5, 0.985, 0.999, 1.0, 1.0, 1.001, 1.015, 2.0])
+                    t.set(self.tables.member(slot) + Member.PEAK_MB, float_bits(mb))
+            for row in self.tables.used_rows(self.layout.devices):
+                is_isolated = self.tables.on_device(row)[:1] if chance.random() < 0.15 else []
+                t.set(self.tables.device(row) + Device.ISOLATED, is_isolated[0] + 1 if is_isolated else 0)
+            for row in self.tables.model_rows():
+                t.set(self.tables.model(row) + Model.SD_MB, float_bits(chance.choice([0.0, 0.0, 5.0])))
             generations = [self.tables.models[row].generation for row in self.tables.model_rows()]
             for _ in range(chance.choice([0, 1, 3])):
                 some = chance.sample(generations, min(len(generations), chance.choice([1, 2])))
@@ -85,6 +99,24 @@ class RandomLearning(RandomRowChanges):
             t.set(Header.SOURCE_MEASURES_PROCESSES, chance.choice([0, 1, 1]))
             t.set(Header.SOURCE_ACCOUNTING_ONLY, chance.choice([0, 0, 0, 0, 1]))
         self.made.now += chance.choice([0, SECOND_NS])
+
+    def _usual_mb(self, slot: int) -> float:
+        """Return what the model of a server is known to take."""
+        instance = self.tables.members[slot].instance
+        model = None if instance is None else self.tables.models[self.tables.instances[instance].model]
+        return model.estimate_mb if model is not None and model.known else 100.0
+
+    def _leave_only_copies(self) -> None:
+        """End leases, and what is in progress, so that devices have idle copies alone."""
+        self.made.come_to_rest()
+        instances, transitions = self.layout.instances, self.made.transitions
+        with self.namespace.transaction() as t:
+            for row in self.tables.rows_where(instances, Instance.STATE, Instance.LEASED):
+                transitions.leases.end(t, row)
+            for row in self.tables.rows_where(instances, Instance.STATE, Instance.UNLOADING):
+                transitions.unloads.end(t, row)
+            for row in self.tables.rows_where(instances, Instance.STATE, Instance.SUSPENDING):
+                transitions.suspensions.fail(t, row, None, WORKERS[0])
 
     def answers(self) -> Iterator[tuple[str, Any]]:
         """Yield the current answers, by question."""

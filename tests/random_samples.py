@@ -26,7 +26,7 @@ from random_tables import DEVICES, SECOND_NS, SERVERS, WORKERS, RandomTables
 from mpmm.errors import InvalidArgumentError, TableFullError
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Header, Instance, Member
+from mpmm.shared_state.layout import Device, Header, Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.transaction import Transaction
@@ -148,8 +148,13 @@ class RandomSamples(RandomRowChanges):
             for row in self.tables.rows_where(self.layout.instances, Instance.STATE, Instance.LEASED):
                 if chance.random() < 0.6:
                     transitions.leases.link_program(t, row, chance.choice(PROGRAMS))
+            most = chance.choice([Measures.NOTHING, Measures.PROCESSES])
             for slot in WORKERS:
-                transitions.members.note_source(t, slot, chance.choice(list(Measures)))
+                transitions.members.note_source(t, slot, min(most, chance.choice(list(Measures))))
+            measured = chance.choice([0, 1, 1])
+            for row in self.tables.used_rows(self.layout.devices):
+                t.set(self.tables.device(row) + Device.MEASURED, measured or chance.randrange(2))
+            t.set(Header.SOURCE_ACCOUNTING_ONLY, chance.choice([0, 0, 1]))
             for row in self.tables.used_rows(self.layout.devices):
                 transitions.devices.note_try(t, row, self.made.now - SECOND_NS)
             transitions.members.note_processes(t, chance.random() < 0.5)

@@ -369,6 +369,7 @@ def test_a_process_exists_until_it_is_reaped_whoevers_it_is() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
         assert process_exists(child.pid)
     assert not process_exists(child.pid)
+    assert process_exists(os.getpid()), "it is asked for, and not disturbed"
     # The first process is root's, and no other user may send it a signal.
     assert (as_nobody(exists) if os.getuid() == 0 else repr(exists())) == "True"
     assert process_exists(2**40), "that is no pid of another namespace"

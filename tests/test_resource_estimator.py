@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +20,14 @@ from scipy.optimize import nnls as scipy_nnls
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.beam_metrics import choose_autoscaling_metric, report_demand, report_estimate, report_model_count
-from mpmm.memory.estimator import Observation, ResourceEstimator, smooth, solve_footprints
+from mpmm.memory.estimator import (
+    Estimate,
+    Observation,
+    ResourceEstimator,
+    reconcile,
+    smooth,
+    solve_footprints,
+)
 
 TAGS = ["a", "b", "c"]
 
@@ -94,6 +103,89 @@ def test_too_few_configurations_or_readings_give_nothing(configurations: int, re
     assert (solve_footprints(rows, ["a", "b"], min_data_points=5) is not None) is solved
 
 
+def two_models(*, readings: int = 4, spread: float = 100.0, wrong_mb: float = 0.0) -> list[Observation]:
+    """Readings of a = 1000 MB, b = 500 MB, and 100 MB in use regardless; the last configuration is off by something."""
+    counts, means = [{"a": 1}, {"b": 1}, {"a": 1, "b": 1}, {"a": 2}], [1100.0, 600.0, 1600.0, 2100.0 + wrong_mb]
+    return [Observation(one, mb, readings, spread) for one, mb in zip(counts, means, strict=True)]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(("readings", "spread", "wrong_mb"), [(4, 100.0, 0.0), (4, 0.0, 60.0), (2, 100.0, 60.0)])
+def test_the_more_readings_agree_the_more_certain_is_their_solution(
+    relative: bool, readings: int, spread: float, wrong_mb: float
+) -> None:
+    """The figures are those of the textbook, with a row for each reading of its own."""
+    observed = two_models(readings=readings, spread=spread, wrong_mb=wrong_mb)
+    found = solve_footprints(observed, ["a", "b"], 5, relative=relative)
+    assert found is not None
+    # Readings of a configuration lie in pairs at a standard deviation from their mean.
+    rows = np.array([[one.counts.get("a", 0), one.counts.get("b", 0), 1] for one in observed for _ in range(readings)])
+    values = np.array([one.mean_mb + spread**0.5 * sign for one in observed for sign in (-1, 1) * (readings // 2)])
+    weights = np.array([1 / one.mean_mb if relative else 1.0 for one in observed for _ in range(readings)])
+    weighted = rows * weights[:, None]
+    expected = np.linalg.lstsq(weighted, values * weights, rcond=None)[0]
+    assert [found.model_mb["a"], found.model_mb["b"], found.bias_mb] == pytest.approx(list(expected))
+    variance = float(((weighted @ expected - values * weights) ** 2).sum()) / (len(values) - 3)
+    deviations = np.sqrt(variance * np.diag(np.linalg.inv(weighted.T @ weighted)))
+    assert [found.sd_mb["a"], found.sd_mb["b"]] == pytest.approx(list(deviations[:2]))
+
+
+@pytest.mark.parametrize(("last", "certain"), [(1, False), (2, True)])
+def test_as_many_readings_as_unknowns_leave_a_solution_uncertain(last: int, certain: bool) -> None:
+    observed = [*two_models(readings=1)[:2], Observation({"a": 1, "b": 1}, 1600.0, last, 100.0)]
+    found = solve_footprints(observed, ["a", "b"], 0)
+    assert found is not None
+    assert found.model_mb == pytest.approx({"a": 1000.0, "b": 500.0})
+    assert found.bias_mb == pytest.approx(100.0)
+    assert {np.isfinite(sd_mb) for sd_mb in found.sd_mb.values()} == {certain}
+
+
+def test_each_device_has_something_in_use_of_its_own() -> None:
+    observed = [
+        *(Observation({"a": n}, 1000.0 * n + 100.0, 3, device=0) for n in (1, 2)),
+        *(Observation({"a": n, "b": 1}, 1000.0 * n + 700.0, 3, device=1) for n in (1, 2)),
+        Observation({"b": 2}, 1100.0, 3, device=1),
+    ]
+    found = solve_footprints(observed, ["a", "b"], 5)
+    assert found is not None
+    assert found.model_mb == pytest.approx({"a": 1000.0, "b": 400.0})
+    assert found.bias_mb == pytest.approx(400.0)
+
+
+def test_small_readings_count_for_more_than_large_ones_down_to_one_mb() -> None:
+    observed = [Observation({"a": n}, mb, 5) for n, mb in ((1, 0.0), (2, 0.5), (3, 1.0), (4, 1000.0))]
+    found = solve_footprints(observed, ["a"], 5, relative=True)
+    assert found is not None
+    # As if all but the last one were of 1 MB.
+    weights = np.sqrt(5.0) / np.array([1.0, 1.0, 1.0, 1000.0])
+    rows, readings = np.array([[n, 1.0] for n in (1, 2, 3, 4)]), np.array([0.0, 0.5, 1.0, 1000.0])
+    expected, _ = scipy_nnls(rows * weights[:, None], readings * weights)
+    assert [found.model_mb["a"], found.bias_mb] == pytest.approx(list(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "factor", "mb", "sd_mb"),
+    [
+        # The first figure is as certain as it says, within reason.
+        *((None, (100.0, 2.0), 0.2, 100.0, 2.0), (None, (100.0, 0.1), 0.2, 100.0, 0.5)),
+        *((None, (100.0, 200.0), 0.2, 100.0, 100.0), (None, (100.0, math.inf), 0.2, 100.0, 100.0)),
+        # One that was read from a process stays, and so does every one where nothing is to count.
+        *(((80.0, 0.0), (100.0, 0.0), 0.5, 80.0, 0.0), ((80.0, 0.0), (100.0, 1.0), 0.5, 80.0, 0.0)),
+        *(((80.0, 3.0), (100.0, 1.0), 0.0, 80.0, 3.0), ((80.0, 3.0), (100.0, math.inf), 0.5, 80.0, 3.0)),
+        # The factor counts for one that is as certain, and for one that is more certain.
+        *(((80.0, 4.0), (100.0, 4.0), 0.5, 90.0, math.hypot(2.0, 2.0)), ((80.0, 4.0), (100.0, 1.0), 0.5, 90.0, 2.0616)),
+        *(((80.0, 4.0), (100.0, 0.0), 0.5, 90.0, 2.0), ((80.0, 0.1), (100.0, 0.1), 1.0, 100.0, 0.5)),
+        # One that is less certain counts by the ratio of the variances.
+        ((80.0, 4.0), (100.0, 8.0), 0.8, 84.0, math.hypot(0.8 * 4.0, 0.2 * 8.0)),
+    ],
+)
+def test_of_two_figures_the_more_certain_one_counts_for_more(
+    old: tuple[float, float] | None, new: tuple[float, float], factor: float, mb: float, sd_mb: float
+) -> None:
+    found = reconcile(None if old is None else Estimate(*old), Estimate(*new), factor)
+    assert [found.mb, found.sd_mb] == pytest.approx([mb, sd_mb], rel=1e-4)
+
+
 def test_smoothing_moves_by_the_factor_and_starts_at_the_first_value() -> None:
     assert smooth(None, 80.0, 0.2) == 80.0
     assert smooth(100.0, 200.0, 0.2) == pytest.approx(120.0)
@@ -130,6 +222,47 @@ def test_an_initial_estimate_without_readings_is_not_worn_away_by_the_others() -
     estimator.set_initial_estimate("rare", 3000.0)
     feed(estimator)
     assert estimator.get_estimate("rare") == 3000.0
+
+
+def test_a_configuration_is_known_by_the_copies_that_are_there() -> None:
+    estimator = ResourceEstimator()
+    estimator.add_observation({"b": 2, "a": 1, "c": 0}, 500.0)
+    estimator.add_observation({"a": 1, "b": 2}, 600.0)
+    estimator.add_observation({"a": 0}, 50.0)
+    assert {one: list(readings) for one, readings in estimator.history.items()} == {
+        (("a", 1), ("b", 2)): [500.0, 600.0],
+        (): [50.0],
+    }
+    assert estimator.known_models == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("least", [None, 5, 6])
+def test_the_first_solution_comes_with_the_least_number_of_readings(least: int | None) -> None:
+    estimator = ResourceEstimator() if least is None else ResourceEstimator(min_data_points=least)
+    solved_at = []
+    for number in range(1, 8):
+        feed(estimator, rounds=1) if number == 1 else estimator.add_observation({"a": 1}, 1100.0)
+        solved_at.append(not estimator.is_unknown("a"))
+    # The first turn has three readings.
+    assert solved_at.index(True) + 3 == (least or 5)
+
+
+def test_a_solution_moves_an_estimate_by_a_fifth() -> None:
+    estimator = ResourceEstimator(min_data_points=3)
+    estimator.set_initial_estimate("a", 2000.0)
+    feed(estimator, rounds=1)
+    assert estimator.get_estimate("a") == pytest.approx(1800.0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_taken"),
+    [({"a": 0}, True), ({"a": 2**16 - 1}, True), ({"a": 2**16}, False), ([("a", 1)], False), (None, False)],
+)
+def test_counts_are_whole_numbers_that_a_segment_has_room_for(counts: Any, is_taken: bool) -> None:
+    estimator = ResourceEstimator()
+    with nullcontext() if is_taken else pytest.raises(InvalidArgumentError):
+        estimator.add_observation(counts, 0.0)
+    assert bool(estimator.history) is is_taken
 
 
 def test_an_empty_snapshot_is_ignored() -> None:
@@ -205,7 +338,13 @@ def test_numpy_numbers_are_numbers() -> None:
     assert estimator.get_estimate("a") == 100.0
 
 
-@pytest.mark.parametrize("arguments", [{"smoothing_factor": 1.5}, {"min_data_points": -1}])
+def test_settings_at_the_ends_of_their_ranges_are_taken() -> None:
+    for factor, least in ((0.0, 0), (1.0, 1), (0.5, sys.maxsize)):
+        estimator = ResourceEstimator(factor, least)
+        assert (estimator.smoothing_factor, estimator.min_data_points) == (factor, least)
+
+
+@pytest.mark.parametrize("arguments", [{"smoothing_factor": 1.5}, {"smoothing_factor": -0.1}, {"min_data_points": -1}])
 def test_settings_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
         ResourceEstimator(**arguments)

@@ -396,6 +396,7 @@ class TestSilence:
         # Ours being shown, the others count anew.
         assert knows(there) == (True, listed)
         assert knows(there) == (False, {})
+        assert not any(sample.processes_known for sample in source.sample((7,)))
 
     def test_a_process_that_has_nothing_is_listed_with_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu, _ = two_gpus()

@@ -155,6 +155,16 @@ class TestNvml:
         assert [d.uuid for d in devices] == uuids
         assert [d.index for d in devices] == list(range(len(uuids)))
 
+    @pytest.mark.parametrize("setting", ["MIG-2,GPU-cccc", "GPU-cccc,MIG-1", "2,2", "MIG-1,MIG-1"])
+    def test_a_slice_that_is_named_by_itself_and_with_its_board_hides_all(
+        self, monkeypatch: pytest.MonkeyPatch, setting: str
+    ) -> None:
+        slices = [FakeDevice("MIG-1", 5000, 100), FakeDevice("MIG-2", 10000, 200)]
+        install(monkeypatch, *two_gpus(), FakeDevice("GPU-cccc", 40000, 300, slices))
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+        with pytest.raises(SourceUnavailableError, match="CUDA_VISIBLE_DEVICES"):
+            NvmlSource()
+
     @pytest.mark.parametrize("setting", ["", "-1", "none", "0,0", "GPU-aa,GPU-aaaa"])
     def test_hidden_gpus_make_the_source_unavailable(self, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
         fake = install(monkeypatch, *two_gpus())

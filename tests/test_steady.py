@@ -389,6 +389,11 @@ def test_the_share_of_a_copy_on_several_devices_is_that_of_each(new_manager: New
 def test_a_share_that_is_not_known_is_not_told() -> None:
     assert fraction_of(100, []) is None
     assert fraction_of(100, [0.0]) is None
+    assert fraction_of(100, [math.nan]) is None
+    assert fraction_of(100, [1000, 0.0]) is None
+    assert fraction_of(0.5, [0.5]) == 1.0
+    assert fraction_of(299.9, [1000]) == 0.299
+    assert fraction_of(600, [1000, 2000]) == 0.3
     assert fraction_of(3000, [1000, 2000]) == 1.0
     assert Placement((), ()).environment() == {"MPMM_DEVICES": ""}
 

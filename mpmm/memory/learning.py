@@ -63,7 +63,7 @@ class Learning:
             else:
                 copies[tables.models[copy.model].generation] += 1
         seen = (here.configured_at, uses)
-        if not copies or self._seen.get(device) == seen:
+        if self._seen.get(device) == seen:
             return
         self._seen[device] = seen
         # The figures of single processes are those of the last sample, not those of the peak.

@@ -104,14 +104,14 @@ def devices_of(units: Sequence[Unit]) -> tuple[DeviceInfo, ...]:
 
 
 def visible_devices(uuids: Sequence[str]) -> str | None:
-    """Return the `CUDA_VISIBLE_DEVICES` with which CUDA sees these devices; None if they are no GPUs.
+    """Return the `CUDA_VISIBLE_DEVICES` with which CUDA sees these devices; None if some are no GPUs.
 
     Names are valid in every process, however its own `CUDA_VISIBLE_DEVICES` restricts and numbers what it sees.
     """
     numbers = [_NUMBERED.fullmatch(uuid) for uuid in uuids]
     names = [number[1] if number else uuid for number, uuid in zip(numbers, uuids, strict=True)]
     known = all(number or _UUID.fullmatch(uuid) for number, uuid in zip(numbers, uuids, strict=True))
-    return ",".join(names) if names and known else None
+    return ",".join(names) if known else None
 
 
 def server_setting(source: object, uuids: Sequence[str]) -> tuple[str, str] | None:
