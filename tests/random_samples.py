@@ -29,7 +29,7 @@ from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Device, Header, Instance, Member
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
-from mpmm.shared_state.transaction import Transaction
+from mpmm.shared_state.transaction import Transaction, float_bits
 from mpmm.sources import DeviceInfo, DeviceSample, Measures
 
 RECORDED = Path(__file__).parent / "recorded_samples.txt"
@@ -139,7 +139,8 @@ class RandomSamples(RandomRowChanges):
     def step(self) -> None:
         """Make random operations, and change what those do not."""
         chance, transitions = self.chance, self.made.transitions
-        for _ in range(STEPS):
+        # At first there may be nothing on the devices.
+        for _ in range(STEPS if self.tables.used_rows(self.layout.instances) else chance.choice([0, STEPS])):
             step(self.made)
         for slot in SERVERS:
             if not self.tables.members[slot].state:
@@ -153,7 +154,11 @@ class RandomSamples(RandomRowChanges):
                 transitions.members.note_source(t, slot, min(most, chance.choice(list(Measures))))
             measured = chance.choice([0, 1, 1])
             for row in self.tables.used_rows(self.layout.devices):
-                t.set(self.tables.device(row) + Device.MEASURED, measured or chance.randrange(2))
+                is_measured = measured or chance.randrange(2)
+                t.set(self.tables.device(row) + Device.MEASURED, is_measured)
+                # One that gave way to measured ones has no memory.
+                total_mb = 0.0 if not is_measured and chance.random() < 0.7 else DEVICES[row][2]
+                t.set(self.tables.device(row) + Device.TOTAL_MB, float_bits(total_mb))
             t.set(Header.SOURCE_ACCOUNTING_ONLY, chance.choice([0, 0, 1]))
             for row in self.tables.used_rows(self.layout.devices):
                 transitions.devices.note_try(t, row, self.made.now - SECOND_NS)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -283,12 +283,14 @@ def test_only_the_latest_twenty_readings_of_a_configuration_count() -> None:
 def test_history_is_bounded_and_drops_what_was_seen_longest_ago() -> None:
     estimator = ResourceEstimator(min_data_points=10**9)
     estimator.add_observation({"a": 1000}, 1.0)
-    for copies in range(1, 257):
+    for copies in range(1, 259):
         estimator.add_observation({"a": 1}, 1.0)
         estimator.add_observation({"a": copies}, 1.0)
     assert len(estimator.history) == 256
-    assert (("a", 1),) in estimator.history
+    assert len(estimator.history[(("a", 1),)]) == 20
     assert (("a", 1000),) not in estimator.history
+    assert (("a", 2),) not in estimator.history
+    assert (("a", 5),) in estimator.history
 
 
 @pytest.mark.parametrize(
@@ -329,6 +331,31 @@ def test_bad_initial_estimates_are_refused_and_change_nothing(tag: Any, cost: An
     with pytest.raises(InvalidArgumentError):
         estimator.set_initial_estimate(tag, cost)
     assert not estimator.estimates and not estimator.known_models
+
+
+def test_what_is_no_tag_is_refused_wherever_one_is_asked_for() -> None:
+    estimator, wrong = ResourceEstimator(), cast(Any, 7)
+    for ask in (estimator.is_unknown, estimator.get_estimate):
+        with pytest.raises(InvalidArgumentError, match="model tag 7"):
+            ask(wrong)
+
+
+def test_a_model_with_an_initial_estimate_is_known_and_may_take_nothing() -> None:
+    estimator = ResourceEstimator()
+    estimator.set_initial_estimate("a", 0.0)
+    assert (estimator.known_models, estimator.get_estimate("a"), estimator.is_unknown("a")) == ({"a"}, 0.0, False)
+
+
+def test_another_solver_counts_where_it_is_put_here_or_where_beams_manager_has_it() -> None:
+    def solves(a: Any, b: Any) -> tuple[list[float], float]:
+        return [7.0, 8.0, 9.0], 0.0
+
+    here, of_beam = "mpmm.memory.estimator.nnls", SimpleNamespace(nnls=solves)
+    for patched in (patch(here, solves), patch.dict(sys.modules, {"mpmm.model_manager": of_beam})):
+        with patched:
+            found = solve_footprints(two_models(), ["a", "b"], 5)
+        assert found is not None
+        assert (found.model_mb, found.bias_mb) == ({"a": 7.0, "b": 8.0}, 9.0)
 
 
 def test_numpy_numbers_are_numbers() -> None:
