@@ -325,6 +325,17 @@ def test_a_segment_is_not_pruned_while_a_process_makes_it_but_when_that_has_died
     segment.unlink()
 
 
+def test_a_segment_whose_root_is_overwritten_keeps_nobody_from_making_another(
+    elsewhere: Path, new_process: NewProcess, new_manager: NewManager
+) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    change_header(segment, Header.ROOT + 1, 0x2F61_0062)
+    assert find_orphans() == []
+    with new_manager(namespace=NAMESPACE, memory_source="booked").model("a", object):
+        assert segment.exists()
+    segment.unlink()
+
+
 def test_a_segment_that_takes_the_place_of_a_left_over_one_during_the_look_stays(
     elsewhere: Path, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

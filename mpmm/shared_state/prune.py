@@ -143,11 +143,15 @@ def _why_abandoned(name: str) -> str | None:
     words = header[Header.ROOT + 1 : Header.ROOT + 1 + -(-length // 8)]
     root = Path(os.fsdecode(b"".join(word.to_bytes(8, "little") for word in words)[:length]))
     namespace = _NAME.fullmatch(name)["namespace"]  # type: ignore[index]  # it does match
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    try:
         if segment_name(root, namespace) != name:
             return f"the folder {root} was removed and made again"
         return None if (root / namespace).exists() else f"its folder {root / namespace} is gone"
-    return f"its folder {root} is gone"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"its folder {root} is gone"
+    except ValueError:
+        # No path: it has a zero byte. Something has overwritten the header.
+        return None
 
 
 def _why_foreign(name: str, roots: tuple[Path, ...]) -> str | None:
