@@ -239,6 +239,18 @@ def test_once_overtaking_is_over_a_small_load_goes_on_only_where_the_head_may_no
     assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
 
 
+@pytest.mark.parametrize(
+    ("loadable_on", "used", "goes_on"), [((), 850.0, False), ((0,), 900.0, False), ((0,), 850.0, True)]
+)
+def test_while_it_is_unknown_how_to_make_room_a_small_load_goes_on_only_where_the_head_may_not_load(
+    loadable_on: tuple[int, ...], used: float, goes_on: bool
+) -> None:
+    head, devices = replace(ticket(1, A), loadable_on=loadable_on), [device(0, used=850), device(1, used=used)]
+    state = view([model(A, 800), model(B, 50)], [head, ticket(2, B)], devices=devices, in_use=1)
+    expected = (Load(2, (1,), 50, alone=False),) if goes_on else ()
+    assert make_plan(state).decisions == (Wait(1, Reason.MEMORY), *expected)
+
+
 def test_of_two_who_wait_for_one_model_one_loads_and_the_other_shares() -> None:
     handle = replace(model(A, 100), shares=True, load_s=2.0, hold_s=0.1)
     state = view([handle], [ticket(1, A), ticket(2, A, member=OTHER)])
