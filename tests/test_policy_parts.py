@@ -360,6 +360,17 @@ def test_a_device_that_is_too_small_is_drained_for_nobody_if_there_is_another(
     assert tuple(one.device for one in devices_to_drain(state, replace(ticket(1, A), span=span))) == places
 
 
+@pytest.mark.parametrize(("bound_mb", "places"), [(1439.0, (2, 1)), (1440.0, (2, 0)), (1079.0, (2, 0))])
+def test_each_of_several_devices_has_to_be_larger_than_a_share_of_what_was_not_enough(
+    bound_mb: float, places: tuple[int, ...]
+) -> None:
+    # Limits of 540, 720 and 900 MB, and of these 540, 420 and 600 MB are free.
+    devices = [device(0, 600.0), device(1, 800.0, used=300.0), device(2, used=300.0)]
+    wanted, asks = replace(model(A, 200.0, known=False), bound_mb=bound_mb), replace(ticket(1, A), span=2)
+    state = PlanState(view([wanted], [asks], devices=devices))
+    assert tuple(one.device for one in devices_to_drain(state, asks)) == places
+
+
 @pytest.mark.parametrize(
     ("leased", "drained"),
     [
