@@ -590,14 +590,14 @@ def test_processors_that_are_scarce_are_not_yielded_for_a_hundred_times_as_long(
     made: RandomTables, clock: Clock
 ) -> None:
     yields = Scheduler(made.namespace).wakes
-    clock.away_s = wakes.LONG_WAY_S
+    clock.away_s = 0.000_5
     for count in (1, 2):
         yields.yield_to_waiter()
         assert clock.yields == count, "a short way costs nothing"
-    clock.away_s, began_s = 2 * wakes.LONG_WAY_S, clock.now_s
+    clock.away_s, began_s = 0.001, clock.now_s
     yields.yield_to_waiter()
     assert clock.yields == 3
-    for later_s, count in ((0.0, 3), (0.99 * wakes.REST * clock.away_s, 3), (wakes.REST * clock.away_s, 4)):
+    for later_s, count in ((0.001, 3), (0.099_9, 3), (0.100_1, 4)):
         clock.now_s = began_s + later_s
         yields.yield_to_waiter()
         assert clock.yields == count
@@ -605,11 +605,11 @@ def test_processors_that_are_scarce_are_not_yielded_for_a_hundred_times_as_long(
 
 def test_a_waiter_stays_awake_for_its_answer_for_a_moment_only(made: RandomTables, clock: Clock) -> None:
     spins, ticket = Scheduler(made.namespace).wakes, enqueue(made, "a")
-    clock.away_s = 0.25
-    with mock.patch.object(wakes, "SPIN_S", 1.0):
-        spins.spin_for_answer(ticket)
-    assert clock.yields == 4
+    clock.away_s = 0.000_1
+    spins.spin_for_answer(ticket)
+    assert 1 < clock.yields < 10
+    yields = clock.yields
     with made.namespace.transaction() as t:
         made.transitions.tickets.refuse(t, ticket)
     spins.spin_for_answer(ticket)
-    assert clock.yields == 4, "it has its answer"
+    assert clock.yields == yields, "it has its answer"
