@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -193,6 +195,28 @@ def test_who_makes_a_namespace_sweeps_segments_whose_root_and_members_are_gone(
     assert not segment.exists()
 
 
+def test_a_segment_that_is_damaged_keeps_nobody_from_making_a_namespace(
+    elsewhere: Path, new_process: NewProcess
+) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    # No path has a letter 0.
+    change_header(segment, Header.ROOT + 1, int.from_bytes(b"/tmp\0abc", "little"))
+    Namespace.join("undisturbed").leave()
+    segment.unlink()
+
+
+def test_a_segment_whose_folder_must_not_be_looked_at_is_no_orphan(elsewhere: Path, new_process: NewProcess) -> None:
+    segment = leave_segment(new_process, elsewhere)
+    shut = mock.Mock(side_effect=lambda root, name: segment_name(root, name) if root != elsewhere else _refuse(root))
+    with mock.patch.object(prune, "segment_name", shut):
+        assert find_orphans() == []
+    segment.unlink()
+
+
+def _refuse(root: Path) -> str:
+    raise PermissionError(errno.EACCES, "Permission denied", str(root))
+
+
 def test_the_segment_of_a_living_process_is_never_an_orphan(elsewhere: Path, new_process: NewProcess) -> None:
     process = new_process(namespace=NAMESPACE, runtime_root=elsewhere)
     guard(Path("/dev/shm", segment_name(elsewhere, NAMESPACE)))
@@ -322,17 +346,6 @@ def test_a_segment_is_not_pruned_while_a_process_makes_it_but_when_that_has_died
         assert find_orphans(of_other_versions=True) == []
     guard(segment)
     assert [orphan.name for orphan in found(lambda: find_orphans(of_other_versions=True))] == [segment.name]
-    segment.unlink()
-
-
-def test_a_segment_whose_root_is_overwritten_keeps_nobody_from_making_another(
-    elsewhere: Path, new_process: NewProcess, new_manager: NewManager
-) -> None:
-    segment = leave_segment(new_process, elsewhere)
-    change_header(segment, Header.ROOT + 1, 0x2F61_0062)
-    assert find_orphans() == []
-    with new_manager(namespace=NAMESPACE, memory_source="booked").model("a", object):
-        assert segment.exists()
     segment.unlink()
 
 

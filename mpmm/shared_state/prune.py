@@ -149,8 +149,8 @@ def _why_abandoned(name: str) -> str | None:
         return None if (root / namespace).exists() else f"its folder {root / namespace} is gone"
     except (FileNotFoundError, NotADirectoryError):
         return f"its folder {root} is gone"
-    except ValueError:
-        # No path: it has a zero byte. Something has overwritten the header.
+    except (OSError, ValueError):
+        # This process must not look there, or the segment is damaged, and these letters are no path.
         return None
 
 
