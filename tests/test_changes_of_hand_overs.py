@@ -6,6 +6,8 @@ import pytest
 from row_changes import CAUSE, Cases, Operation, RowChanges
 from row_changes import it as it  # the fixture
 
+from mpmm.shared_state.layout import Ticket
+
 CASES = Cases()
 
 
@@ -385,3 +387,70 @@ def lose_a_copy_that_was_granted(it: RowChanges) -> Operation:
 @pytest.mark.parametrize("name", CASES.names)
 def test_a_transition_of_hand_overs_changes_just_what_it_is_to(it: RowChanges, name: str) -> None:
     CASES.check(it, name)
+
+
+# ---- what is read of the queue, and of copies for it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preload", "usable_on", "model", "devices", "can"),
+    [
+        *((0, 0, 1, 0b1, True), (0, 0, 2, 0b1, False), (2, 0, 1, 0b1, False), (Ticket.ONLY_RESUMES, 0, 1, 0b1, False)),
+        *((0, 0b11, 1, 0b10, True), (0, 0b11, 1, 0b11, True), (0, 0b11, 1, 0b110, False), (0, 0b1, 1, 0b10, False)),
+        (0, 0b11, 2, 0b10, False),
+    ],
+)
+def test_a_waiter_can_use_copies_of_its_model_that_lie_on_its_devices_alone(
+    it: RowChanges, preload: int, usable_on: int, model: int, devices: int, can: bool
+) -> None:
+    row = it.ticket(preload=preload, usable_on=usable_on)
+    queue = it.namespace.reads.queue
+    (waiter,) = [one for one in queue.waiting() if one.row == row]
+    assert (waiter.can_use(model, devices), queue.can_use(row, model, devices)) == (can, can)
+
+
+def test_a_waiter_can_use_nothing_once_its_deadline_has_passed(it: RowChanges) -> None:
+    row, queue = it.ticket(), it.namespace.reads.queue
+    found = []
+    for left_ns in (1, 0, -1):
+        it.poke(it.tables.ticket(row) + Ticket.DEADLINE, it.now + left_ns)
+        found.append(queue.can_use(row, 1, 0b1))
+    assert found == [True, False, False]
+
+
+def test_the_newest_and_the_only_waiter_are_known_without_a_search(it: RowChanges) -> None:
+    """The first ticket waits from the beginning."""
+    queue = it.namespace.reads.queue
+
+    def known() -> tuple[int | None, int | None]:
+        newest = queue.newest()
+        return None if newest is None else newest.row, queue.only_one()
+
+    assert known() == (0, 0)
+    waiter = it.ticket()
+    assert known() == (waiter, None)
+    it.do(lambda t: it.to.tickets.refuse(t, waiter))
+    assert known() == (None, None), "an older one is the only one, which takes a search to find"
+    it.do(lambda t: it.to.hand_over.consume_answer(t, waiter))
+    assert known() == (None, None)
+    waiter = it.ticket()
+    it.do(lambda t: it.to.hand_over.leave_queue(t, 0))
+    assert known() == (waiter, waiter)
+    it.do(lambda t: it.to.hand_over.leave_queue(t, waiter))
+    assert known() == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("usable_on", "place"), [(0, 2), (0b100, 2), (0b1, 1), (0b10, 0), (0b11, 1), (0b111, 2), (0b1000, None)]
+)
+def test_the_first_idle_copy_is_the_one_that_was_given_back_last_of_those_on_the_devices(
+    it: RowChanges, usable_on: int, place: int | None
+) -> None:
+    rows = [it.idle(handle=b"%d" % device, devices=(device,)) for device in (1, 0, 2)]
+    reads = it.namespace.reads.instances
+    assert reads.first_idle(1, usable_on) == (None if place is None else rows[place])
+    assert reads.first_idle(2) is None
+    every = range(3)
+    assert [reads.is_idle(rows[one], 0, usable_on) for one in every] == [
+        not usable_on or bool(usable_on >> device & 1) for device in (1, 0, 2)
+    ]

@@ -168,7 +168,7 @@ class InstanceReads:
                 floats[at + Instance.RESERVED_MB],
                 words[at + Instance.SINCE],
                 state in _RELEASED and words[at + Instance.UNLOAD_ON_RELEASE] != 0,
-                state == Instance.UNLOADING and words[at + Instance.UNLOAD_LATE] != 0,
+                words[at + Instance.UNLOAD_LATE] != 0,
                 words[at + Instance.STEADY] != 0,
                 seat_of - 1 if seat_of else None,
                 seats,
