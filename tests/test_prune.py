@@ -306,6 +306,17 @@ def test_what_a_process_of_another_container_has_is_not_pruned(
 
 
 @as_root
+def test_a_segment_with_junk_for_its_root_is_no_orphan_and_keeps_nobody_from_joining(runtime_root: Path) -> None:
+    broken = Namespace.join("broken", root=runtime_root)
+    words = broken.segment.words
+    before = words[Header.ROOT + 1]
+    words[Header.ROOT + 1] = 0
+    assert not [orphan for orphan in find_orphans() if orphan.name == broken.segment.name]
+    Namespace.join("another", root=runtime_root).leave()
+    words[Header.ROOT + 1] = before
+    broken.leave()
+
+
 def test_the_segment_of_another_user_with_our_number_in_its_name_is_not_ours(
     elsewhere: Path, new_process: NewProcess
 ) -> None:

@@ -230,6 +230,52 @@ def test_events_that_were_rolled_back_are_not_shown_and_have_taken_the_places_of
     assert shown == {0: every, 1: every, 2: every[1:]}
 
 
+def test_all_events_are_shown_or_those_after_a_number_or_none() -> None:
+    made = RandomTables(0)
+    with closing(made):
+        name, written = made.namespace.name, int(made.namespace.segment.words[Header.EVENTS])
+        assert 3 < written < made.layout.events.capacity - 2
+        every = list(range(1, written + 1))
+        assert [one.sequence for one in read_snapshot(name).events] == every
+        assert [one.sequence for one in decoded(made).events] == every
+        for after in (0, 1, written - 1, written):
+            chosen = read_snapshot(name, choice=EventChoice(after=after)).events
+            assert [one.sequence for one in chosen] == every[after:]
+        assert read_snapshot(name, events=False).events == decoded(made, with_events=False).events == ()
+
+
+def test_the_newest_events_of_each_kind_and_reason_are_chosen_wherever_they_are_placed() -> None:
+    made = RandomTables(0)
+    with closing(made):
+        with made.namespace.transaction() as t:
+            first = made.namespace.segment.words[Header.EVENTS] + 1
+            for devices in (0b1, 0b10, 0b1000, 0b100):
+                for reason in (Reason.FITS, Reason.TIGHTEST):
+                    t.event(placed(EventKind.LOAD_BEGAN, devices), cause=Cause(reason))
+        events = read_snapshot(made.namespace.name, choice=EventChoice(newest_of_each=2)).events
+        found = [(one.sequence - first, one.devices, one.reason) for one in events if one.kind == "load_began"]
+    fits, tightest = int(Reason.FITS), int(Reason.TIGHTEST)
+    assert found == [(4, (3,), fits), (5, (3,), tightest), (6, (2,), fits), (7, (2,), tightest)]
+
+
+@pytest.mark.parametrize("accounting_only", [False, True])
+def test_what_is_used_is_what_was_measured_or_else_what_copies_have_that_are_loaded(accounting_only: bool) -> None:
+    made = RandomTables(0, devices=3)
+    loads, leases = made.transitions.loads, made.transitions.leases
+    with closing(made):
+        with made.namespace.transaction() as t:
+            made.transitions.members.lead(t, 0, b"made up", (False, False, accounting_only))
+            model = made.claim_model(t)
+            for devices, handle in ((0b1, b"one"), (0b11, b"both")):
+                row = loads.begin(t, model, 1, devices, 100.0, alone=False)
+                loads.end(t, row, handle, 80.0, 0, False)
+            loads.begin(t, model, 1, 0b1, 1000.0, alone=False)
+            leases.begin(t, leases.claim(t, b"lease", 7.0), 1, 0b1, 7.0)
+            made.transitions.devices.sample(t, 0, 33.0, t.now)
+        found = [device.used_mb for device in read_snapshot(made.namespace.name).devices]
+    assert found == ([120.0, 40.0, 0.0] if accounting_only else [33.0, None, None])
+
+
 def test_of_why_a_waiter_waits_the_last_event_is_chosen_in_any_case() -> None:
     made = RandomTables(0)
     with closing(made):
@@ -380,9 +426,11 @@ def without_segments(root: Path, *names: str) -> Iterator[None]:
     segments = [Path("/dev/shm", segment_name(root, name)) for name in names]
     for segment in segments:
         segment.rename(segment.with_name(f"{segment.name}.aside"))
-    yield
-    for segment in segments:
-        segment.with_name(f"{segment.name}.aside").rename(segment)
+    try:
+        yield
+    finally:
+        for segment in segments:
+            segment.with_name(f"{segment.name}.aside").rename(segment)
 
 
 def test_the_namespaces_of_a_root_are_listed_by_name_and_those_without_a_segment_apart(tmp_path: Path) -> None:
