@@ -1108,6 +1108,9 @@ def test_a_server_that_has_not_said_who_it_is_is_waited_for(ending: Any) -> None
     assert str(error).startswith("the server of 'it' has not recorded its pid")
     assert (error.server_pid, done) == (None, [])
     assert registry.now - NOW == pytest.approx(0.25, abs=0.001)
+    registry = Ending((True, None))
+    ending(registry, 0.0)
+    assert registry.now == NOW, "not a moment longer"
 
 
 def test_a_server_that_does_not_end_in_time_is_killed_unless_it_has_other_work(ending: Any) -> None:
@@ -1127,6 +1130,9 @@ def test_a_server_that_does_not_end_in_time_is_killed_unless_it_has_other_work(e
         in str(error)
     )
     assert done == ["join", ("mpmm-end", True, beside, b"key")]
+    registry = Ending((True, beside))
+    assert isinstance(ending(registry, 0.0)[0], ModelServerError)
+    assert registry.now == NOW, "not a moment longer"
     # Still making its object: it takes no request.
     starting = replace(RECORD, ready=False)
     assert ending(Ending((True, starting), (True, starting), GONE)) == (True, [kill, "tidy"])
@@ -1228,3 +1234,8 @@ def test_a_process_is_killed_until_it_is_not_the_one_that_is_meant(monkeypatch: 
         stop_server.kill_process(17, lambda: True, "it")
     assert (caught.value.server_pid, caught.value.tag) == (17, "it")
     assert now[0] - began == pytest.approx(stop_server.KILL_TIMEOUT_S, abs=0.03)
+    monkeypatch.setattr(stop_server, "KILL_TIMEOUT_S", 0.0)
+    sent.clear()
+    with pytest.raises(ModelServerError):
+        stop_server.kill_process(17, lambda: True, "it")
+    assert sent == []
