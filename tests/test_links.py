@@ -145,6 +145,12 @@ def test_a_call_keeps_the_channel_if_it_was_answered_and_drops_it_if_not(links: 
         ):
             link.ask(3, "predict", (), {})
         assert (channel.closed, vars(link._channels)) == (True, {})
+    # It is seen to be dead by the time that the caller is told.
+    registry.looks = [(True, RECORD), (False, None)]
+    link._channels.channel = Channel(EOFError())
+    with pytest.raises(ModelServerError):
+        link.ask(3, "predict", (), {})
+    assert links == [0.001]
     # What cannot be pickled costs no channel.
     link._channels.channel = channel = Channel(5)
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
@@ -243,16 +249,20 @@ def test_a_server_that_hangs_up_is_waited_for_until_it_is_dead_or_for_a_moment(l
 
 
 def test_links_to_servers_that_have_ended_are_forgotten_at_the_next_new_one(links: list[float]) -> None:
-    lives, gone, refused = Registry(), Registry((False, None)), Registry(PermissionError())
+    # One has its lock, and has not said yet who it is.
+    lives, gone, refused = Registry((True, None)), Registry((False, None)), Registry(PermissionError())
     first, second, third = (link_to(registry) for registry in (lives, gone, refused))
+    other: Any = Registry((True, None))
+    client._known[other, "it"] = starting = link_to(other)
     for link in (first, second, third):
         client._known[link.registry, "it"] = link
     client.remember_link(first)
-    assert len(client._known) == 3, "it is known already"
+    assert len(client._known) == 4, "it is known already"
     new = link_to(lives, record=OTHER)
     client.remember_link(new)
     nothing: Any = lives
-    assert list(client._known.values()) == [new]
+    assert list(client._known.values()) == [starting, new]
+    client.forget_link(starting)
     assert client.known_link(nothing, "it") is new
     assert client.known_link(nothing, "another") is None
     # Another link takes nothing away from it.

@@ -703,6 +703,7 @@ def test_a_servers_log_is_bounded_whoever_begins_the_new_one(tmp_path: Path) -> 
 
     def turn() -> list[Any]:
         ours = Output(tmp_path)
+        log.touch()
         before = os.fstat(1).st_ino
         ours.bound()
         found: list[Any] = [os.fstat(1).st_ino == before]
@@ -735,12 +736,19 @@ def test_a_servers_log_is_bounded_whoever_begins_the_new_one(tmp_path: Path) -> 
         found.append((log.stat().st_size, older.stat().st_size) == (0, LOG_BYTES + 2))
         say("e")
         found.append(log.read_text())
-        # Not locked any more.
+        # Not locked any more, nor where it cannot be renamed.
         other = os.open(older, os.O_RDONLY)
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(1, LOG_BYTES + 1)
+        older.unlink()
+        older.mkdir()
+        ours.bound()
+        other = os.open(log, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found.append(log.stat().st_size == LOG_BYTES + 1)
         return found
 
-    assert in_child(turn) == [True, [True, True], " why\naa", "another's\nbb", "cc", True, True, True, "ee"]
+    assert in_child(turn) == [True, [True, True], " why\naa", "another's\nbb", "cc", True, True, True, "ee", True]
 
 
 def test_a_server_that_can_open_no_file_keeps_its_output(tmp_path: Path) -> None:
@@ -754,16 +762,19 @@ def test_a_server_that_can_open_no_file_keeps_its_output(tmp_path: Path) -> None
             return real(path, *arguments)
 
         real = os.open
-        os.dup2(os.open(tmp_path / "before", os.O_WRONLY | os.O_CREAT), 1)
+        for number in (1, 2):
+            os.dup2(os.open(tmp_path / "before", os.O_WRONLY | os.O_CREAT), number)
         fds = len(os.listdir("/proc/self/fd"))
         os.open = refuse  # type: ignore[assignment]  # in the child alone
         Output(tmp_path)._open("line")
         os.open = real
+        os.write(1, b"lost")
+        os.write(2, b"lost")
         name = os.path.basename(os.readlink("/proc/self/fd/1"))
         return name, " ".join(opened), len(os.listdir("/proc/self/fd")) - fds
 
     assert in_child(lambda: turn(0)) == (SERVERS_LOG, SERVERS_LOG, 0)
-    assert (tmp_path / SERVERS_LOG).read_text() == "line"
+    assert (tmp_path / SERVERS_LOG).read_text() == "linelostlost"
     assert in_child(lambda: turn(1)) == ("null", f"{SERVERS_LOG} null", 0)
     assert in_child(lambda: turn(2)) == ("before", f"{SERVERS_LOG} null", 0)
 
@@ -873,6 +884,7 @@ def test_a_spawned_server_has_the_plans_environment_and_no_input(monkeypatch: py
         patched.run_server = run_server
         os.environ["MPMM_TEST_REMOVED"] = "2"
         order, writer = os.pipe()
+        os.dup2(order, 0)
         _, reported = os.pipe()
         os.set_inheritable(order, True)
         os.set_inheritable(reported, True)
@@ -893,6 +905,14 @@ def test_a_spawned_server_has_the_plans_environment_and_no_input(monkeypatch: py
         # The order, and the connection, which is garbage by now.
         "closed": 2,
     }
+
+
+def test_a_spawned_server_is_no_daemon_and_may_have_children() -> None:
+    reader, writer = Pipe(duplex=False)
+    with reader, writer:
+        server = spawned_server.SpawnedServer("name", PLAN, {"dir": "/"}, writer)
+        assert (server.name, server.daemon, server.report_fd) == ("name", False, writer.fileno())
+        assert pickle.loads(server.order) == (PLAN, {"dir": "/"})
 
 
 def test_a_process_that_cannot_be_named_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
