@@ -85,9 +85,15 @@ class Model:
         raise AssertionError("never called")
 
 
+# Threads of hosts that earlier tests have left.
+_earlier: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[ServerRegistry]:
-    """A registry whose only client is this process."""
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerRegistry]:
+    """A registry whose only client is this process, which has no other host."""
+    monkeypatch.setattr(hosted, "_hosts", {})
+    _earlier.update(threading.enumerate())
     registry = registry_at(tmp_path)
     registry.join()
     yield registry
@@ -110,7 +116,8 @@ def host(registry: ServerRegistry) -> Iterator[Host]:
 
 def threads() -> list[threading.Thread]:
     """Return the threads of hosts."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
+    found = [thread for thread in threading.enumerate() if thread.name.startswith("mpmm-host-")]
+    return [thread for thread in found if thread not in _earlier]
 
 
 def ask(host: Host, token: int, name: str, *args: Any, **kwargs: Any) -> Any:
