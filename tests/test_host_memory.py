@@ -22,6 +22,7 @@ from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memor
 from mpmm.sources.process_tree import is_ending, is_stopped, process_tree, unrelated_to
 
 BALLAST_MB = 64
+SECOND_NS = 10**9
 
 
 CHILD = f"""
@@ -129,6 +130,10 @@ class TestHostMemory:
         # The host itself may be shorter of memory than the group.
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000 * MIB, available=100 * MIB))
         assert used(source) == [1900]
+        # Nothing at all is in use.
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=9000 * MIB, available=9000 * MIB))
+        limits.clear()
+        assert used(HostMemorySource()) == [0]
 
     def test_the_total_is_the_budget_or_what_the_host_has(self) -> None:
         assert HostMemorySource(budget_mb=1234).devices()[0].total_mb == 1234.0
@@ -177,7 +182,7 @@ class TestHostMemory:
         (mount / "memory.max").write_text("5000\n")
         (mount / "memory" / "memory.limit_in_bytes").write_text("7000\n")
         # In a container, the kernel may tell the host's path.
-        membership.write_text("5:cpu:/\n4:memory:/host/box\n3:pids:/\n0::/host/box\n")
+        membership.write_text("5:cpu:/\n4:memory:/host:1/box\n3:pids:/\n0::/host:1/box\n")
         assert cgroup_limits(mount, membership) == [(7000, None), (5000, None)]
 
 
@@ -214,11 +219,11 @@ class TestWhenPagesAreWalked:
 
     @pytest.fixture
     def source(self, monkeypatch: pytest.MonkeyPatch) -> HostMemorySource:
-        """A source that has read the process once, at second 0."""
+        """A source that has read the process once, at second 1."""
         for name in ("rss", "uss", "runs", "status_now", "walks"):
             monkeypatch.setattr(MadeUp, name, getattr(MadeUp, name))
         monkeypatch.setattr(psutil, "Process", MadeUp)
-        monkeypatch.setattr("time.monotonic_ns", lambda: 0)
+        monkeypatch.setattr("time.monotonic_ns", lambda: SECOND_NS)
         source = HostMemorySource(BUDGET_MB)
         assert (used(source, (7,)), MadeUp.walks) == ([80], 1)
         MadeUp.uss = 81 * MIB
@@ -227,7 +232,7 @@ class TestWhenPagesAreWalked:
     @pytest.mark.parametrize(
         ("more_bytes", "later_ns", "again"),
         [
-            *((0, 0, False), (0, 5 * 10**9, False), (0, 5 * 10**9 + 1, True)),
+            *((0, 0, False), (0, 5 * SECOND_NS, False), (0, 5 * SECOND_NS + 1, True)),
             *((2**20, 0, False), (2**20 + 1, 0, True), (-(2**20), 0, False), (-(2**20) - 1, 0, True)),
         ],
     )
@@ -235,7 +240,7 @@ class TestWhenPagesAreWalked:
         self, source: HostMemorySource, monkeypatch: pytest.MonkeyPatch, more_bytes: int, later_ns: int, again: bool
     ) -> None:
         MadeUp.rss += more_bytes
-        monkeypatch.setattr("time.monotonic_ns", lambda: later_ns)
+        monkeypatch.setattr("time.monotonic_ns", lambda: SECOND_NS + later_ns)
         assert (used(source, (7,)), MadeUp.walks) == (([81], 2) if again else ([80], 1))
 
     def test_for_another_process_of_the_same_number(self, source: HostMemorySource) -> None:
@@ -244,7 +249,8 @@ class TestWhenPagesAreWalked:
 
     def test_after_the_source_was_closed_or_not_asked_for_the_process(self, source: HostMemorySource) -> None:
         source.close()
-        assert (used(source, (7,)), MadeUp.walks) == ([81], 2)
+        (sample,) = source.sample((7,))
+        assert (sample.index, sample.used_mb, MadeUp.walks) == (source.devices()[0].index, 81, 2) == (0, 81, 2)
         assert used(source, (8,)) == [81]
         assert (used(source, (7,)), MadeUp.walks) == ([81], 4)
 
@@ -299,14 +305,17 @@ def test_of_a_process_that_cannot_be_read_nothing_is_known(stat: Path) -> None:
     assert (is_ending(12), is_stopped(12)) == (False, False)
 
 
-def test_a_process_without_a_parent_descends_from_nobody(stat: Path) -> None:
+def test_a_process_without_a_parent_descends_from_nobody(stat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stat.write_text("1 (init) S 0 1 1 0 -1 4194560\n")
     assert unrelated_to([1], [0]) == {1}
     stat.write_text("2 (b) S 1 1 1 0 -1 4194560\n")
     assert unrelated_to([2], [1]) == set()
-    # It has ended.
+    # It has ended, or there is no such file.
     stat.unlink()
     assert unrelated_to([2**22 + 7], [1]) == {2**22 + 7}
+    for parent, found in ((0, {1}), (5, set())):
+        monkeypatch.setattr(psutil, "Process", lambda _, parent=parent: SimpleNamespace(ppid=lambda: parent))
+        assert unrelated_to([1], [0, 5]) == found
 
 
 def test_trees_end_whatever_the_kernel_tells_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from row_changes import it as it  # the fixture
 from mpmm.memory.listed_pids import ListedPids
 from mpmm.memory.samples import SharedSamples
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Header
+from mpmm.shared_state.layout import Device, Header
 from mpmm.shared_state.namespace import Namespace
 from mpmm.sources import DeviceInfo, DeviceSample
 
@@ -155,6 +155,25 @@ def test_a_server_that_has_ended_is_no_other_program_for_as_long_as_its_memory_m
         assert set(pids.to_measure()) == {OTHER}
         unrelated.append(pids.unrelated({SERVER: 1.0, OTHER: 1.0, STRANGER: 1.0}))
     assert unrelated == [{STRANGER}, {STRANGER}, {STRANGER, SERVER}]
+
+
+def test_devices_that_gave_way_are_forgotten_and_the_lock_is_not_taken_for_nothing(it: RowChanges) -> None:
+    samples, at = sees(it), [it.tables.device(row) for row in range(3)]
+
+    def forgotten() -> str | None:
+        before = it.words[Header.CHANGE]
+        changes = it.changes_of(samples.forget_stated_devices)
+        return None if it.words[Header.CHANGE] == before else changes
+
+    assert forgotten() is None, "all are measured"
+    for row in (1, 2):
+        it.poke(at[row] + Device.MEASURED, 0)
+    it.poke(at[0] + Device.TOTAL_MB, 0.0)
+    assert forgotten() is None, "none has given way"
+    it.poke(at[2] + Device.TOTAL_MB, 0.0)
+    assert forgotten() is None, "a copy lies there"
+    it.poke(at[0] + Device.MEASURED, 0)
+    assert forgotten() == "device 0: STATE=0"
 
 
 def test_each_process_knows_devices_by_its_own_indices(it: RowChanges) -> None:

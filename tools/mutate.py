@@ -99,7 +99,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("test_gpu_monitor", "test_sources", "test_source_choice", "test_host_memory", "test_amd_source"),
             *("test_published_samples", "test_recorded_samples", "test_own_monitors"),
-            *("test_accounting", "test_source_failures", "test_attribution"),
+            *("test_accounting", "test_who_measures", "test_source_failures", "test_attribution"),
         ),
     ),
     "multi_process_shared": (

@@ -144,7 +144,7 @@ class SharedSamples:
             for row in tables.used_rows(namespace.segment.layout.devices)
             if not tables.devices[row].measured and tables.devices[row].total_mb == 0
         ]
-        if rows and not all(tables.on_device(row) for row in rows):
+        if not all(tables.on_device(row) for row in rows):
             with namespace.transaction() as t:
                 for row in rows:
                     namespace.transitions.devices.forget_stated(t, row)

@@ -76,7 +76,7 @@ class HostMemorySource:
             try:
                 readings[pid] = _read(pid, known.get(pid), taken_ns)
             except psutil.NoSuchProcess:  # gone, a zombie included: its memory is free
-                continue
+                pass
             except psutil.AccessDenied:
                 complete = False
         self._readings = readings
