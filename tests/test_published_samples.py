@@ -120,6 +120,18 @@ def test_processes_are_known_once_a_sample_shows_one_of_ours(it: RowChanges) -> 
         assert it.words[Header.SOURCE_MEASURES_PROCESSES] == known
 
 
+def test_a_load_that_runs_alone_no_longer_does_once_processes_are_shown(it: RowChanges) -> None:
+    it.poke(Header.SOURCE_MEASURES_PROCESSES, 0)
+    row = it.loading(devices=(1,))
+    it.do(lambda t: it.to.isolation.begin(t, row))
+    samples = sees(it)
+    shown: list[tuple[dict[int, float], int | None]] = [({STRANGER: 100.0}, row), ({WORKER: 30.0}, None)]
+    for processes, isolated in shown:
+        samples.publish([sample(it, 1, processes)])
+        it.wait(1)
+        assert it.tables.devices[1].isolated == isolated
+
+
 @pytest.mark.parametrize(
     ("name", "seen", "known"), [("made up", None, 1), ("another", None, 0), ("another", True, 1), ("made up", False, 0)]
 )
