@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -118,6 +119,22 @@ def test_processes_are_known_once_a_sample_shows_one_of_ours(it: RowChanges) -> 
         samples.publish([sample(it, 1, processes)])
         it.wait(1)
         assert it.words[Header.SOURCE_MEASURES_PROCESSES] == known
+
+
+@pytest.mark.parametrize(("done_ago_s", "contradicts"), [(None, False), (0.5, False), (1.5, True)])
+def test_a_figure_below_what_a_copy_had_for_certain_shows_that_its_server_may_be_dead(
+    it: RowChanges, done_ago_s: float | None, contradicts: bool
+) -> None:
+    """The unload begins one second before the figure is published; a sample that does not say may end only then."""
+    it.poke(Header.SOURCE_MEASURES_PROCESSES, 0)
+    row, samples = it.idle(server=3, devices=(1,)), sees(it)
+    samples.publish([sample(it, 1, {}, used_mb=500.0)])
+    it.wait(10)
+    it.do(lambda t: it.to.unloads.begin(t, row, 2, False), after_s=1)
+    done_ns = 0 if done_ago_s is None else it.now - int(done_ago_s * SECOND_NS)
+    with mock.patch.object(Namespace, "reap_if_dead", return_value=False) as reaps:
+        samples.publish([replace(sample(it, 1, {}, used_mb=100.0, ago_s=2.0), done_ns=done_ns)])
+    assert [call.args[1] for call in reaps.call_args_list] == ([3] if contradicts else [])
 
 
 def test_a_load_that_runs_alone_no_longer_does_once_processes_are_shown(it: RowChanges) -> None:
