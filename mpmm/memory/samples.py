@@ -333,7 +333,7 @@ class SharedSamples:
             listed = slot in here and pid in news.measured
             if listed and not devices & ~news.fresh_rows:
                 self._namespace.transitions.measurements.measure(t, slot, news.measured[pid], taken_ns)
-            elif not listed and member.measured_mb > 0 and not devices & ~news.fresh_rows:
+            elif member.measured_mb > 0 and not devices & ~news.fresh_rows:
                 if apart or devices & ~news.complete_rows:
                     self._namespace.transitions.measurements.forget(t, slot)
                 else:
