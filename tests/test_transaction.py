@@ -17,8 +17,10 @@ from harness import in_thread
 from patience import DEADLINE_S
 
 from mpmm.errors import ClosedError, LockTimeoutError, ReentrantCallError, SegmentCorruptError, TableFullError
+from mpmm.policy.view import Reason
 from mpmm.shared_state import transaction
-from mpmm.shared_state.layout import STEP_WORDS, Capacities, Header, Table
+from mpmm.shared_state.events import Cause, EventKind
+from mpmm.shared_state.layout import STEP_WORDS, Capacities, Event, Header, Table
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction, TransactionLock, float_bits, roll_back
@@ -33,7 +35,7 @@ OTHER_PID = 4711
 @pytest.fixture
 def joined(namespace: str) -> Iterator[Namespace]:
     """A namespace with a small undo log."""
-    made = Namespace.join(namespace, capacities=Capacities(undo=64))
+    made = Namespace.join(namespace, capacities=Capacities(undo=64, events=7))
     yield made
     made.leave()
 
@@ -189,6 +191,55 @@ def test_a_step_is_long_after_so_many_words_however_large_the_log_is(joined: Nam
     for count in (0, STEP_WORDS - 1, STEP_WORDS):
         transaction_of_large._count = count
         assert transaction_of_large.is_long is (count == STEP_WORDS)
+
+
+CAUSE = Cause(Reason.MEMORY, 10.5, 20.25, 30.125, 40.0625, 77, 0b101)
+
+
+@pytest.mark.parametrize("cause", [None, CAUSE], ids=["without a cause", "with a cause"])
+@pytest.mark.parametrize("before", [0, 1, 6, 7, 15])
+def test_an_event_is_a_row_of_the_ring_and_all_of_it_is_new(
+    joined: Namespace, lock: TransactionLock, before: int, cause: Cause | None
+) -> None:
+    words, floats, table = joined.segment.words, joined.segment.floats, joined.segment.layout.events
+    words[Header.EVENTS] = before
+    for word in range(table.base, table.end):
+        words[word] = 12345
+    with lock() as t:
+        t.event(EventKind.WAITS, 3, 4, 5, 2.5, cause)
+        t.event(EventKind.LEFT)
+        now = t.now
+    assert words[Header.EVENTS] == before + 2
+    at = table.base + before % table.capacity * table.words
+    row = words[at : at + table.words].tolist()
+    figures = floats[at + Event.NEED_MB : at + Event.SECONDS + 1].tolist()
+    kind = EventKind.WAITS if cause is None else EventKind.WAITS + 256 * (Reason.MEMORY + 1)
+    assert row[: Event.VALUE] == [before + 1, now, kind, os.getpid(), 3, 4, 5]
+    assert floats[at + Event.VALUE] == 2.5
+    if cause is None:
+        assert row[Event.NEED_MB :] == 6 * [12345], "clearing them would cost time"
+    else:
+        assert figures == [10.5, 20.25, 30.125, 40.0625]
+        assert (row[Event.OTHER], row[Event.ON]) == (77, 0b101)
+    plain = table.base + (before + 1) % table.capacity * table.words
+    second = words[plain : plain + table.words].tolist()
+    assert second[: Event.NEED_MB] == [before + 2, now, EventKind.LEFT, os.getpid(), 0, 0, 0, 0]
+    others = [word for word in range(table.base, table.end) if not 0 <= word - at < table.words]
+    assert all(words[word] == 12345 for word in others if not 0 <= word - plain < table.words)
+
+
+def test_several_rows_become_events_by_one_store(joined: Namespace, lock: TransactionLock) -> None:
+    words, table = joined.segment.words, joined.segment.layout.events
+    before = words[Header.EVENTS]
+    with lock() as t:
+        assert t.next_event(EventKind.WAITS, 1) == (Header.EVENTS, before + 1)
+        change = t.next_event(EventKind.LEFT, ahead=1)
+        assert words[Header.EVENTS] == before
+        t.set_all([change])
+    assert words[Header.EVENTS] == before + 2
+    rows = [table.base + (before + number) % table.capacity * table.words for number in range(2)]
+    assert [words[at + Event.KIND] for at in rows] == [EventKind.WAITS, EventKind.LEFT]
+    assert [words[at + Event.SEQUENCE] for at in rows] == [before + 1, before + 2]
 
 
 # ---- calls that follow -------------------------------------------------------------------------------------------
