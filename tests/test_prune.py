@@ -360,13 +360,6 @@ def test_a_segment_is_not_pruned_while_a_process_makes_it_but_when_that_has_died
     segment.unlink()
 
 
-def test_a_segment_with_a_damaged_path_is_in_nobodys_way(elsewhere: Path, new_process: NewProcess) -> None:
-    segment = leave_segment(new_process, elsewhere)
-    change_header(segment, Header.ROOT + 1, 0)
-    assert find_orphans(of_other_versions=True) == prune.sweep_orphans() == []
-    segment.unlink()
-
-
 def test_a_segment_that_takes_the_place_of_a_left_over_one_during_the_look_stays(
     elsewhere: Path, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
