@@ -105,6 +105,15 @@ def test_a_segment_that_does_not_tell_its_root_is_left_alone(memory: Path, runti
     assert found(of_other_versions=True) == {}
 
 
+@pytest.mark.parametrize("root", ["\0", "/miss\0ing", "/missing\0"])
+def test_a_segment_whose_root_is_junk_is_left_alone_and_stops_no_look(
+    memory: Path, runtime_root: Path, root: str
+) -> None:
+    leave(memory, segment_name(runtime_root, "n"), root)
+    other = leave(memory, segment_name(runtime_root, "n2"), "/missing")
+    assert found() == {other.name: NO_ROOT.format(root="/missing")}
+
+
 @pytest.mark.parametrize("word", ["MAGIC", "VERSION", "BOOT"])
 def test_a_segment_of_another_version_is_one_only_where_that_is_asked_and_if_no_root_is_its(
     memory: Path, runtime_root: Path, word: str
