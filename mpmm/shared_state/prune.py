@@ -141,11 +141,7 @@ def _why_abandoned(name: str) -> str | None:
     if not 0 < length <= Header.ROOT_BYTES:
         return None
     words = header[Header.ROOT + 1 : Header.ROOT + 1 + -(-length // 8)]
-    text = b"".join(word.to_bytes(8, "little") for word in words)[:length]
-    if b"\0" in text:
-        # Another program has written there, and no path has such a character.
-        return None
-    root = Path(os.fsdecode(text))
+    root = Path(os.fsdecode(b"".join(word.to_bytes(8, "little") for word in words)[:length]))
     namespace = _NAME.fullmatch(name)["namespace"]  # type: ignore[index]  # it does match
     try:
         if segment_name(root, namespace) != name:
