@@ -305,7 +305,7 @@ class Planner:
         if repeated is not None:
             return replace(repeated, ticket=ticket.row)
         decision = self._load(ticket, model)
-        # (Behind a head of the line no waiter loads, so the wait of that one is not repeated.)
+        # Once there is a head of the line, no waiter gets here, so the head's own wait is never repeated.
         if isinstance(decision, Wait):
             self._state.repeated_waits[alike] = decision
         return decision
