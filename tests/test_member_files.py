@@ -478,8 +478,6 @@ def test_files_can_be_forgotten_without_giving_up_the_locks(member: Namespace) -
     path = folder_of(other) / "m1.lock"
     old = os.open(path, os.O_RDWR)
     inherited = os.dup(other.life_fd)
-    path.unlink()
-    other._files.put_back()
     other.forget_after_fork()
     other.segment.close()
     with pytest.raises(BlockingIOError):
