@@ -428,6 +428,9 @@ def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(
     assert Covering(seconds, {file: {3: [slow]}}).witnesses(found[5, "nothing returned"], 20.0) == []
     assert asked.all_of(["test_a"]) == [SECOND, FIRST, slow]
     assert asked.all_of(["test_a"], 1.0) == [SECOND, FIRST]
+    # The map may be of more parts than this run is about.
+    of_one = asked.of(["test_b"])
+    assert of_one.witnesses(found[3, "another comparison"], 20.0) == of_one.all_of(["test_a", "test_b"]) == [other]
 
 
 def test_coverage_knows_which_tests_run_which_lines(tmp_path: Path) -> None:

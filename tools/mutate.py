@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     until = time.monotonic() + options.seconds
     tests = list(dict.fromkeys(test for of_file in tests_of.values() for test in of_file))
-    covering = _covering(options.map, tests, options.jobs)
+    covering = _covering(options.map, tests, options.jobs).of(tests)
     survivors, tried, unconfirmed = _try_all(
         numbered, tests_of, covering, options.test_seconds, options.jobs, until, options.way
     )
