@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -223,6 +224,8 @@ class Points:
         watch = Stopwatch()
         while (left := self.left()) and watch.calm_s() < HEALS_WITHIN_S:
             time.sleep(0.001)
+        if left:
+            print_stacks()
         return left
 
     def conclude(self) -> None:
@@ -230,6 +233,13 @@ class Points:
         print(f"{self.points} points, {len(self.failures)} failures")
         found = "\n".join(self.failures[:40])
         assert not self.failures, f"{len(self.failures)} of {self.points} points failed:\n{found}"
+
+
+def print_stacks() -> None:
+    """Print where each thread is, for whoever asks why something was not repaired."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        print(f"{names.get(ident, ident)}:", *traceback.format_stack(frame), sep="\n", flush=True)
 
 
 # States that a copy has only while a call, or a thread for it, runs.
