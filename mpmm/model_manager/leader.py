@@ -71,7 +71,7 @@ RESERVE_REST_S = 12.0
 RESERVE_TICK_S = 4.0
 # When a process without the compiled core first checks for a wake-up that came just before it slept; with it,
 # `Core.doze` does the same.
-FIRST_REST_S = 0.5
+FIRST_REST_S = 0.25
 DEPUTIES = 2
 # How long a poll waits for its figures. The leader learns from later ones when they arrive: members are reaped, and
 # everything else continues, whatever the source does.

@@ -1620,7 +1620,7 @@ static PyObject *wake_after_sleep(PyObject *self, PyObject *const *args, Py_ssiz
 /* A thread that begins a call or a transaction, leaves `await_answer` or defers a change wakes the sleeper. That comes
  * too early if the sleeper is just about to sleep, so it checks again after this time, and then after twice as long
  * each time: only what happened while this thread was last awake, too, can be missed. */
-#define FIRST_REST_NS 500000000u
+#define FIRST_REST_NS 250000000u
 /* After how many members' locks other threads of this process may run. */
 #define LOCKS_IN_A_ROW 16
 
