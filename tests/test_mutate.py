@@ -249,7 +249,7 @@ def test_survivors_are_told_with_their_diffs(
     monkeypatch.setattr(mutate, "TreeCopy", FakeTree)
     kept = tmp_path / "map.json"
     Covering({FIRST: 0.1, SECOND: 0.2}, {file: {2: [FIRST], 4: [SECOND]}}).save(kept)
-    arguments = ["policy", "--map", str(kept), "--way", "copies"]
+    arguments = ["policy", "--map", str(kept), "--way", "copies", "--tests", "test_a"]
     assert mutate.main(arguments) == 0
     said = capsys.readouterr().out
     assert f"{file}:4, nothing returned: test_it" in said
