@@ -210,7 +210,7 @@ class NewOnly(Exception):
 
     def __new__(cls, one: int, two: int = 3) -> NewOnly:
         error = super().__new__(cls, one)
-        error.two = two  # type: ignore[attr-defined]
+        error.two = two  # type: ignore[attr-defined]  # as programs add to exceptions
         return error
 
 

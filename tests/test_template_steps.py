@@ -520,7 +520,7 @@ def test_a_forked_server_begins_like_a_new_process(tmp_path: Path) -> None:
         renewed: list[Any] = []
         invalidated: list[bool] = []
         invalidate = importlib.invalidate_caches
-        importlib.invalidate_caches = lambda: (invalidated.append(True), invalidate())[1]  # type: ignore[func-returns-value]
+        importlib.invalidate_caches = lambda: (invalidated.append(True), invalidate())[1]  # type: ignore[func-returns-value]  # its None is passed on
         mp_process._children.add("a child of the template's")  # type: ignore[attr-defined]  # not in typeshed
         next(mp_process._process_counter)  # type: ignore[attr-defined]  # not in typeshed
         util.Finalize(None, print, exitpriority=1)
@@ -761,7 +761,7 @@ def test_random_numbers_differ_between_servers_unless_an_import_has_seeded_them(
         forgotten.seed()
 
         class Unhashable(random.Random):
-            __hash__ = None  # type: ignore[assignment]
+            __hash__ = None  # type: ignore[assignment]  # as in every class that cannot be hashed
 
         Unhashable().seed()
         found: dict[str, Any] = {"as ever": random.Random("text").random() == expected}

@@ -170,7 +170,10 @@ class Host:
         self._shared = None
 
     def end(self) -> None:
-        """Stop serving the tag because this process ends; waits for no thread, not even for a running constructor."""
+        """Stop serving the tag because this process ends.
+
+        Waits for no thread, not even for a running constructor; only for a look at the files, which takes milliseconds.
+        """
         if self._ended or self.inherited:
             return
         self._ended = True
