@@ -193,6 +193,31 @@ def test_a_server_lives_by_the_lock_that_was_put_in_the_place_of_a_removed_one(
     assert not lock.held
 
 
+def test_a_server_that_cannot_open_the_new_lock_takes_nobody_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "alive.lock"
+    path.touch(0o600)
+    (tmp_path / "token").touch()
+    lock = AliveLock(str(path))
+    path.unlink()
+    client = LockFile(path)
+    assert client.try_shared()
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    for what in ("mpmm.multi_process_shared.server_process.open_lock", "pathlib.Path.read_bytes"):
+        with monkeypatch.context() as patched:
+            patched.setattr(what, refuse)
+            with pytest.raises(OSError, match="too many open files"):
+                lock.is_free()
+    assert not lock.is_free()
+    client.close()
+    assert lock.is_free()
+    lock.close()
+
+
 def test_a_client_holds_the_new_lock_before_it_gives_the_removed_one_up(
     registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -430,19 +430,19 @@ class AliveLock:
     def __init__(self, path: str) -> None:
         self.path = path
         self.held = False
-        self._lock: LockFile | None = None
         self._token = self._read_token()
-        self._open()
+        self._lock = self._opened()
 
-    def _open(self) -> None:
+    def _opened(self) -> LockFile | None:
         # A missing file is not created: its registry or namespace is gone, and with it all holders of the lock.
         with suppress(FileNotFoundError):
             if os.path.exists(self.path):
-                self._lock = open_lock(Path(self.path))
+                return open_lock(Path(self.path))
+        return None
 
     def _read_token(self) -> bytes | None:
         """Return what identifies the namespace; None for a registry, which a server's own files outlive."""
-        with suppress(OSError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             return Path(self.path).with_name("token").read_bytes()
         return None
 
@@ -454,10 +454,11 @@ class AliveLock:
             if self._lock.is_current():
                 self.held = True
                 return True
-            # Removed or replaced.
+            # Removed or replaced. The old one is kept until that is done: if it fails, for want of descriptors say, the
+            # next probe tries again.
+            found = self._opened() if self._read_token() == self._token else None
             self.close()
-            if self._read_token() == self._token:
-                self._open()
+            self._lock = found
         return True
 
     def give_up(self) -> None:
