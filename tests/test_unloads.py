@@ -58,9 +58,10 @@ def hang_in_unloads(seat: Seat, tags: tuple[str, ...], began: Gate, go: Gate, st
         if tag.startswith(tags):
             began.open()
             if stop and next(first) == 0:
-                # Not while another thread of this process holds the lock, for which all would then wait.
+                # Not while another thread of this process holds the lock, for which all would then wait. A signal for
+                # the whole process goes to the main thread, and this thread would continue until that one has run.
                 with seat.manager._connected().namespace.lock._mutex:
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
             go.wait()
         return unload(tag, **arguments)
 
