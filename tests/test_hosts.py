@@ -456,6 +456,8 @@ class Threads(Host):
         self._follower_lock: Any = contextlib.nullcontext()
         self._has_follower = False
         self._look_due = NOW + LOOK_S
+        self.missed_by: list[Any] = []
+        self._life: Any = SimpleNamespace(listeners=self.missed_by, hang_up=lambda: self.done.append("hang up"))
 
     def look_after_files(self) -> None:
         self.done.append("look after the files")
@@ -556,6 +558,34 @@ def test_a_host_that_can_accept_no_connection_waits_a_moment_and_closes_what_it_
     host._listener = SimpleNamespace(fileno=lambda: -1)  # closed by the thread before
     assert Host._accept(host) is None
     assert len(waits) == 6
+
+
+def test_a_host_looks_after_its_files_at_once_if_a_process_does_not_find_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    host: Any = Threads()
+    waits: list[Any] = []
+    listener, host._waker = SimpleNamespace(fileno=lambda: 5, close=lambda: None), SimpleNamespace(close=lambda: None)
+    host._listener = listener
+    host.missed_by.append("a process")
+
+    def look_after_files() -> None:
+        host.done.append("look after the files")
+        # The end of the host closes the life lock.
+        host.missed_by[:] = ["closed"] if len(waits) == 1 else []
+
+    def wait(things: list[Any], timeout: float | None = None) -> list[Any]:
+        waits.append((things[2:], timeout))
+        if things[2:] == ["closed"]:
+            host.missed_by.clear()
+            raise ValueError("Invalid file descriptor: -1")
+        return ["a process"] if len(waits) == 1 else [host._waker]
+
+    host.look_after_files = look_after_files
+    monkeypatch.setattr(module, "wait", wait)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW + LOOK_S / 2))
+    assert Host._accept(host) is None
+    assert host.done == ["look after the files", "hang up"]
+    # The next look is due as long after that one as after any other.
+    assert waits == [(["a process"], LOOK_S / 2), (["closed"], LOOK_S), ([], LOOK_S)]
 
 
 class Answer(str):

@@ -668,14 +668,14 @@ def test_who_is_at_the_other_end_is_known_as_far_as_the_kernel_tells(monkeypatch
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert sockets.peer_pid(ours.fileno()) == os.getpid()
-        assert sockets._peer_uid(ours.fileno()) == os.getuid()
+        assert sockets.peer_uid(ours.fileno()) == os.getuid()
         monkeypatch.setattr(sockets, "_peer_credentials", lambda fd: (0, 5, 5))
         assert sockets.peer_pid(ours.fileno()) is None, "in another pid namespace"
-        assert sockets._peer_uid(ours.fileno()) == 5
+        assert sockets.peer_uid(ours.fileno()) == 5
         monkeypatch.undo()
         monkeypatch.delattr(socket, "SO_PEERCRED")
         assert sockets.peer_pid(ours.fileno()) is None
-        assert sockets._peer_uid(ours.fileno()) is None
+        assert sockets.peer_uid(ours.fileno()) is None
 
 
 KEY = b"k" * 32
@@ -746,7 +746,7 @@ def test_a_handshake_of_another_user_is_refused_before_anything_is_said(monkeypa
     ours, theirs = socket.socketpair()
     with ours, Connection(theirs.detach()) as connection:
         for uid, refused in ((os.getuid() + 1, True), (None, False), (os.getuid(), False)):
-            monkeypatch.setattr(sockets, "_peer_uid", lambda fd, uid=uid: uid)
+            monkeypatch.setattr(sockets, "peer_uid", lambda fd, uid=uid: uid)
             steps = sockets.handshake(connection, KEY)
             if refused:
                 with pytest.raises(AuthenticationError, match=f"a process of uid {uid} tried to connect"):

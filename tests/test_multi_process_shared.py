@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,7 +55,6 @@ from mpmm.errors import (
     ServerStartError,
 )
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
-from mpmm.multi_process_shared import host as host_module
 from mpmm.multi_process_shared.client import ServerLink
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_for
@@ -399,7 +399,7 @@ def remove_files(folder: Path) -> None:
     ("spawn", "remove"),
     [
         *((False, remove) for remove in (remove_sockets, remove_life, remove_files, shutil.rmtree)),
-        *((True, remove) for remove in (remove_files, shutil.rmtree)),
+        *((True, remove) for remove in (remove_sockets, remove_files, shutil.rmtree)),
     ],
 )
 def test_newcomers_come_to_the_one_server_whatever_was_removed_of_the_registry(
@@ -407,23 +407,69 @@ def test_newcomers_come_to_the_one_server_whatever_was_removed_of_the_registry(
     spawn: bool,
     remove: Callable[[Path], None],
     new_worker: Callable[[], Client],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They started another one: two copies of a model, and the one that was there was nobody's."""
-    # For a host in this process.
-    monkeypatch.setattr(host_module, "LOOK_S", 0.05)
     handle = shared(path, always_proxy=True, spawn_process=spawn)
     counter = handle.acquire()
     pid, registry = server_pid("it", path=path), registry_for(path)
     assert pid is not None
-    remove(registry.path)
-    wait_until(lambda: registry.look("it")[0] and any(registry.path.glob("*.sock")), LAST_CLIENT_S)
-    assert server_pid("it", path=path) == pid
     newcomer = new_worker()
+    # It has started.
+    newcomer.do(len)
+    remove(registry.path)
     assert newcomer.do(acquire, "it", path) == pid
     assert (newcomer.do(increment, "it"), counter.increment()) == (1, 2)
     assert newcomer.leave() == 0
-    handle.release(counter)
+    remove(registry.path)
+    assert server_pid("it", path=path) == pid
+    remove(registry.path)
+    assert unload("it", path=path) is True
+    assert server_pid("it", path=path) is None
+
+
+@pytest.mark.parametrize("remove", [remove_sockets, remove_life, shutil.rmtree])
+def test_a_thread_reaches_the_server_whatever_was_removed_of_the_registry(
+    path: str, remove: Callable[[Path], None]
+) -> None:
+    counter = shared(path, always_proxy=True).acquire()
+    assert counter.increment() == 1
+    remove(registry_for(path).path)
+    # A thread makes a connection of its own.
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(counter.increment).result() == 2
+
+
+@pytest.mark.parametrize("remove", [remove_files, shutil.rmtree])
+def test_an_object_is_made_once_though_all_files_are_removed_meanwhile(
+    path: str, tmp_path: Path, new_worker: Callable[[], Client], remove: Callable[[Path], None]
+) -> None:
+    constructor, first, second = SlowToConstruct(tmp_path), new_worker(), new_worker()
+    second.do(len)
+    first.begin(acquire_slow, constructor, "it", path)
+    (tmp_path / "began").read_text()
+    remove(registry_for(path).path)
+    # It would make the object at once.
+    second.begin(acquire, "it", path)
+    assert not second.ours.poll(0.3)
+    (tmp_path / "go").write_text("go")
+    assert first.answer() == 101
+    second.answer()
+    assert second.do(increment, "it") == 102
+
+
+def test_who_waits_for_a_server_without_files_starts_another_once_it_is_dead(
+    path: str, new_worker: Callable[[], Client]
+) -> None:
+    client, newcomer = new_worker(), new_worker()
+    newcomer.do(len)
+    pid = client.do(acquire, "it", path)
+    os.kill(pid, signal.SIGSTOP)
+    remove_files(registry_for(path).path)
+    newcomer.begin(acquire, "it", path)
+    assert not newcomer.ours.poll(0.3)
+    os.kill(pid, signal.SIGKILL)
+    assert newcomer.answer() != pid
+    assert newcomer.do(increment, "it") == 1
 
 
 @pytest.mark.parametrize("name", ["the folder", "alive.lock"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,11 @@ from mpmm.errors import LockTimeoutError
 from mpmm.multi_process_shared import registry as registry_module
 from mpmm.multi_process_shared.forkserver.zygote import _Zygote
 from mpmm.multi_process_shared.host import new_record
+from mpmm.multi_process_shared.life import address_for
 from mpmm.multi_process_shared.registry import (
     ALIVE_LOCK_TIMEOUT_S,
+    ANSWERS_WANTED,
+    ANSWERS_WITHIN_S,
     DYING_TIMEOUT_S,
     HANDLES,
     KEY_BYTES,
@@ -34,6 +38,7 @@ from mpmm.multi_process_shared.registry import (
     SHORT_LOCK_TIMEOUT_S,
     ServerRecord,
     ServerRegistry,
+    digest_of,
     start_time_of,
     write_record,
 )
@@ -847,3 +852,58 @@ def test_tags_of_any_characters_have_short_names_of_their_own() -> None:
     assert len(set(names)) == len(tags)
     assert {len(name) for name in names} == {20}
     assert all(name.isalnum() for name in names)
+
+
+def test_a_server_is_looked_for_again_each_time_that_it_answers(
+    registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    asked: list[tuple[str, float]] = []
+    looks: list[tuple[bool, None]] = []
+    answers: list[bool] = []
+
+    def ask(tag: str, deadline: float) -> bool:
+        asked.append((tag, deadline))
+        return answers.pop(0)
+
+    monkeypatch.setattr(registry_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(registry, "look", lambda tag: looks.pop(0))
+    monkeypatch.setattr(registry, "ask_for_files", ask)
+
+    def find(*seen: bool, says: list[bool], **options: float) -> int:
+        looks[:] = [(lives, None) for lives in seen]
+        answers[:] = says
+        asked.clear()
+        assert registry.find("it", **options) == (seen[-1], None)
+        assert not looks
+        assert not answers
+        return len(asked)
+
+    assert find(True, says=[]) == 0
+    assert find(False, says=[False]) == 1
+    assert asked == [("it", 100.0 + ANSWERS_WITHIN_S)]
+    assert find(False, True, says=[True], timeout_s=math.inf) == 1
+    assert asked == [("it", math.inf)]
+    assert find(False, False, True, says=[True, True]) == 2
+    # It cannot restore them.
+    assert find(False, False, False, False, says=[True] * ANSWERS_WANTED) == 3
+
+
+def test_a_server_is_asked_for_its_files_until_there_is_something_to_find_or_it_is_time(
+    registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, lives = [100.0], [False]
+    monkeypatch.setattr(registry_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(registry, "look", lambda tag: (lives[0], None))
+
+    def wait(address: bytes | None, give_up: Callable[[], bool]) -> bool:
+        assert address == address_for(str(registry.root), digest_of("it"))
+        said = [give_up()]
+        now[0] = 101.0
+        said.append(give_up())
+        now[0], lives[0] = 100.0, True
+        said.append(give_up())
+        return said == [False, True, True]
+
+    monkeypatch.setattr(registry_module, "wait_for_answer", wait)
+    assert registry.ask_for_files("it", 101.0) is True

@@ -72,6 +72,12 @@ def a_segment_whose_lock_cannot_be_taken(name: str, root: Path, closing: list[Ca
         file.write((2**40).to_bytes(8, "little"))
 
 
+def no_lock_files(name: str, root: Path, closing: list[Callable[[], object]]) -> None:
+    desert(name)
+    for file in ("lifecycle.lock", "alive.lock"):
+        (root / name / file).unlink()
+
+
 def a_worker(name: str, root: Path, closing: list[Callable[[], object]]) -> None:
     closing.append(Namespace.join(name).leave)
 
@@ -98,6 +104,7 @@ DESERTED: list[State] = [
     no_segment,
     junk_for_a_segment,
     a_segment_whose_lock_cannot_be_taken,
+    no_lock_files,
 ]
 IN_USE: list[State] = [a_worker, a_worker_whose_lock_on_alive_was_removed, a_newcomer]
 

@@ -109,7 +109,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "mpmm/multi_process_shared/forkserver/*.py",
         ),
         (
-            *("test_registry", "test_hosts", "test_links", "test_messages", "test_server_steps"),
+            *("test_registry", "test_life", "test_hosts", "test_links", "test_messages", "test_server_steps"),
             *("test_zygote_steps", "test_template_steps", "test_forkserver_client", "test_payloads"),
             *("test_shared_buffers", "test_shared_calls", "test_shared_unloads"),
             *("test_zygote", "test_templates", "test_multi_process_shared", "test_servers", "test_server_faults"),

@@ -30,11 +30,11 @@ from mpmm.interpreter.thread_locks import new_lock, new_rlock
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
+from mpmm.multi_process_shared.life import LifeLock
 from mpmm.multi_process_shared.references import References
 from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRecord, ServerRegistry, start_time_of, write_record
 from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
-from mpmm.shared_state.lock_file import LockFile
 from mpmm.text.arguments import checked_number
 from mpmm.text.printable import printable_logger
 
@@ -57,7 +57,7 @@ class Host:
         record: ServerRecord,
         constructor: Callable[[], Any],
         shared: Any,
-        life: LockFile,
+        life: LifeLock,
         at_hard_delete: Callable[[], None] | None,
     ) -> None:
         """Take over `life`, the tag's life lock held by this process, and `shared`, just made by `constructor`."""
@@ -88,6 +88,8 @@ class Host:
         self._leads_next = threading.Semaphore(0)
         self._has_follower = False
         self._follower_lock = new_lock()
+        # Something may have removed the folder while the object was made.
+        registry.directory.ensure()
         self._listener = sockets.listen(registry.path, record.socket_name)
         self._waker, self._wakes = sockets.pair()
 
@@ -182,7 +184,7 @@ class Host:
         finally:
             self._close()
 
-    def lives_by(self, life: LockFile | None) -> bool:
+    def lives_by(self, life: LifeLock | None) -> bool:
         """Tell whether `life` is the lock of this host."""
         return self._life is life
 
@@ -287,12 +289,20 @@ class Host:
             # The thread that led before has closed it.
             return None
         while True:
-            ready = wait([self._listener, self._waker], max(0.0, self._look_due - time.monotonic()))
+            missed = self._life.listeners
+            try:
+                ready = wait([self._listener, self._waker, *missed], max(0.0, self._look_due - time.monotonic()))
+            except ValueError:
+                # The end of the host has closed the life lock in between.
+                continue
             if self._waker in ready:
                 break
-            if time.monotonic() >= self._look_due:
+            is_missed = any(listener in ready for listener in missed)
+            if is_missed or time.monotonic() >= self._look_due:
                 self._look_due = time.monotonic() + LOOK_S
                 self.look_after_files()
+            if is_missed:
+                self._life.hang_up()
             if self._listener not in ready:
                 continue
             try:
@@ -520,7 +530,7 @@ def host_object(
     record: ServerRecord,
     constructor: Callable[[], Any],
     shared: Any,
-    life: LockFile,
+    life: LifeLock,
     at_hard_delete: Callable[[], None] | None = None,
 ) -> None:
     """Serve `shared` from this process, which holds the tag's life lock `life`; `record` becomes its text.
@@ -541,7 +551,7 @@ def host_object(
         raise
 
 
-def end_all_hosts(but: LockFile | None = None) -> None:
+def end_all_hosts(but: LifeLock | None = None) -> None:
     """End every host of this process except the one that holds the life lock `but`; for the end of the process."""
     for host in hosted.every_host():
         if not host.lives_by(but):

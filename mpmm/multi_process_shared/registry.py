@@ -18,8 +18,9 @@ When no client holds the alive lock and no server its life lock, the last of the
 renames the folder first, so that a process that makes the registry again never loses files to the one that is still
 deleting; other processes notice the removal by `LockFile.is_current`.
 
-A cleaner may remove files that are in use. Each server puts its own back (`Host.look_after_files`). A client holds the
-removed alive lock until it next uses the registry, and newcomers hold a new one: a server lives by both (`AliveLock`).
+A cleaner may remove files that are in use. Each server puts its own back (`Host.look_after_files`), at once if a
+process looks for it (`ServerRegistry.find`). A client holds the removed alive lock until it next uses the registry, and
+newcomers hold a new one: a server lives by both (`AliveLock`).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ import psutil
 
 from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock
+from mpmm.multi_process_shared.life import LifeLock, address_for, wait_for_answer
 from mpmm.shared_state.file_errors import told_by_file
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import (
@@ -64,6 +66,9 @@ SHORT_LOCK_TIMEOUT_S = 10.0
 # How long the kernel may take to close a server's locks after the server's last line.
 DYING_TIMEOUT_S = 2.0
 LEAVE_PRIORITY = 10
+# A server answers once it has put its files back, or has failed to; another process may have asked before that.
+ANSWERS_WANTED = 3
+ANSWERS_WITHIN_S = 5.0
 # The kernel's flag for a task that is being torn down, in /proc/<pid>/stat.
 PF_EXITING = 0x4
 HANDLES = "handles"
@@ -295,6 +300,8 @@ class ServerRegistry:
                 claim = self.claim_if_abandoned()
                 if claim is not None:
                     self.remove_if_unused()
+                # If the folder was removed, it was not this process that removed it, and the root with it.
+                self.directory.remove_empty_root()
         finally:
             alive.close()
             if claim is not None:
@@ -403,16 +410,41 @@ class ServerRegistry:
         except FileNotFoundError:
             return False, None
 
-    def take_life(self, tag: str) -> LockFile | None:
+    def find(self, tag: str, timeout_s: float = ANSWERS_WITHIN_S) -> tuple[bool, ServerRecord | None]:
+        """Do what `look` does, but if something has removed the files of a living server, wait until it restores them.
+
+        That takes milliseconds, unless the server is still making its object, or is stopped. One that takes longer than
+        `timeout_s` counts as dead.
+        """
+        found = self.look(tag)
+        deadline = time.monotonic() + timeout_s
+        asked = 0
+        while not found[0] and asked < ANSWERS_WANTED and self.ask_for_files(tag, deadline):
+            found = self.look(tag)
+            asked += 1
+        return found
+
+    def ask_for_files(self, tag: str, deadline: float) -> bool:
+        """Have the tag's server restore its files; return False if there is none.
+
+        Wait until it has done so, or its life lock is there, or until the deadline (monotonic, s). See `life`.
+        """
+        return wait_for_answer(self._life_address(tag), lambda: time.monotonic() >= deadline or self.look(tag)[0])
+
+    def _life_address(self, tag: str) -> bytes | None:
+        return address_for(self.directory.root_text, digest_of(tag))
+
+    def take_life(self, tag: str) -> LifeLock | None:
         """Take the life lock of the tag for this process; None if another process has it or the registry is gone."""
         try:
-            life = open_lock(self.life_path(tag))
+            life = LifeLock(self.life_path(tag))
         except FileNotFoundError:
             return None
         try:
             # A single try could fail, because a process that asks `is_locked` holds a shared lock for an instant.
             life.exclusive(1.0)
             if life.is_current():
+                life.listen_at(self._life_address(tag))
                 return life
         except TimeoutError:
             pass

@@ -37,6 +37,7 @@ from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import ServerContext, attaching_to
 from mpmm.multi_process_shared.host import end_all_hosts, host_object, new_record
 from mpmm.multi_process_shared.identity import name_of_constructor, names_of_types
+from mpmm.multi_process_shared.life import LifeLock
 from mpmm.multi_process_shared.output import Output, Starter
 from mpmm.multi_process_shared.registry import (
     ServerRecord,
@@ -118,7 +119,7 @@ class _Server:
         self.pid = os.getpid()
         self.registry: ServerRegistry = registry_at(Path(plan.root))
         self.starter: Connection | None = starter
-        self.life: LockFile | None = None
+        self.life: LifeLock | None = None
         self.record: ServerRecord | None = None
         self.contexts: tuple[ServerContext, ...] = ()
         self.kept: list[object] = []
@@ -296,6 +297,8 @@ class _Server:
                 write_record(self.life, replace(self.record, ready=False, leaving=True))
                 self.registry.remove_sockets(self.tag)
                 end_all_hosts(but=self.life)
+                if not keep_life:
+                    self.life.stop_listening()
                 if not keep_life and self.life.is_current():
                     self.life.path.unlink(missing_ok=True)
                 self.clean_up_after_clients()

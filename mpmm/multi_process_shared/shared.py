@@ -12,6 +12,7 @@ outlives it. Other processes find the object's process through the registry belo
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -147,7 +148,7 @@ class MultiProcessShared(Generic[T]):
         with registry.tag_lock(self._tag):
             failures = itertools.count(1)
             while True:
-                lives, record = registry.look(self._tag)
+                lives, record = registry.find(self._tag, math.inf)
                 if lives and (record is None or not record.ready):
                     # Its starter has died, or this process would not have the lock; it still comes up or fails.
                     time.sleep(STARTING_PAUSE_S)
@@ -253,7 +254,7 @@ def server_pid(tag: str, *, path: str | None = None) -> int | None:
     Raises InvalidArgumentError.
     """
     encoded_text("tag", tag)
-    _, record = registry_for(path).look(tag)
+    _, record = registry_for(path).find(tag)
     return record.pid if record is not None and record.is_running() else None
 
 

@@ -39,7 +39,7 @@ def end_server(
         registry.tidy(tag)
         return True
     deadline = time.monotonic() + timeout_seconds
-    lives, record = registry.look(tag)
+    lives, record = registry.find(tag, timeout_seconds)
     while lives and record is None and time.monotonic() < deadline:
         time.sleep(FIRST_PAUSE_S)
         lives, record = registry.look(tag)

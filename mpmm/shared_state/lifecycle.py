@@ -28,15 +28,19 @@ REMOVAL_TIMEOUT_S = 5.0
 class Lifecycle:
     """`with Lifecycle(runtime) as current:` holds the lifecycle lock; `current` is False if the directory was replaced.
 
-    Raises FileNotFoundError if the directory is gone, LockTimeoutError.
+    create: make the lock's file if it is missing. Raises FileNotFoundError if the directory is gone, or the file is
+    and must not be made; LockTimeoutError.
     """
 
-    def __init__(self, runtime: RuntimeDirectory, timeout_s: float = LIFECYCLE_TIMEOUT_S) -> None:
+    def __init__(
+        self, runtime: RuntimeDirectory, timeout_s: float = LIFECYCLE_TIMEOUT_S, *, create: bool = True
+    ) -> None:
         self._runtime = runtime
         self._timeout_s = timeout_s
+        self._create = create
 
     def __enter__(self) -> bool:
-        self._file = LockFile(self._runtime.file("lifecycle.lock"))
+        self._file = LockFile(self._runtime.file("lifecycle.lock"), create=self._create)
         try:
             self._file.exclusive(self._timeout_s)
         except BaseException:

@@ -55,18 +55,22 @@ def _remove_segment(runtime: RuntimeDirectory) -> bool:
 def is_deserted(root: Path, name: str) -> bool:
     """Tell whether `remove_deserted` would remove a namespace, without changing anything."""
     runtime = RuntimeDirectory(name, root)
-    with contextlib.suppress(FileNotFoundError, LockTimeoutError), Lifecycle(runtime, REMOVAL_TIMEOUT_S) as current:
-        if not current:
-            return False
-        with contextlib.closing(LockFile(runtime.file("alive.lock"))) as alive:
+    with contextlib.suppress(FileNotFoundError, LockTimeoutError), contextlib.ExitStack() as held:
+        # Something may have removed these two files; only who removes the namespace makes them again.
+        with contextlib.suppress(FileNotFoundError):
+            if not held.enter_context(Lifecycle(runtime, REMOVAL_TIMEOUT_S, create=False)):
+                return False
+        with contextlib.suppress(FileNotFoundError):
+            alive = held.enter_context(contextlib.closing(LockFile(runtime.file("alive.lock"), create=False)))
             if not alive.try_exclusive():
                 return False
+            alive.unlock()
         try:
             segment = Segment.open(segment_name(runtime.root, name))
         except SegmentProblem:
             return True
         if segment is None:
-            return True
+            return runtime.path.exists()
         with contextlib.closing(segment):
             return not has_living_member(Tables(segment), runtime.path, (Member.WORKER,))
     return False

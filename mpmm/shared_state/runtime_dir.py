@@ -184,6 +184,10 @@ class RuntimeDirectory:
                 self._end_removal(gone, identity)
                 raise
         self.sweep()
+        self.remove_empty_root()
+
+    def remove_empty_root(self) -> None:
+        """Remove the root if it is empty and mpmm has made it."""
         with contextlib.suppress(OSError):
             if os.stat(self.root).st_mode & stat.S_ISVTX:
                 # Fails if a newcomer has just made a folder in it, which is fine.

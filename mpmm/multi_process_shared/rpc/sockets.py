@@ -39,7 +39,7 @@ from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 
 __all__ = [
     *("NO_SIGNAL", "ForkSafeSocket", "accept", "authenticate_client", "dial", "dial_socket", "handshake", "listen"),
-    *("peer_pid", "pid_at", "set_timeouts"),
+    *("peer_pid", "peer_uid", "pid_at", "set_timeouts"),
 ]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
@@ -146,7 +146,7 @@ def handshake(connection: Connection, key: bytes) -> Iterator[None]:
 
     Raises AuthenticationError, EOFError, OSError.
     """
-    uid = _peer_uid(connection.fileno())
+    uid = peer_uid(connection.fileno())
     if uid is not None and uid != os.getuid():
         raise AuthenticationError(f"a process of uid {uid} tried to connect")
     with duplicate(connection.fileno()) as peer:
@@ -269,7 +269,7 @@ def set_timeouts(connection: Connection | socket.socket, timeout_seconds: float)
             ours.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
-def _peer_uid(fd: int) -> int | None:
+def peer_uid(fd: int) -> int | None:
     """Return the user at the other end of a Unix socket, or None if the platform does not tell."""
     credentials = _peer_credentials(fd)
     return None if credentials is None else credentials[1]

@@ -1,0 +1,185 @@
+"""What shows that a server lives though its life lock's file is gone: an address of the kernel."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from crash_lab import run_in_child
+
+from mpmm.multi_process_shared import life as life_module
+from mpmm.multi_process_shared.life import LifeLock, address_for, wait_for_answer
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> bytes:
+    made = address_for(str(tmp_path), "it")
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def life(tmp_path: Path, address: bytes) -> Iterator[LifeLock]:
+    lock = LifeLock(tmp_path / "it.life")
+    lock.listen_at(address)
+    yield lock
+    lock.close()
+
+
+def never() -> bool:
+    return False
+
+
+def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    return thread, results
+
+
+def wait_for_a_caller(life: LifeLock) -> None:
+    [listener] = life.listeners
+    assert select.select([listener], [], [], 10)[0]
+
+
+def test_an_address_is_that_of_a_name_below_a_root_even_if_the_root_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, other = tmp_path / "root", tmp_path / "other"
+    addresses = [address_for(str(folder), name) for folder in (root, other) for name in ("it", "other")]
+    assert len(set(addresses)) == 4
+    root.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    assert address_for(str(root), "it") == address_for(str(link), "it") == addresses[0]
+    monkeypatch.setattr(os, "getuid", lambda: 5)
+    assert address_for(str(root), "it") != addresses[0]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert address_for(str(root), "it") is None
+
+
+def test_who_does_not_find_the_file_waits_until_the_owner_hangs_up(life: LifeLock, address: bytes) -> None:
+    asking, answers = in_thread(lambda: wait_for_answer(address, never))
+    wait_for_a_caller(life)
+    # Others may ask before the owner hangs up.
+    another, others = in_thread(lambda: wait_for_answer(address, never))
+    time.sleep(3 * life_module.LOOK_MS / 1000)
+    assert answers == others == []
+    life.hang_up()
+    for thread in (asking, another):
+        thread.join(10)
+    assert answers == others == [True]
+    life.hang_up()
+
+
+def test_nobody_is_waited_for_once_the_owner_stops_listening(life: LifeLock, address: bytes) -> None:
+    life.stop_listening()
+    assert life.listeners == []
+    assert wait_for_answer(address, never) is False
+    life.stop_listening()
+    life.hang_up()
+    assert life.fd >= 0
+    life.listen_at(address)
+    asking, answers = in_thread(lambda: wait_for_answer(address, never))
+    wait_for_a_caller(life)
+    life.close()
+    asking.join(10)
+    assert answers == [True]
+    assert wait_for_answer(address, never) is False
+
+
+def test_where_there_are_no_such_addresses_only_the_file_counts(tmp_path: Path) -> None:
+    life = LifeLock(tmp_path / "it.life")
+    life.listen_at(None)
+    assert life.listeners == []
+    assert wait_for_answer(None, never) is False
+    life.close()
+
+
+def test_the_first_of_two_servers_is_waited_for(life: LifeLock, tmp_path: Path, address: bytes) -> None:
+    second = LifeLock(tmp_path / "second.life")
+    second.listen_at(address)
+    assert second.listeners == []
+    second.close()
+    asking, answers = in_thread(lambda: wait_for_answer(address, never))
+    wait_for_a_caller(life)
+    life.hang_up()
+    asking.join(10)
+    assert answers == [True]
+
+
+def test_who_waits_gives_up_once_there_is_something_to_be_found(life: LifeLock, address: bytes) -> None:
+    looks = iter([False, False, True])
+    assert wait_for_answer(address, lambda: next(looks)) is True
+    assert list(looks) == []
+
+
+def test_a_process_of_another_user_that_listens_is_not_believed(
+    life: LifeLock, address: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uid in (os.getuid() + 1, None):
+        monkeypatch.setattr(life_module, "peer_uid", lambda fd, uid=uid: uid)
+        assert wait_for_answer(address, never) is False
+
+
+def test_a_dead_owner_is_not_waited_for_though_a_child_has_its_descriptor(
+    life: LifeLock, address: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses: list[str | Exception] = []
+
+    class Found:
+        def __init__(self, pid: int) -> None:
+            assert pid == 7
+
+        def status(self) -> str:
+            status = statuses.pop()
+            if isinstance(status, Exception):
+                raise status
+            return status
+
+    def waits(owner: int | None, *says: str | Exception) -> bool:
+        statuses[:] = says
+        looks = iter([False, True])
+        monkeypatch.setattr(life_module, "peer_pid", lambda fd: owner)
+        return wait_for_answer(address, lambda: next(looks))
+
+    monkeypatch.setattr(psutil, "Process", Found)
+    assert not waits(7, psutil.STATUS_ZOMBIE)
+    assert not waits(7, psutil.NoSuchProcess(7))
+    assert waits(7, psutil.AccessDenied(7))
+    assert waits(7, psutil.STATUS_SLEEPING)
+    # Its pid is not known here.
+    assert waits(None)
+    assert statuses == []
+
+
+def test_who_finds_too_long_a_queue_does_not_wait(
+    tmp_path: Path, address: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(life_module, "BACKLOG", 0)
+    life = LifeLock(tmp_path / "it.life")
+    life.listen_at(address)
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(address)
+        assert wait_for_answer(address, never) is False
+    life.close()
+
+
+def test_a_forked_child_does_not_keep_the_address(life: LifeLock, address: bytes) -> None:
+    def look() -> None:
+        assert life.listeners == []
+        os._exit(0)
+
+    assert run_in_child(look) == 0
+    life.hang_up()
+    [listener] = life.listeners
+    assert listener.fileno() >= 0
