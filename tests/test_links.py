@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import weakref
@@ -37,7 +38,7 @@ from mpmm.multi_process_shared.context import (
 )
 from mpmm.multi_process_shared.identity import check_identity, name_of_constructor, names_of_types
 from mpmm.multi_process_shared.references import DEEPEST, References, RemoteObject
-from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry, start_time_of
+from mpmm.multi_process_shared.registry import ANSWERS_WITHIN_S, ServerRecord, ServerRegistry, start_time_of
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.server_process import ATTACH, OCCUPIED, READY
 from mpmm.multi_process_shared.shared import MultiProcessShared, SharedProxy, _AttachedObjects, _LocalUse, _RemoteUse
@@ -57,12 +58,20 @@ class Registry:
     def __init__(self, *looks: Any) -> None:
         self.looks = list(looks) or [(True, RECORD)]
         self.done: list[Any] = []
+        self.found_within_s: list[float] = []
 
     def look(self, tag: str) -> Any:
         found = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
         if isinstance(found, Exception):
             raise found
         return found
+
+    def find(self, tag: str, timeout_s: float = ANSWERS_WITHIN_S) -> Any:
+        self.found_within_s.append(timeout_s)
+        return self.look(tag)
+
+    def ask_for_files(self, tag: str, deadline: float) -> None:
+        self.done.append(("ask for files", tag, deadline))
 
     def join(self) -> None:
         self.done.append("join")
@@ -223,6 +232,20 @@ def test_a_server_is_called_again_while_it_lives_and_is_the_same(
             expected = f"it of 17: the server of the shared object 'it' (pid 17) {expected}"
         assert found.startswith(expected), expected
         assert links == [FIRST_RETRY_S * 2**number for number in range(pauses)], expected
+
+
+def test_a_server_without_a_socket_is_asked_to_put_it_back(links: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "Channel", lambda line: line)
+    link, failures = link_to(Registry()), [FileNotFoundError("no socket"), ConnectionRefusedError("full")]
+
+    def connect() -> str:
+        if failures:
+            raise failures.pop(0)
+        return "connected"
+
+    link.connect = connect
+    assert link._connected() == "connected"
+    assert link.registry.done == [("ask for files", "it", NOW + ANSWERS_WITHIN_S)]
 
 
 def test_a_connection_is_one_to_the_socket_of_the_server(monkeypatch: pytest.MonkeyPatch, links: list[float]) -> None:
@@ -710,6 +733,8 @@ def test_a_server_that_is_ready_is_used_at_once_and_any_other_under_the_lock(han
         made.failures = [LOST] * failures
         assert isinstance(made.acquire(), SharedProxy)
         assert made.done == expected, looks
+        # One that makes its object, or is stopped, is waited for without limit.
+        assert set(made.registry.found_within_s) == ({math.inf} if "lock" in expected else set())
     made = handle((True, RECORD), spawn_process=True)
     made.acquire()
     assert made.done[-1] == "reap"

@@ -26,6 +26,7 @@ from harness import in_child, open_descriptors
 from mpmm.errors import ModelServerError, ServerStartError
 from mpmm.multi_process_shared import output, server_process, spawned_server, start_server, stop_server
 from mpmm.multi_process_shared.context import ServerContext, attach_namespace, namespace_of, serving_for
+from mpmm.multi_process_shared.life import LifeLock, address_for
 from mpmm.multi_process_shared.output import LOG_BYTES, Output, Starter
 from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry, server_lives_by, start_time_of
 from mpmm.multi_process_shared.rpc import sockets
@@ -517,13 +518,15 @@ def test_a_server_cleans_up_as_far_as_it_is_the_last_and_ends_whatever_happens(
 
     # Before it has a life lock.
     assert exit_with(1) == ["exiting", "terminate"]
-    life = LockFile(tmp_path / "it.life")
+    life = LifeLock(tmp_path / "it.life")
     server.life = life
     assert exit_with(1) == ["exiting", "terminate"]
     server.record = RECORD
     begins = ["exiting", "terminate", ("write", False, True), ("remove sockets", "it"), ("end hosts", life), "clean up"]
+    life.listen_at(address_for(str(tmp_path), "it"))
     assert exit_with() == [*begins, "claim"]
-    assert life.path.exists()
+    # Newcomers wait until its memory is free.
+    assert (life.path.exists(), len(life.listeners)) == (True, 1)
     server.claim = "claim"
     assert exit_with(registry_is_ours=False) == [*begins, "claim", ("remove", life)]
     server.claim = None
@@ -532,9 +535,9 @@ def test_a_server_cleans_up_as_far_as_it_is_the_last_and_ends_whatever_happens(
     life.path.unlink()
     life.path.touch()
     exit_with(keep_life=False)
-    assert life.path.exists()
+    assert (life.path.exists(), life.listeners) == (True, [])
     life.close()
-    server.life = life = LockFile(tmp_path / "it.life")
+    server.life = life = LifeLock(tmp_path / "it.life")
     exit_with(keep_life=False)
     assert not life.path.exists()
     life.close()
@@ -1058,6 +1061,10 @@ class Ending:
         assert tag == "it"
         return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
 
+    def find(self, tag: str, timeout_s: float) -> tuple[bool, ServerRecord | None]:
+        self.found_within_s = timeout_s
+        return self.look(tag)
+
     def tidy(self, tag: str) -> None:
         self.done.append("tidy")
 
@@ -1129,6 +1136,7 @@ def test_a_server_that_has_not_said_who_it_is_is_waited_for(ending: Any) -> None
     assert ending(Ending((True, None), (True, None), GONE)) == (False, [])
     registry = Ending((True, None))
     error, done = ending(registry, 0.25)
+    assert registry.found_within_s == 0.25
     assert str(error).startswith("the server of 'it' has not recorded its pid")
     assert (error.server_pid, done) == (None, [])
     assert registry.now - NOW == pytest.approx(0.25, abs=0.001)

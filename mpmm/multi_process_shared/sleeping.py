@@ -18,7 +18,7 @@ __all__ = ["ask_to", "can_sleep", "record_of"]
 
 def record_of(tag: str) -> ServerRecord | None:
     """Return the record of a tag's server; None if there is none."""
-    return registry_for(None).look(tag)[1]
+    return registry_for(None).find(tag)[1]
 
 
 def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
@@ -32,7 +32,7 @@ def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
     host = find_host(registry, tag)
     if host is not None:
         return host.sleep() if request == protocol.SLEEP else host.wake_up()
-    _, record = registry.look(tag)
+    _, record = registry.find(tag)
     if record is None or pid not in (None, record.pid):
         raise ModelServerError(f"there is no server of {tag!r} to ask to {request}", tag=tag, server_pid=pid)
     registry.join()
