@@ -494,6 +494,16 @@ def test_events_of_ended_leases_keep_their_names_as_long_as_rows_suffice(
     }
 
 
+def test_rows_of_ended_leases_are_taken_again_before_the_table_grows_for_ever(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    for number in range(3 * NAMES_KEPT):
+        with manager.reserve(100, name=f"lease {number}"):
+            pass
+    assert read_snapshot(namespace).table_ends["models"] == NAMES_KEPT
+
+
 def test_events_of_a_model_that_had_to_leave_a_full_table_have_no_other_models_name(
     namespace: str, new_manager: NewManager
 ) -> None:

@@ -416,7 +416,8 @@ def test_those_are_asked_that_run_what_was_changed_the_quick_ones_first(
         monkeypatch.setattr(module, "ROOT", tmp_path)
     slow, other = "tests/test_a.py::test_slow", "tests/test_b.py::test_slow"
     seconds = {slow: 9.0, FIRST: 0.5, SECOND: 0.1, other: 8.0}
-    lines = {file: {3: [slow, FIRST, other], 4: [SECOND], 5: [FIRST]}}
+    # Programs that a test starts import the file; this process did so before any test.
+    lines = {file: {1: [other], 3: [slow, FIRST, other], 4: [SECOND], 5: [FIRST]}}
     found = {(change.line, change.what): change for change in changes.Changes(file).all()}
     asked = Covering(seconds, lines)
     # One of each file, however long it takes.

@@ -6,6 +6,9 @@ See `mpmm.model_manager.tenure`.
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 from harness import NewProcess, Process, Seat, acquire, problems, release, wait_until, waiting
 
 from mpmm.model_manager import tenure
+from mpmm.shared_state.core import is_compiled
 from mpmm.shared_state.snapshot import read_snapshot
 
 # The leader, which plans at each poll, would end a tenure.
@@ -246,3 +250,14 @@ def test_what_was_kept_at_the_end_of_a_tenure_may_still_be_taken(monkeypatch: py
     assert tenures.kept("a") is not None
     now_s = 100.0 + 1.01 * tenure.CALLED_UP_FOR_S
     assert tenures.kept("a") is None
+
+
+@pytest.mark.parametrize(("core", "promised"), [("", (0.000_5, 0.001_5)), ("python", (0.004, 0.006))])
+def test_a_waiter_waits_no_longer_for_those_before_it_than_is_promised(
+    core: str, promised: tuple[float, float]
+) -> None:
+    if not core and not is_compiled():
+        pytest.skip("the compiled core is missing")
+    program = "from mpmm.model_manager import tenure; print((tenure.TENURE_S, tenure.CALLED_UP_FOR_S))"
+    said = subprocess.check_output([sys.executable, "-c", program], text=True, env={**os.environ, "MPMM_CORE": core})
+    assert said.strip() == str(promised)

@@ -107,12 +107,12 @@ class Covering:
     def witnesses(self, change: Change, most_s: float, one_of_each: bool = True) -> list[str]:
         """Return the tests that cover a change, the quick ones first, as many as fit into `most_s`.
 
-        one_of_each: include the quickest one of each test file in any case. Code that runs at the import of the file,
-        before any test, counts as covered by every test that runs any of the file.
+        one_of_each: include the quickest one of each test file in any case. Code that runs at the import of the file
+        counts as covered by every test that runs any of the file: only tests that start programs are seen to run it.
         """
         of_file = self._lines.get(change.file, {})
         found = {test for line in range(change.line, change.last_line + 1) for test in of_file.get(line, [])}
-        if not found and not _is_in_function(change):
+        if not _is_in_function(change):
             found = {test for tests in of_file.values() for test in tests}
         by_time = sorted(found, key=lambda test: self._seconds[test])
         chosen, spent, seen = [], 0.0, set()
