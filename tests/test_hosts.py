@@ -588,6 +588,29 @@ def test_a_host_looks_after_its_files_at_once_if_a_process_does_not_find_them(mo
     assert waits == [(["a process"], LOOK_S / 2), (["closed"], LOOK_S), ([], LOOK_S)]
 
 
+def test_a_host_that_cannot_hang_up_waits_a_moment(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    host: Any = Threads()
+    waits: list[Any] = []
+    host._listener, host._waker = SimpleNamespace(fileno=lambda: 5, close=list), SimpleNamespace(close=list)
+    host.missed_by.append("a process")
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def wait(things: list[Any], timeout: float | None = None) -> list[Any]:
+        waits.append((len(things), timeout))
+        return [["a process"], [], [host._waker]][len(waits) - 1]
+
+    host._life.hang_up = fail
+    monkeypatch.setattr(module, "wait", wait)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW))
+    assert Host._accept(host) is None
+    assert waits == [(3, LOOK_S), (1, 0.1), (3, LOOK_S)]
+    assert "cannot accept a connection for 'it': [Errno 24] Too many open files" in caplog.text
+
+
 class Answer(str):
     """An answer that a weak reference may refer to."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -183,3 +184,23 @@ def test_a_forked_child_does_not_keep_the_address(life: LifeLock, address: bytes
     life.hang_up()
     [listener] = life.listeners
     assert listener.fileno() >= 0
+
+
+def test_who_cannot_hang_up_says_so_unless_there_is_nobody_left_to_wait_for(life: LifeLock) -> None:
+    class Failing:
+        def __init__(self, stops: bool) -> None:
+            self.stops = stops
+
+        def accept(self) -> None:
+            if self.stops:
+                life._listener = None
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    [listener] = life.listeners
+    failing: Any = Failing(stops=False)
+    life._listener = failing
+    with pytest.raises(OSError, match="Too many open files"):
+        life.hang_up()
+    failing.stops = True
+    life.hang_up()
+    listener.close()

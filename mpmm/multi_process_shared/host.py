@@ -301,11 +301,11 @@ class Host:
             if is_missed or time.monotonic() >= self._look_due:
                 self._look_due = time.monotonic() + LOOK_S
                 self.look_after_files()
-            if is_missed:
-                self._life.hang_up()
-            if self._listener not in ready:
-                continue
             try:
+                if is_missed:
+                    self._life.hang_up()
+                if self._listener not in ready:
+                    continue
                 connection = sockets.accept(self._listener)
             except OSError as error:
                 self._complain("mpmm: pid %d cannot accept a connection for %r: %s", error)

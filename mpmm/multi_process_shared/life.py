@@ -17,7 +17,6 @@ import select
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 
 import psutil
 
@@ -59,11 +58,18 @@ class LifeLock(LockFile):
         return [] if self._listener is None else [self._listener]
 
     def hang_up(self) -> None:
-        """Let the processes that have connected so far look for the file again."""
-        # Non-blocking, and under the guard, because a child would keep the line open.
-        with fork_guard, suppress(OSError):
-            while self._listener is not None:
-                self._listener.accept()[0].close()
+        """Let the processes that have connected so far look for the file again. Raises OSError."""
+        # Under the guard, because a child would keep the line open.
+        with fork_guard:
+            try:
+                while self._listener is not None:
+                    self._listener.accept()[0].close()
+            except BlockingIOError:
+                pass
+            except OSError:
+                # Another thread may have closed it.
+                if self._listener is not None:
+                    raise
 
     def stop_listening(self) -> None:
         """Let another server take this one's place, though the lock may be held to the end of the process."""
