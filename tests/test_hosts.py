@@ -457,7 +457,12 @@ class Threads(Host):
         self._has_follower = False
         self._look_due = NOW + LOOK_S
         self.missed_by: list[Any] = []
-        self._life: Any = SimpleNamespace(listeners=self.missed_by, hang_up=lambda: self.done.append("hang up"))
+        self._life: Any = SimpleNamespace(listeners=self.missed_by, answering=self.answering)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        yield
+        self.done.append("answer")
 
     def look_after_files(self) -> None:
         self.done.append("look after the files")
@@ -550,7 +555,7 @@ def test_a_host_that_can_accept_no_connection_waits_a_moment_and_closes_what_it_
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     assert str(Host._accept(host)) == "connection"
     assert waits == [(2, LOOK_S), (1, 0.1), (2, LOOK_S - 0.25), (2, LOOK_S), (2, LOOK_S - 0.5)]
-    assert host.done == ["look after the files"]
+    assert host.done == ["look after the files", "answer"]
     assert "cannot accept a connection for 'it': [Errno 24] Too many open files" in caplog.text
     assert closed == []
     assert Host._accept(host) is None
@@ -583,12 +588,12 @@ def test_a_host_looks_after_its_files_at_once_if_a_process_does_not_find_them(mo
     monkeypatch.setattr(module, "wait", wait)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW + LOOK_S / 2))
     assert Host._accept(host) is None
-    assert host.done == ["look after the files", "hang up"]
+    assert host.done == ["look after the files", "answer"]
     # The next look is due as long after that one as after any other.
     assert waits == [(["a process"], LOOK_S / 2), (["closed"], LOOK_S), ([], LOOK_S)]
 
 
-def test_a_host_that_cannot_hang_up_waits_a_moment(
+def test_a_host_that_cannot_answer_waits_a_moment(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     host: Any = Threads()
@@ -603,7 +608,7 @@ def test_a_host_that_cannot_hang_up_waits_a_moment(
         waits.append((len(things), timeout))
         return [["a process"], [], [host._waker]][len(waits) - 1]
 
-    host._life.hang_up = fail
+    host._life.answering = fail
     monkeypatch.setattr(module, "wait", wait)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW))
     assert Host._accept(host) is None

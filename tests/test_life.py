@@ -68,18 +68,20 @@ def test_an_address_is_that_of_a_name_below_a_root_even_if_the_root_is_made_anew
     assert address_for(str(root), "it") is None
 
 
-def test_who_does_not_find_the_file_waits_until_the_owner_hangs_up(life: LifeLock, address: bytes) -> None:
+def test_who_does_not_find_the_file_waits_until_the_owner_has_looked_for_it(life: LifeLock, address: bytes) -> None:
     asking, answers = in_thread(lambda: wait_for_answer(address, never))
     wait_for_a_caller(life)
-    # Others may ask before the owner hangs up.
+    # Others may ask before the owner answers.
     another, others = in_thread(lambda: wait_for_answer(address, never))
     time.sleep(3 * life_module.LOOK_MS / 1000)
     assert answers == others == []
-    life.hang_up()
+    with life.answering():
+        pass
     for thread in (asking, another):
         thread.join(10)
     assert answers == others == [True]
-    life.hang_up()
+    with life.answering():
+        pass
 
 
 def test_nobody_is_waited_for_once_the_owner_stops_listening(life: LifeLock, address: bytes) -> None:
@@ -87,7 +89,8 @@ def test_nobody_is_waited_for_once_the_owner_stops_listening(life: LifeLock, add
     assert life.listeners == []
     assert wait_for_answer(address, never) is False
     life.stop_listening()
-    life.hang_up()
+    with life.answering():
+        pass
     assert life.fd >= 0
     life.listen_at(address)
     asking, answers = in_thread(lambda: wait_for_answer(address, never))
@@ -113,7 +116,8 @@ def test_the_first_of_two_servers_is_waited_for(life: LifeLock, tmp_path: Path, 
     second.close()
     asking, answers = in_thread(lambda: wait_for_answer(address, never))
     wait_for_a_caller(life)
-    life.hang_up()
+    with life.answering():
+        pass
     asking.join(10)
     assert answers == [True]
 
@@ -181,12 +185,32 @@ def test_a_forked_child_does_not_keep_the_address(life: LifeLock, address: bytes
         os._exit(0)
 
     assert run_in_child(look) == 0
-    life.hang_up()
+    with life.answering():
+        pass
     [listener] = life.listeners
     assert listener.fileno() >= 0
 
 
-def test_who_cannot_hang_up_says_so_unless_there_is_nobody_left_to_wait_for(life: LifeLock) -> None:
+def test_one_that_comes_while_the_files_are_looked_after_waits_for_the_next_look(
+    life: LifeLock, address: bytes
+) -> None:
+    first, first_answers = in_thread(lambda: wait_for_answer(address, never))
+    wait_for_a_caller(life)
+    with life.answering():
+        second, second_answers = in_thread(lambda: wait_for_answer(address, never))
+        wait_for_a_caller(life)
+        time.sleep(3 * life_module.LOOK_MS / 1000)
+        assert first_answers == []
+    first.join(10)
+    time.sleep(3 * life_module.LOOK_MS / 1000)
+    assert (first_answers, second_answers) == ([True], [])
+    with life.answering():
+        pass
+    second.join(10)
+    assert second_answers == [True]
+
+
+def test_who_cannot_answer_says_so_unless_there_is_nobody_left_to_wait_for(life: LifeLock) -> None:
     class Failing:
         def __init__(self, stops: bool) -> None:
             self.stops = stops
@@ -199,8 +223,9 @@ def test_who_cannot_hang_up_says_so_unless_there_is_nobody_left_to_wait_for(life
     [listener] = life.listeners
     failing: Any = Failing(stops=False)
     life._listener = failing
-    with pytest.raises(OSError, match="Too many open files"):
-        life.hang_up()
+    with pytest.raises(OSError, match="Too many open files"), life.answering():
+        raise AssertionError("it looks")
     failing.stops = True
-    life.hang_up()
+    with life.answering():
+        pass
     listener.close()

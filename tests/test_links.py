@@ -70,8 +70,8 @@ class Registry:
         self.found_within_s.append(timeout_s)
         return self.look(tag)
 
-    def ask_for_files(self, tag: str, deadline: float) -> None:
-        self.done.append(("ask for files", tag, deadline))
+    def restore_socket(self, record: ServerRecord) -> None:
+        self.done.append(("restore the socket", record.tag))
 
     def join(self) -> None:
         self.done.append("join")
@@ -236,7 +236,7 @@ def test_a_server_is_called_again_while_it_lives_and_is_the_same(
 
 def test_a_server_without_a_socket_is_asked_to_put_it_back(links: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "Channel", lambda line: line)
-    link, failures = link_to(Registry()), [FileNotFoundError("no socket"), ConnectionRefusedError("full")]
+    link, failures = link_to(Registry()), [FileNotFoundError("no socket")]
 
     def connect() -> str:
         if failures:
@@ -245,7 +245,7 @@ def test_a_server_without_a_socket_is_asked_to_put_it_back(links: list[float], m
 
     link.connect = connect
     assert link._connected() == "connected"
-    assert link.registry.done == [("ask for files", "it", NOW + ANSWERS_WITHIN_S)]
+    assert link.registry.done == [("restore the socket", "it")]
 
 
 def test_a_connection_is_one_to_the_socket_of_the_server(monkeypatch: pytest.MonkeyPatch, links: list[float]) -> None:
@@ -1102,7 +1102,7 @@ def test_a_server_is_asked_to_sleep_if_it_is_the_one_that_is_meant(monkeypatch: 
         assert sleeping.ask_to(protocol.SLEEP, "it", pid) == "done"
         assert channels[-1].asked == [(protocol.CONTROL, protocol.SLEEP, (), {})]
         assert channels[-1].closed
-    assert registry.done == ["join", "join"]
+    assert registry.done == ["join", ("restore the socket", "it")] * 2
     assert sleeping.record_of("it") == RECORD
     for look, pid in (((True, RECORD), 18), ((True, None), None), ((False, None), 17)):
         registry.looks = [look]

@@ -427,6 +427,29 @@ def test_a_file_that_was_removed_is_put_back_unless_there_is_another_one(
         other.close()
 
 
+def test_a_new_file_says_from_the_start_what_it_is_to_say(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = LockFile(path)
+    path.unlink()
+    linked: list[bytes] = []
+    link = os.link
+
+    def read_and_link(draft: Path, target: Path) -> None:
+        linked.append(draft.read_bytes())
+        link(draft, target)
+
+    monkeypatch.setattr(os, "link", read_and_link)
+    made = lock.put_back(text=b"who I am")
+    assert made is not None
+    assert (linked, path.read_bytes()) == ([b"who I am"], b"who I am")
+    made.close()
+    # That of another process stays as it is.
+    other = lock.put_back(text=b"somebody else")
+    assert other is not None
+    assert path.read_bytes() == b"who I am"
+    other.close()
+    lock.close()
+
+
 def test_the_sole_owner_of_a_path_replaces_what_is_there(path: Path) -> None:
     lock = LockFile(path)
     path.unlink()

@@ -28,7 +28,6 @@ from mpmm.multi_process_shared.host import new_record
 from mpmm.multi_process_shared.life import address_for
 from mpmm.multi_process_shared.registry import (
     ALIVE_LOCK_TIMEOUT_S,
-    ANSWERS_WANTED,
     ANSWERS_WITHIN_S,
     DYING_TIMEOUT_S,
     HANDLES,
@@ -854,10 +853,9 @@ def test_tags_of_any_characters_have_short_names_of_their_own() -> None:
     assert all(name.isalnum() for name in names)
 
 
-def test_a_server_is_looked_for_again_each_time_that_it_answers(
+def test_a_server_is_looked_for_again_once_it_has_answered(
     registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [100.0]
     asked: list[tuple[str, float]] = []
     looks: list[tuple[bool, None]] = []
     answers: list[bool] = []
@@ -866,27 +864,26 @@ def test_a_server_is_looked_for_again_each_time_that_it_answers(
         asked.append((tag, deadline))
         return answers.pop(0)
 
-    monkeypatch.setattr(registry_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(registry_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
     monkeypatch.setattr(registry, "look", lambda tag: looks.pop(0))
     monkeypatch.setattr(registry, "ask_for_files", ask)
 
-    def find(*seen: bool, says: list[bool], **options: float) -> int:
+    def find(*seen: bool, says: list[bool], **options: float) -> None:
         looks[:] = [(lives, None) for lives in seen]
         answers[:] = says
         asked.clear()
         assert registry.find("it", **options) == (seen[-1], None)
         assert not looks
         assert not answers
-        return len(asked)
 
-    assert find(True, says=[]) == 0
-    assert find(False, says=[False]) == 1
+    find(True, says=[])
+    assert asked == []
+    find(False, says=[False])
     assert asked == [("it", 100.0 + ANSWERS_WITHIN_S)]
-    assert find(False, True, says=[True], timeout_s=math.inf) == 1
+    find(False, True, says=[True], timeout_s=math.inf)
     assert asked == [("it", math.inf)]
-    assert find(False, False, True, says=[True, True]) == 2
     # It cannot restore them.
-    assert find(False, False, False, False, says=[True] * ANSWERS_WANTED) == 3
+    find(False, False, says=[True])
 
 
 def test_a_server_is_asked_for_its_files_until_there_is_something_to_find_or_it_is_time(
@@ -907,3 +904,17 @@ def test_a_server_is_asked_for_its_files_until_there_is_something_to_find_or_it_
 
     monkeypatch.setattr(registry_module, "wait_for_answer", wait)
     assert registry.ask_for_files("it", 101.0) is True
+
+
+def test_a_server_whose_socket_is_missing_is_asked_to_put_it_back(
+    registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+    monkeypatch.setattr(registry, "ask_for_files", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(registry_module, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    record = new_record(registry, "it", spawned=True, ready=True)
+    registry.restore_socket(record)
+    assert asked == [("it", 100.0 + ANSWERS_WITHIN_S)]
+    (registry.path / record.socket_name).touch()
+    registry.restore_socket(record)
+    assert len(asked) == 1

@@ -1065,6 +1065,9 @@ class Ending:
         self.found_within_s = timeout_s
         return self.look(tag)
 
+    def restore_socket(self, record: ServerRecord) -> None:
+        self.done.append(("restore the socket", record.tag))
+
     def tidy(self, tag: str) -> None:
         self.done.append("tidy")
 
@@ -1228,7 +1231,7 @@ def test_a_server_is_asked_to_end_over_a_connection_of_its_own_and_may_have_ende
         (CONTROL, HARD_DELETE, (), {}),
         *("receive", "close"),
     ]
-    assert registry.done == [], "it does not join"
+    assert registry.done == [("restore the socket", "it")], "it does not join"
     for error in (multiprocessing.AuthenticationError(), EOFError(), ConnectionRefusedError()):
 
         def fail(*_: Any, error: Exception = error) -> None:

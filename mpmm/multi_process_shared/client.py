@@ -17,7 +17,7 @@ from typing import Any
 
 from mpmm.errors import ModelServerError
 from mpmm.interpreter.fork_hooks import in_forked_child
-from mpmm.multi_process_shared.registry import ANSWERS_WITHIN_S, ServerRecord, ServerRegistry
+from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel
 
@@ -111,8 +111,7 @@ class ServerLink:
             except AuthenticationError as error:
                 raise self._lost(f"refused this process: {error}") from error
             except (OSError, EOFError) as error:
-                if isinstance(error, FileNotFoundError):
-                    self.registry.ask_for_files(self.tag, time.monotonic() + ANSWERS_WITHIN_S)
+                self.registry.restore_socket(self.record)
                 lives, record = self.registry.find(self.tag)
                 if not lives or (record is not None and record.incarnation != self.record.incarnation):
                     raise self._lost("is gone") from error

@@ -32,7 +32,14 @@ from mpmm.multi_process_shared import hosted
 from mpmm.multi_process_shared.context import attaching_to
 from mpmm.multi_process_shared.life import LifeLock
 from mpmm.multi_process_shared.references import References
-from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRecord, ServerRegistry, start_time_of, write_record
+from mpmm.multi_process_shared.registry import (
+    LEAVE_PRIORITY,
+    ServerRecord,
+    ServerRegistry,
+    start_time_of,
+    text_of,
+    write_record,
+)
 from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.text.arguments import checked_number
@@ -231,10 +238,11 @@ class Host:
             self.registry.directory.ensure()
             self.registry.remember_handle(self.tag, self.record.namespaces)
         if not has_life:
-            made = self._life.put_back()
+            made = self._life.put_back(text=text_of(self.record))
             if made is None:
                 raise FileExistsError("another process serves this tag by now")
             self._life.become(made)
+            # It may be a file that another process has made.
             write_record(self._life, self.record)
             found.append("the life lock")
         return found
@@ -298,12 +306,11 @@ class Host:
             if self._waker in ready:
                 break
             is_missed = any(listener in ready for listener in missed)
-            if is_missed or time.monotonic() >= self._look_due:
-                self._look_due = time.monotonic() + LOOK_S
-                self.look_after_files()
             try:
-                if is_missed:
-                    self._life.hang_up()
+                if is_missed or time.monotonic() >= self._look_due:
+                    self._look_due = time.monotonic() + LOOK_S
+                    with self._life.answering():
+                        self.look_after_files()
                 if self._listener not in ready:
                     continue
                 connection = sockets.accept(self._listener)

@@ -16,7 +16,8 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import psutil
 
@@ -57,19 +58,30 @@ class LifeLock(LockFile):
         """What is readable when a process does not find the file: one socket or none."""
         return [] if self._listener is None else [self._listener]
 
-    def hang_up(self) -> None:
-        """Let the processes that have connected so far look for the file again. Raises OSError."""
-        # Under the guard, because a child would keep the line open.
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Look after the files inside the block: after it, the processes that connected before it look again.
+
+        Raises OSError before the block.
+        """
+        with ExitStack() as lines:
+            # One that connects from now on is for the next block.
+            while (line := self._next_line()) is not None:
+                lines.enter_context(line)
+            yield
+
+    def _next_line(self) -> ForkSafeSocket | None:
         with fork_guard:
             try:
-                while self._listener is not None:
-                    self._listener.accept()[0].close()
+                if self._listener is not None:
+                    return close_in_children(ForkSafeSocket(fileno=self._listener.accept()[0].detach()))
             except BlockingIOError:
                 pass
             except OSError:
                 # Another thread may have closed it.
                 if self._listener is not None:
                     raise
+        return None
 
     def stop_listening(self) -> None:
         """Let another server take this one's place, though the lock may be held to the end of the process."""

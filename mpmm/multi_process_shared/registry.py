@@ -66,8 +66,7 @@ SHORT_LOCK_TIMEOUT_S = 10.0
 # How long the kernel may take to close a server's locks after the server's last line.
 DYING_TIMEOUT_S = 2.0
 LEAVE_PRIORITY = 10
-# A server answers once it has put its files back, or has failed to; another process may have asked before that.
-ANSWERS_WANTED = 3
+# How long to wait for a server that is to restore its files.
 ANSWERS_WITHIN_S = 5.0
 # The kernel's flag for a task that is being torn down, in /proc/<pid>/stat.
 PF_EXITING = 0x4
@@ -417,11 +416,8 @@ class ServerRegistry:
         `timeout_s` counts as dead.
         """
         found = self.look(tag)
-        deadline = time.monotonic() + timeout_s
-        asked = 0
-        while not found[0] and asked < ANSWERS_WANTED and self.ask_for_files(tag, deadline):
-            found = self.look(tag)
-            asked += 1
+        if not found[0] and self.ask_for_files(tag, time.monotonic() + timeout_s):
+            return self.look(tag)
         return found
 
     def ask_for_files(self, tag: str, deadline: float) -> bool:
@@ -430,6 +426,11 @@ class ServerRegistry:
         Wait until it has done so, or its life lock is there, or until the deadline (monotonic, s). See `life`.
         """
         return wait_for_answer(self._life_address(tag), lambda: time.monotonic() >= deadline or self.look(tag)[0])
+
+    def restore_socket(self, record: ServerRecord) -> None:
+        """Have a server put its socket back if something has removed it; call before connecting, or after a failure."""
+        if not os.path.exists(self._file(record.socket_name)):
+            self.ask_for_files(record.tag, time.monotonic() + ANSWERS_WITHIN_S)
 
     def _life_address(self, tag: str) -> bytes | None:
         return address_for(self.directory.root_text, digest_of(tag))
@@ -485,9 +486,14 @@ class ServerRegistry:
             lock.close()
 
 
+def text_of(record: ServerRecord) -> bytes:
+    """Return the text of a life file."""
+    return json.dumps(asdict(record)).encode()
+
+
 def write_record(life: LockFile, record: ServerRecord) -> None:
     """Write a server's record into its life file. Hold that file's lock."""
-    text = json.dumps(asdict(record)).encode()
+    text = text_of(record)
     # One write at least as long as the old text: a reader sees the old one, the new one, or something that is not JSON.
     text += b" " * max(0, os.fstat(life.fd).st_size - len(text))
     with told_by_file(life.path):

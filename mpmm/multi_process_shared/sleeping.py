@@ -36,6 +36,7 @@ def ask_to(request: str, tag: str, pid: int | None = None) -> Any:
     if record is None or pid not in (None, record.pid):
         raise ModelServerError(f"there is no server of {tag!r} to ask to {request}", tag=tag, server_pid=pid)
     registry.join()
+    registry.restore_socket(record)
     try:
         with closing(Channel(sockets.dial_socket(registry.path, record.socket_name, registry.key()))) as channel:
             channel.send(protocol.encode_request(protocol.CONTROL, request, (), {}))

@@ -103,6 +103,7 @@ def kill_process(pid: int, is_it: Callable[[], bool], tag: str) -> None:
 
 def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
     """Ask the server to end. Does not join the registry, which this process may have left by the time this runs."""
+    registry.restore_socket(record)
     with (
         suppress(AuthenticationError, EOFError, OSError),
         closing(Channel(sockets.dial_socket(registry.path, record.socket_name, key))) as channel,

@@ -156,18 +156,21 @@ class LockFile:
         """Tell whether the path leads to another file; False if it leads to none."""
         return identity_of(self._at) not in (None, self.identity)
 
-    def put_back(self, *, shared: bool = False, replace: bool = False) -> LockFile | None:
+    def put_back(self, *, shared: bool = False, replace: bool = False, text: bytes = b"") -> LockFile | None:
         """Put a new, locked file at the path, from which this one's file was removed, and return it; keep this one.
 
         No process ever sees the new file unlocked. If there already is a file at the path, that file, which is not
         `put_here`, is locked and returned; or None if another process has locked it. shared: take a shared lock.
-        replace: replace a file that is there, which only the sole owner of the path may do.
-        Raises OSError, RuntimeDirectoryError.
+        replace: replace a file that is there, which only the sole owner of the path may do. text: what a new file says
+        from the start. Raises OSError, RuntimeDirectoryError.
         """
         draft = self.path.with_name(f".{self.path.name}.{os.urandom(8).hex()}")
         made = LockFile(draft)
         try:
             taken = made.try_shared() if shared else made.try_exclusive()
+            if text:
+                with told_by_file(draft):
+                    os.write(made.fd, text)
             if taken and replace:
                 os.replace(draft, self.path)
                 made.put_here = True
