@@ -19,7 +19,7 @@ from mpmm.errors import ModelServerError
 from mpmm.interpreter.fork_hooks import in_forked_child
 from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
-from mpmm.multi_process_shared.rpc.channel import Channel
+from mpmm.multi_process_shared.rpc.channel import Channel, Message
 
 __all__ = ["ServerLink", "forget_link", "known_link", "remember_link"]
 
@@ -37,7 +37,7 @@ class ServerLink:
         self.tag = record.tag
         self._methods: frozenset[str] | None = None
         self._channels = threading.local()
-        # Results in the server whose stand-ins here are gone; the next request has the server drop them.
+        # Results in the server whose stand-ins here are gone; the next call has the server drop them.
         self.unwanted: deque[int] = deque()
         _links.add(self)
 
@@ -51,7 +51,8 @@ class ServerLink:
 
         Raises ModelServerError, and what the constructor raises if the object has to be made again.
         """
-        token, methods = self.ask(protocol.CONTROL, protocol.ACQUIRE, (self._methods is not None,), {})
+        request = protocol.acquire_request(self._methods is not None)
+        token, methods = self._answer_to(request, protocol.ACQUIRE)
         if methods is not None:
             self._methods = methods
         assert self._methods is not None
@@ -69,7 +70,10 @@ class ServerLink:
         """
         if self.unwanted:
             self._drop_unwanted()
-        message = protocol.encode_request(token, name, args, kwargs)
+        return self._answer_to(protocol.encode_request(token, name, args, kwargs), name)
+
+    def _answer_to(self, message: Message, name: str) -> Any:
+        """Send the request for a method and wait for the answer. Raises what `ask` does."""
         channel: Channel = self._channels.__dict__.pop("channel", None) or self._connected()
         try:
             channel.send(message)

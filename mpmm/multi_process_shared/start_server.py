@@ -166,4 +166,5 @@ def reap_ended_servers() -> None:
     """Reap the children that have ended, so that no zombies stay."""
     # Not while another thread's server is in only one of the two lists, multiprocessing's and this module's.
     with _starting:
-        _started.intersection_update(multiprocessing.active_children())
+        if _started:
+            _started.intersection_update(multiprocessing.active_children())
