@@ -1,4 +1,4 @@
-"""Reading the frames of all threads never blocks the interpreter, whatever is garbage-collected meanwhile."""
+"""Reading the frames of all threads neither blocks nor ends the interpreter, whatever is collected meanwhile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from patience import DEADLINE_S
 
-from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import caller_of, current_frames
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,13 +48,58 @@ def test_what_is_collected_during_a_look_does_not_stop_the_process() -> None:
     subprocess.run([sys.executable, "-c", COLLECTED_MEANWHILE], check=True, timeout=DEADLINE_S)
 
 
+# Garbage whose end lets a thread return while another one looks up the callers of its frames.
+RETURNS_MEANWHILE = """
+import gc, sys, threading
+from mpmm.interpreter.thread_frames import current_frames, is_on_stack
+
+waits, leave = threading.Event(), threading.Event()
+
+def go_down(depth):
+    if depth:
+        go_down(depth - 1)
+    else:
+        waits.set()
+        leave.wait()
+
+class Cycle:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        leave.set()
+        thread.join()
+
+thread = threading.Thread(target=go_down, args=(900,))
+thread.start()
+waits.wait()
+top = current_frames()[thread.ident]
+mine = sys._getframe()
+gc.collect()
+Cycle()
+gc.set_threshold(1)
+assert not is_on_stack(mine, top)
+gc.set_threshold(700)
+assert gc.isenabled()
+assert leave.is_set(), "the garbage was collected during the walk"
+"""
+
+
+# From 3.12 on, an allocation does not collect.
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="only Python 3.11 collects there")
+def test_a_thread_may_return_while_its_stack_is_looked_at() -> None:
+    subprocess.run([sys.executable, "-c", RETURNS_MEANWHILE], check=True, timeout=DEADLINE_S)
+
+
 @pytest.mark.parametrize("collects", [True, False])
 def test_a_look_leaves_the_collector_as_it_was(collects: bool) -> None:
     (gc.enable if collects else gc.disable)()
     try:
         frames = current_frames()
         assert gc.isenabled() is collects
-        assert threading.get_ident() in frames
+        mine = frames[threading.get_ident()]
+        assert caller_of(mine) is mine.f_back
+        assert gc.isenabled() is collects
         frames.clear()
     finally:
         gc.enable()

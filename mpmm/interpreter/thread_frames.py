@@ -1,10 +1,15 @@
-"""The frame of each thread of this process, read in a way in which Python 3.11 cannot deadlock.
+"""The frames of each thread of this process, read in a way that Python 3.11 survives.
 
-The interpreter walks its list of threads under a lock of its own. Python 3.11 makes objects meanwhile, and each may
-trigger the garbage collector. If the collector frees a `threading.local`, or runs a finalizer that starts a thread, it
-takes the same lock again and waits forever, holding the GIL: no thread of the process runs any more, and no time-out or
-signal handler ends the wait (CPython's issue 106883). 3.11.9 fixed it, 3.10 makes no such objects, and from 3.12 on an
-allocation does not collect.
+Python 3.11 makes an object for a frame when somebody asks for it. Each new object may trigger the garbage collector,
+and that may run finalizers, in the middle of one of these two operations:
+
+- The interpreter walks its list of threads under a lock of its own. If the collector frees a `threading.local`, or runs
+  a finalizer that starts a thread, it takes the same lock again and waits forever, holding the GIL: no thread of the
+  process runs any more, and no time-out or signal handler ends the wait (CPython's issue 106883; 3.11.9 fixed it).
+- `f_back` of another thread's frame looks up the calling frame, and makes the object for it. If a finalizer lets that
+  thread run meanwhile, the frame may return, and the interpreter then uses memory that was freed.
+
+So the collector is off during each of them. 3.10 makes no such objects. From 3.12 on, an allocation does not collect.
 """
 
 from __future__ import annotations
@@ -12,29 +17,40 @@ from __future__ import annotations
 import gc
 import operator
 import sys
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["current_frames", "is_on_stack"]
+__all__ = ["caller_of", "current_frames", "is_on_stack"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-if sys.version_info >= (3, 11) and sys.version_info < (3, 11, 9):
+if sys.version_info >= (3, 11) and sys.version_info < (3, 12):
 
     def current_frames() -> dict[int, FrameType]:
         """Return the innermost frame of each thread, by the thread's identifier, as `sys._current_frames` does."""
+        frames: dict[int, FrameType] = _without_collecting(sys._current_frames)
+        return frames
+
+    def caller_of(frame: FrameType) -> FrameType | None:
+        """Return the frame that has called a frame, of any thread: its `f_back`."""
+        caller: FrameType | None = _without_collecting(partial(getattr, frame, "f_back"))
+        return caller
+
+    def _without_collecting(function: Callable[[], Any]) -> Any:
+        """Call a C function while the garbage collector is off."""
         if gc.isenabled():
             try:
-                return _without_a_break(gc.disable, sys._current_frames, gc.enable)[1]
+                return _without_a_break(gc.disable, function, gc.enable)[1]
             except MemoryError:
                 gc.enable()
                 raise
         # Another thread may have enabled the collector since the last line.
-        collects, _, frames = _without_a_break(gc.isenabled, gc.disable, sys._current_frames)
+        collects, _, found = _without_a_break(gc.isenabled, gc.disable, function)
         if collects:
             gc.enable()
-        return frames
+        return found
 
     def _without_a_break(*functions: Callable[[], object]) -> tuple[Any, ...]:
         """Call C functions one after the other, with no other thread and no signal handler between them.
@@ -46,11 +62,15 @@ if sys.version_info >= (3, 11) and sys.version_info < (3, 11, 9):
 else:
     current_frames = sys._current_frames
 
+    def caller_of(frame: FrameType) -> FrameType | None:
+        """Return the frame that has called a frame, of any thread: its `f_back`."""
+        return frame.f_back
+
 
 def is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
     """Tell whether `frame` is on the stack of a thread that was seen at `top`; None for a thread that has ended."""
     while top is not None:
         if top is frame:
             return True
-        top = top.f_back
+        top = caller_of(top)
     return False

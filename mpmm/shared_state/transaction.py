@@ -58,7 +58,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ClosedError, LockTimeoutError, ReentrantCallError, SegmentCorruptError, TableFullError
-from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import caller_of, current_frames
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
@@ -353,7 +353,7 @@ class TransactionLock:
         while frame is not None:
             if frame is open_in or frame.f_code in _AT_WORK:
                 return True
-            frame = frame.f_back
+            frame = caller_of(frame)
         return False
 
     def _take_over(self, frame: FrameType) -> bool:
