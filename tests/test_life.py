@@ -19,6 +19,7 @@ from crash_lab import run_in_child
 
 from mpmm.multi_process_shared import life as life_module
 from mpmm.multi_process_shared.life import LifeLock, address_for, wait_for_answer
+from mpmm.multi_process_shared.rpc import sockets
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_a_dead_owner_is_not_waited_for_though_a_child_has_its_descriptor(
 def test_who_finds_too_long_a_queue_does_not_wait(
     tmp_path: Path, address: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(life_module, "BACKLOG", 0)
+    monkeypatch.setattr(sockets, "BACKLOG", 0)
     life = LifeLock(tmp_path / "it.life")
     life.listen_at(address)
     with socket.socket(socket.AF_UNIX) as one:

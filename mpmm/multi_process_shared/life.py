@@ -5,7 +5,7 @@ process that looks for it would find none, and start a second server with a copy
 an abstract address of the kernel, which is no file, but exists for as long as a process has it open. Nothing is said
 there: who needs the server connects, whereupon the server looks after its files at once, and hangs up.
 
-The kernel tells which process listens, so that another user's process that takes the address deceives nobody. The
+The kernel tells which process listens, so another user's process that takes the address deceives nobody. The
 address exists only on Linux, and in one network namespace: elsewhere the file alone counts.
 """
 
@@ -17,18 +17,17 @@ import select
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import psutil
 
 from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.multi_process_shared.rpc import sockets
 from mpmm.multi_process_shared.rpc.sockets import ForkSafeSocket, peer_pid, peer_uid
 from mpmm.shared_state.lock_file import LockFile, identity_of
 
 __all__ = ["LifeLock", "address_for", "wait_for_answer"]
 
-# Nobody accepts while the object is being made. A process that finds no room takes the server for dead.
-BACKLOG = 128
 LOOK_MS = 50
 
 
@@ -39,19 +38,10 @@ class LifeLock(LockFile):
 
     def listen_at(self, address: bytes | None) -> None:
         """Listen at an abstract address, if there is one and no process has it."""
-        if address is None:
-            return
-        with fork_guard:
-            listener = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
-        try:
-            listener.bind(address)
-            listener.listen(BACKLOG)
-            listener.setblocking(False)
-        except OSError:
-            # The second server of a tag, say: processes wait for the first one.
-            listener.close()
-            return
-        self._listener = listener
+        if address is not None:
+            # A second server of the tag, say, finds it taken: processes wait for the first one.
+            with suppress(OSError):
+                self._listener = sockets.listen_at(address)
 
     @property
     def listeners(self) -> list[ForkSafeSocket]:
@@ -118,7 +108,7 @@ def wait_for_answer(address: bytes | None, give_up: Callable[[], bool]) -> bool:
     with fork_guard:
         line = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
     with line:
-        # Too long a queue must not hold this process up.
+        # Nobody accepts while the object is being made, and a full queue must not hold this process up.
         line.setblocking(False)
         try:
             line.connect(address)

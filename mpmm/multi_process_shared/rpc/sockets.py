@@ -39,7 +39,7 @@ from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 
 __all__ = [
     *("NO_SIGNAL", "ForkSafeSocket", "accept", "authenticate_client", "dial", "dial_socket", "handshake", "listen"),
-    *("peer_pid", "peer_uid", "pid_at", "set_timeouts"),
+    *("listen_at", "peer_pid", "peer_uid", "pid_at", "set_timeouts"),
 ]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
@@ -92,11 +92,19 @@ class ForkSafeConnection(Connection):
 
 def listen(folder: str | Path, name: str) -> socket.socket:
     """Return a non-blocking listening socket at `folder/name`, closed in forked children."""
+    with _short_address(folder, name) as address:
+        return listen_at(address)
+
+
+def listen_at(address: str | bytes) -> ForkSafeSocket:
+    """Return a non-blocking listening socket at a path or an abstract address, closed in forked children.
+
+    Raises OSError.
+    """
     with fork_guard:
         listener = close_in_children(ForkSafeSocket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
-        with _short_address(folder, name) as address:
-            listener.bind(address)
+        listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except BaseException:
