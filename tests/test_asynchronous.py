@@ -294,6 +294,60 @@ def test_what_a_task_holds_whose_loop_was_closed_goes_back_though_no_collector_c
     assert [copy.state for copy in settled(namespace).instances] == ["idle"]
 
 
+@pytest.mark.usefixtures("uncollected")
+def test_what_a_task_holds_goes_back_though_its_loop_was_closed_before_it_was_dropped(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    collected = threading.Event()
+
+    async def holds() -> None:
+        async with manager.model_async("a", Loads()):
+            await asyncio.Event().wait()
+
+    def note(phase: str, _: object) -> None:
+        if phase == "stop":
+            collected.set()
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(holds())
+    loop.run_until_complete(until(lambda: read_snapshot(namespace).active))
+    # As above.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
+    gc.callbacks.append(note)
+    try:
+        loop.close()
+        assert collected.wait(DEADLINE_S)
+    finally:
+        gc.callbacks.remove(note)
+    assert read_snapshot(namespace).active
+    del task, loop
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_the_thread_that_has_waited_for_a_task_keeps_nothing_of_it(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpmm.model_manager.async_acquire.LINGER_S", 2 * DEADLINE_S)
+    manager = new_manager(max_model_copies=1)
+    others = manager.acquire_model("a", Loads())
+
+    async def waits() -> None:
+        # As if an exception had ended the block before it gave anything back.
+        await manager.model_async("a", Loads()).__aenter__()
+
+    async def main() -> None:
+        task = asyncio.create_task(waits())
+        await until(lambda: waiting(namespace, "a"))
+        manager.release_model("a", others)
+        await task
+
+    run(main())
+    assert [copy.state for copy in settled(namespace).instances] == ["idle"]
+    assert any(thread.name == "mpmm-watcher" for thread in threading.enumerate()), "it has ended already"
+
+
 def test_what_is_held_after_its_loop_was_closed_is_held_as_long_as_somebody_can_give_it_back(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:

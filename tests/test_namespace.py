@@ -44,7 +44,7 @@ from mpmm.errors import (
     RuntimeDirectoryError,
     SegmentAllocationError,
 )
-from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import innermost_frame
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state import runtime_dir, transaction
 from mpmm.shared_state.futex import wait_for_change
@@ -790,11 +790,11 @@ def test_one_of_many_waiting_threads_at_a_time_looks_whether_the_lock_was_abando
     joined = Namespace.join(namespace)
     taken, give_back, looks = threading.Event(), threading.Event(), []
 
-    def look() -> dict[int, FrameType]:
+    def look(thread: int) -> FrameType | None:
         looks.append(time.monotonic())
-        return current_frames()
+        return innermost_frame(thread)
 
-    monkeypatch.setattr(transaction, "current_frames", look)
+    monkeypatch.setattr(transaction, "innermost_frame", look)
 
     def hold() -> None:
         with joined.transaction():

@@ -20,7 +20,7 @@ from harness import files_in, segments_of, wait_until
 from patience import DEADLINE_S
 
 from mpmm import ReentrantCallError
-from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import innermost_frames
 from mpmm.model_manager import ModelManager
 from mpmm.model_manager.operations import Operation, ended_calls
 from mpmm.shared_state.invariants import check_invariants
@@ -225,7 +225,9 @@ def test_a_call_whose_thread_goes_on_during_the_look_at_it_has_not_ended(monkeyp
     stale = frame_that_has_returned()
     looks = iter([{operation.thread: stale}])
     # A function that the thread was in when its stack was taken, and has left since: nothing leads on from there.
-    monkeypatch.setattr("mpmm.model_manager.operations.current_frames", lambda: next(looks, None) or current_frames())
+    monkeypatch.setattr(
+        "mpmm.model_manager.operations.innermost_frames", lambda threads: next(looks, None) or innermost_frames(threads)
+    )
     try:
         assert ended_calls(calls) == []
     finally:

@@ -7,12 +7,13 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 from patience import DEADLINE_S
 
-from mpmm.interpreter.thread_frames import caller_of, current_frames
+from mpmm.interpreter.thread_frames import caller_of, innermost_frame, innermost_frames
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # frame that nobody has looked at yet is a new object.
 COLLECTED_MEANWHILE = """
 import gc, threading
-from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import innermost_frames
 
 THREADS = 200
 leave = threading.Event()
@@ -36,9 +37,9 @@ for thread in threads:
 gc.collect()
 Cycle()
 gc.set_threshold(THREADS // 2)
-frames = current_frames()
+frames = innermost_frames({thread.ident for thread in threads})
 gc.set_threshold(700)
-assert {thread.ident for thread in threads} < set(frames)
+assert {thread.ident for thread in threads} == set(frames)
 assert gc.isenabled()
 leave.set()
 """
@@ -51,7 +52,7 @@ def test_what_is_collected_during_a_look_does_not_stop_the_process() -> None:
 # Garbage whose end lets a thread return while another one looks up the callers of its frames.
 RETURNS_MEANWHILE = """
 import gc, sys, threading
-from mpmm.interpreter.thread_frames import current_frames, is_on_stack
+from mpmm.interpreter.thread_frames import innermost_frame, is_on_stack
 
 waits, leave = threading.Event(), threading.Event()
 
@@ -73,7 +74,7 @@ class Cycle:
 thread = threading.Thread(target=go_down, args=(900,))
 thread.start()
 waits.wait()
-top = current_frames()[thread.ident]
+top = innermost_frame(thread.ident)
 mine = sys._getframe()
 gc.collect()
 Cycle()
@@ -95,12 +96,38 @@ def test_a_thread_may_return_while_its_stack_is_looked_at() -> None:
 def test_a_look_leaves_the_collector_as_it_was(collects: bool) -> None:
     (gc.enable if collects else gc.disable)()
     try:
-        frames = current_frames()
+        mine = innermost_frame(threading.get_ident())
         assert gc.isenabled() is collects
-        mine = frames[threading.get_ident()]
+        assert mine is not None
         assert caller_of(mine) is mine.f_back
         assert gc.isenabled() is collects
-        frames.clear()
+    finally:
+        gc.enable()
+
+
+def test_a_look_keeps_nothing_alive() -> None:
+    class Model:
+        """What a variable of another thread refers to."""
+
+    entered, leave = threading.Event(), threading.Event()
+    made: list[weakref.ref[Model]] = []
+
+    def use() -> None:
+        model = Model()
+        made.append(weakref.ref(model))
+        entered.set()
+        leave.wait()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    entered.wait()
+    gc.disable()
+    try:
+        assert innermost_frame(thread.ident or 0) is not None
+        innermost_frames((thread.ident or 0, threading.get_ident())).clear()
+        leave.set()
+        thread.join()
+        assert made[0]() is None, "alive until the next garbage collection"
     finally:
         gc.enable()
 

@@ -10,6 +10,10 @@ and that may run finalizers, in the middle of one of these two operations:
   thread run meanwhile, the frame may return, and the interpreter then uses memory that was freed.
 
 So the collector is off during each of them. 3.10 makes no such objects. From 3.12 on, an allocation does not collect.
+
+What these functions return is also short-lived: a dictionary with the frames of all threads contains that of the thread
+which has asked for it, and once a variable of a frame above that one refers to the dictionary, they are a cycle. Until
+the next garbage collection it would keep alive what the variables of all threads refer to, even models and leases.
 """
 
 from __future__ import annotations
@@ -19,24 +23,21 @@ import operator
 import sys
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-__all__ = ["caller_of", "current_frames", "is_on_stack"]
+__all__ = ["caller_of", "innermost_frame", "innermost_frames", "is_on_stack"]
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 if sys.version_info >= (3, 11) and sys.version_info < (3, 12):
 
-    def current_frames() -> dict[int, FrameType]:
-        """Return the innermost frame of each thread, by the thread's identifier, as `sys._current_frames` does."""
-        frames: dict[int, FrameType] = _without_collecting(sys._current_frames)
-        return frames
+    def _all_frames() -> dict[int, FrameType]:
+        return cast("dict[int, FrameType]", _without_collecting(sys._current_frames))
 
     def caller_of(frame: FrameType) -> FrameType | None:
         """Return the frame that has called a frame, of any thread: its `f_back`."""
-        caller: FrameType | None = _without_collecting(partial(getattr, frame, "f_back"))
-        return caller
+        return cast("FrameType | None", _without_collecting(partial(getattr, frame, "f_back")))
 
     def _without_collecting(function: Callable[[], Any]) -> Any:
         """Call a C function while the garbage collector is off."""
@@ -60,11 +61,32 @@ if sys.version_info >= (3, 11) and sys.version_info < (3, 12):
         """
         return tuple(map(operator.call, functions))
 else:
-    current_frames = sys._current_frames
+    _all_frames = sys._current_frames
 
     def caller_of(frame: FrameType) -> FrameType | None:
         """Return the frame that has called a frame, of any thread: its `f_back`."""
         return frame.f_back
+
+
+def innermost_frames(threads: Iterable[int]) -> dict[int, FrameType]:
+    """Return the innermost frame of each of some threads, by the thread's identifier; none for those that have ended.
+
+    The caller clears the dictionary if the calling thread is among them.
+    """
+    found = _all_frames()
+    try:
+        return {thread: found[thread] for thread in threads if thread in found}
+    finally:
+        found.clear()
+
+
+def innermost_frame(thread: int) -> FrameType | None:
+    """Return the innermost frame of a thread; None if it has ended."""
+    found = innermost_frames((thread,))
+    try:
+        return found.get(thread)
+    finally:
+        found.clear()
 
 
 def is_on_stack(frame: FrameType, top: FrameType | None) -> bool:

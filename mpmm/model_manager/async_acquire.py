@@ -404,10 +404,8 @@ class Watcher:
             seen = [(bell, self._bell.value)]
             with self._mutex:
                 timeout_s, answers, look_again = self._look(seen)
-            for watched, outcome in answers:
-                watched.answer(outcome)
-            for again in look_again:
-                _look_again(again)
+            _answer(answers)
+            _look_again(look_again)
             if not answers and not look_again:
                 wait_for_any(seen, timeout_s)
             with self._mutex:
@@ -441,16 +439,23 @@ class Watcher:
         return timeout_s, answers, look_again
 
 
-def _look_again(again: LookAgain) -> None:
-    try:
-        again.look()
-    except (ClosedError, ValueError):
-        # It counts as waiting, so the segment is still mapped, unless the session gave up waiting for it.
-        pass
-    except Exception:
-        # Trouble with one ticket must not end the thread for all others.
-        with contextlib.suppress(Exception):
-            _LOG.exception("mpmm: a look at a waiting task's ticket failed")
+def _answer(answers: list[tuple[_Watched, Outcome]]) -> None:
+    """Answer; a function of its own, so that no variable of the thread keeps a task's block while the thread sleeps."""
+    for watched, outcome in answers:
+        watched.answer(outcome)
+
+
+def _look_again(tickets: list[LookAgain]) -> None:
+    for ticket in tickets:
+        try:
+            ticket.look()
+        except (ClosedError, ValueError):
+            # It counts as waiting, so the segment is still mapped, unless the session gave up waiting for it.
+            pass
+        except Exception:
+            # Trouble with one ticket must not end the thread for all others.
+            with contextlib.suppress(Exception):
+                _LOG.exception("mpmm: a look at a waiting task's ticket failed")
 
 
 def _look_in_s(watched: _Watched) -> float:

@@ -22,12 +22,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mpmm.interpreter.green_threads import current_greenlet
-from mpmm.interpreter.thread_frames import current_frames, is_on_stack
+from mpmm.interpreter.thread_frames import innermost_frame, innermost_frames, is_on_stack
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "forget_closed_loops", "key_of"]
+__all__ = ["Held", "LoadedInstance", "Operation", "ended_calls", "garbage_may_hold", "key_of"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Operation:
     ticket: row and number of its place in the queue. booking: row and generation of what it loads, or has leased.
     frame: where it runs; None if an object, its `owner`, is responsible instead. warning: logged if the owner is
     collected meanwhile. abandoned: it will not continue. unheard_by: the event loop that has yet to resume the task for
-    which a thread has taken something; a closed loop never does. loop: the event loop of the call's task, until it is
-    seen to be closed.
+    which a thread has taken something; a closed loop never does. loop: the event loop of the call's task. looks: how
+    often it was seen to be closed.
     """
 
     held: Held | None = None
@@ -75,6 +75,7 @@ class Operation:
     owner: weakref.ref[object] | None = None
     unheard_by: weakref.ref[asyncio.AbstractEventLoop] | None = None
     loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
+    looks = 0
     warning = ""
     abandoned = False
 
@@ -100,16 +101,20 @@ class Operation:
         return loop is not None and loop.is_closed()
 
 
-def forget_closed_loops(operations: set[Operation]) -> bool:
-    """Return whether an event loop with a call in progress was closed since the last look.
+def garbage_may_hold(operations: set[Operation]) -> bool:
+    """Return whether to look for garbage, because it may include the task of a call in progress whose loop is closed.
 
-    The call's task never continues. But until the call's owner is collected, something else may still give back what it
-    holds; and a task that waited is in a reference cycle with what it waited for.
+    The task never continues. But until the call's owner is collected, something else may still give back what it holds;
+    and a task that waited is in a reference cycle with what it waited for. If it is not garbage at the first look,
+    because the caller of the loop has not dropped it yet, it is worth another one, but the longer it lasts, the more
+    seldom: at the second, fourth, eighth, ... look.
     """
-    closed = [operation for operation in list(operations) if operation.loop is not None and _is_closed(operation.loop)]
-    for operation in closed:
-        operation.loop = None
-    return bool(closed)
+    found = False
+    for operation in list(operations):
+        if operation.loop is not None and not operation.is_orphaned and _is_closed(operation.loop):
+            operation.looks += 1
+            found |= operation.looks & (operation.looks - 1) == 0
+    return found
 
 
 def _is_closed(reference: weakref.ref[asyncio.AbstractEventLoop]) -> bool:
@@ -120,7 +125,7 @@ def _is_closed(reference: weakref.ref[asyncio.AbstractEventLoop]) -> bool:
 def ended_calls(operations: set[Operation]) -> list[Operation]:
     """Return the calls that cannot continue, by looking at the stacks of all threads."""
     running = [(operation, operation.frame) for operation in list(operations)]
-    tops = current_frames() if running else {}
+    tops = innermost_frames({operation.thread for operation, _ in running}) if running else {}
     try:
         return [
             operation
@@ -130,8 +135,7 @@ def ended_calls(operations: set[Operation]) -> list[Operation]:
             or (_has_ended(operation, frame, tops) and operation.frame is frame and operation in operations)
         ]
     finally:
-        # This function's own frame is among them: a cycle, which would keep alive what the variables of all threads
-        # refer to, even models and managers, until the next garbage collection.
+        # This thread's frame may be among them.
         tops.clear()
 
 
@@ -150,4 +154,4 @@ def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, Fr
     if operation.thread == threading.get_ident():
         return True
     # A frame that has returned leads nowhere, so the result counts only if the other thread has not moved meanwhile.
-    return current_frames().get(operation.thread) is top and (top is None or top.f_lasti == at)
+    return innermost_frame(operation.thread) is top and (top is None or top.f_lasti == at)

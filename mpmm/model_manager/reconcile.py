@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 
 from mpmm.model_manager.held import HeldInstances
-from mpmm.model_manager.operations import Operation, ended_calls, forget_closed_loops
+from mpmm.model_manager.operations import Operation, ended_calls, garbage_may_hold
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -44,7 +44,7 @@ class Reconciler:
             with self._namespace.transaction():
                 pass
         self._namespace.lock.finish_calls()
-        if forget_closed_loops(self._operations):
+        if garbage_may_hold(self._operations):
             # In a process that does little else, the next collection could be a long time off.
             gc.collect()
         for operation in ended_calls(self._operations):

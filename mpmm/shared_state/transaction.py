@@ -58,7 +58,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import ClosedError, LockTimeoutError, ReentrantCallError, SegmentCorruptError, TableFullError
-from mpmm.interpreter.thread_frames import caller_of, current_frames
+from mpmm.interpreter.thread_frames import caller_of, innermost_frame
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.futex import wait_for_change, wake_one
@@ -331,7 +331,7 @@ class TransactionLock:
         seen = self._seen()
         if seen is None or seen[0] == threading.get_ident():
             return None
-        frame = current_frames().get(seen[0])
+        frame = innermost_frame(seen[0])
         if self._is_at_work(frame) or self._seen() != seen:
             return None
         return seen

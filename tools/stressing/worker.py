@@ -25,7 +25,7 @@ from multiprocessing import util
 from typing import Any, NoReturn
 
 from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, NotAcquiredError, ServerStartError
-from mpmm.interpreter.thread_frames import current_frames
+from mpmm.interpreter.thread_frames import innermost_frame
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared, server_pid
 from mpmm.shared_state.layout import Capacities
@@ -89,7 +89,7 @@ class Heart:
                 self._gaps.append((self._last_beat, now))
             self._last_beat = now
             for thread, deadline in list(self._deadlines.items()):
-                frame = current_frames().get(thread)
+                frame = innermost_frame(thread)
                 if now > deadline and thread not in self._stacks and frame is not None:
                     self._stacks[thread] = "".join(traceback.format_stack(frame)[-7:])
 
