@@ -576,6 +576,26 @@ def test_settings_that_were_changed_are_read_in_the_next_transaction_and_once(jo
     assert joined.lock.changes == changes
 
 
+@pytest.mark.parametrize("step", ["give_up", "close"])
+def test_a_last_member_whose_leave_an_exception_ends_keeps_nobody_out(
+    namespace: str, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    joined = Namespace.join(namespace)
+    alive = joined.runtime.file("alive.lock")
+
+    def interrupted(files: MemberFiles) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    # It holds `alive.lock` exclusively by then.
+    monkeypatch.setattr(MemberFiles, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        joined.leave()
+    assert joined.is_usable is False
+    assert not (alive.exists() and is_locked(alive))
+    Namespace.join(namespace).leave()
+
+
 def test_a_namespace_counts_as_removed_once_it_is_closed_or_left(joined: Namespace) -> None:
     words = joined.segment.words
     for closed, removed in ((Header.IS_CLOSED, True), (1, False), (0, False)):

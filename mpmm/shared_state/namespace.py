@@ -393,7 +393,9 @@ class Namespace:
                 self._leave_locked(stack, unload_everything, timeout_s)
             except BaseException:
                 # This process may hold `alive.lock` exclusively, and newcomers wait for a shared lock.
-                if self._usable and self._files.alive is not None:
+                if not self._usable:
+                    self._detach()
+                elif self._files.alive is not None:
                     self._files.alive.try_shared()
                 raise
 
@@ -409,9 +411,9 @@ class Namespace:
             last = False
         if last and unload_everything is not None:
             unload_everything()
-        self._usable = False
-        self._files.give_up()
         try:
+            self._usable = False
+            self._files.give_up()
             try:
                 last = self._leave_row(close=last)
             except LockTimeoutError:
