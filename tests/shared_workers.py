@@ -42,7 +42,7 @@ class Attachable:
 
     def __init__(self) -> None:
         type(self).made += 1
-        self.namespace = attach_namespace.get()
+        self.namespace = attach_namespace()
 
     def force_reset(self) -> None:
         type(self).resets += 1

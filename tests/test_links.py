@@ -33,7 +33,7 @@ from mpmm.multi_process_shared.context import (
     attaching_to,
     namespace_of,
     served_namespaces,
-    server_context,
+    server_contexts,
     serving_for,
 )
 from mpmm.multi_process_shared.identity import check_identity, name_of_constructor, names_of_types
@@ -821,7 +821,7 @@ def test_a_server_is_started_where_there_is_none_and_what_it_reports_is_heeded(
 
 def test_an_object_of_this_process_is_hosted_under_its_lock(handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def constructor() -> Any:
-        return SimpleNamespace(place=attach_namespace.get())
+        return SimpleNamespace(place=attach_namespace())
 
     made = handle((False, None), constructor=constructor)
     made.handles = ("other",)
@@ -1038,15 +1038,15 @@ def test_contexts_add_up_and_end_with_their_block() -> None:
     first, second = ServerContext("/a", namespace="one"), ServerContext("/b")
     with pytest.raises(ValueError, match="failed"), serving_for(first):
         with serving_for(second, replace(second, namespace="two")):
-            assert [context.alive_lock for context in server_context.get()] == ["/a", "/b", "/b"]
+            assert [context.alive_lock for context in server_contexts()] == ["/a", "/b", "/b"]
             assert served_namespaces() == ("one", "two")
-        assert server_context.get() == (first,)
+        assert server_contexts() == (first,)
         raise ValueError("failed")
-    assert server_context.get() == ()
+    assert server_contexts() == ()
     with pytest.raises(ValueError, match="failed"), attaching_to("it", Path("/root")):
-        assert attach_namespace.get() == ("mps.it", Path("/root"))
+        assert attach_namespace() == ("mps.it", Path("/root"))
         raise ValueError("failed")
-    assert attach_namespace.get() is None
+    assert attach_namespace() is None
 
 
 def test_a_namespace_has_the_name_of_its_tag_if_that_fits() -> None:

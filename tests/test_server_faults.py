@@ -41,7 +41,7 @@ from mpmm.multi_process_shared import (
     start_server,
     unload,
 )
-from mpmm.multi_process_shared.context import server_context
+from mpmm.multi_process_shared.context import server_contexts
 from mpmm.multi_process_shared.forkserver import client as forkserver_client
 from mpmm.multi_process_shared.forkserver import fork_parent
 from mpmm.multi_process_shared.forkserver.fork_parent import ForkParent
@@ -327,7 +327,7 @@ def test_a_server_that_finds_the_lock_taken_after_it_has_joined_waits_for_it_or_
         return members[0]
 
     def load() -> str:
-        on_start = server_context.get()[-1].on_start
+        on_start = server_contexts()[-1].on_start
         assert on_start is not None
         with monkeypatch.context() as patched:
             patched.setattr(Namespace, "join", join_before_the_lock_is_taken)

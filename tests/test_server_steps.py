@@ -192,7 +192,7 @@ def note_hosts(monkeypatch: pytest.MonkeyPatch, server: Notes) -> None:
 
 def where_to_attach() -> Any:
     """Be a constructor that asks where it may attach."""
-    return SimpleNamespace(place=attach_namespace.get())
+    return SimpleNamespace(place=attach_namespace())
 
 
 def test_a_server_takes_the_tag_before_it_makes_the_object_and_then_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:

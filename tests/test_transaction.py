@@ -587,6 +587,17 @@ def test_patience_is_no_shorter_than_the_time_out_and_is_that_of_one_thread(
     assert outcome[0].timeout_seconds == 2.0
 
 
+def test_patience_ends_with_a_block_that_never_comes_to_its_end(
+    lock: TransactionLock, one_sleep: Waits, other: LockFile
+) -> None:
+    lock.set_timeout(2.0)
+    # As after an exception from a signal handler just before the end of the block.
+    lock.patient_here().__enter__()
+    with pytest.raises(LockTimeoutError) as caught, lock():
+        raise AssertionError("the lock was free")
+    assert caught.value.timeout_seconds == 2.0
+
+
 # ---- threads, and what exceptions leave ----------------------------------------------------------------------------
 
 

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from mpmm.interpreter.block_variable import BlockVariable
 from mpmm.sources.visible_devices import visible_devices
 
 __all__ = ["SHARE_VARIABLES", "Placement", "current_placement", "fraction_of", "place_for_good", "placed", "with_share"]
@@ -81,7 +81,7 @@ def fraction_of(mb: float, totals_mb: Sequence[float]) -> float | None:
     return math.floor(min(mb / len(totals_mb) / total_mb, 1.0) * 1000) / 1000
 
 
-_current: ContextVar[Placement | None] = ContextVar("mpmm_placement", default=None)
+_placement: BlockVariable[Placement] = BlockVariable("mpmm_placement")
 
 
 def current_placement() -> Placement | None:
@@ -90,19 +90,14 @@ def current_placement() -> Placement | None:
     It works in the thread of a loader that `ModelManager.acquire_model` and the like have called, and in the
     constructor of a `MultiProcessShared` in the model server that such a loader has started.
     """
-    return _current.get()
+    return _placement.innermost()
 
 
-@contextmanager
-def placed(placement: Placement) -> Iterator[None]:
+def placed(placement: Placement) -> AbstractContextManager[None]:
     """Let `current_placement` return `placement` inside the block."""
-    reset = _current.set(placement)
-    try:
-        yield
-    finally:
-        _current.reset(reset)
+    return _placement.set_inside(placement)
 
 
 def place_for_good(placement: Placement) -> None:
     """Let `current_placement` return `placement` in this thread from now on; for a model server, which loads once."""
-    _current.set(placement)
+    _placement.set_for_good(placement)

@@ -114,7 +114,7 @@ def root_and_name(namespace: str | None, runtime_root: str | os.PathLike[str] | 
 
     Raises InvalidArgumentError.
     """
-    given = attach_namespace.get()
+    given = attach_namespace()
     root = None if runtime_root is None else checked_path("runtime_root", runtime_root, "a folder")
     if namespace is None and given is not None:
         name, given_root = given

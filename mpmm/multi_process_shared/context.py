@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ServerContext", "attach_namespace", "attaching_to", "served_namespaces", "server_context", "serving_for"]
+from mpmm.interpreter.block_variable import BlockVariable
+
+__all__ = ["ServerContext", "attach_namespace", "attaching_to", "served_namespaces", "server_contexts", "serving_for"]
 
 _NAMESPACE_LENGTH = 64
 
@@ -39,33 +40,33 @@ class ServerContext:
     namespace: str = ""
 
 
-server_context: ContextVar[tuple[ServerContext, ...]] = ContextVar("mpmm_server_context", default=())
-attach_namespace: ContextVar[tuple[str, Path] | None] = ContextVar("mpmm_attach_namespace", default=None)
+_contexts: BlockVariable[tuple[ServerContext, ...]] = BlockVariable("mpmm_server_contexts")
+_attach_namespace: BlockVariable[tuple[str, Path]] = BlockVariable("mpmm_attach_namespace")
 
 
-@contextmanager
-def serving_for(*contexts: ServerContext) -> Iterator[None]:
+def serving_for(*contexts: ServerContext) -> AbstractContextManager[None]:
     """Give `contexts`, after those of outer blocks, to every model server that is started inside the block."""
-    reset = server_context.set(server_context.get() + contexts)
-    try:
-        yield
-    finally:
-        server_context.reset(reset)
+    return _contexts.set_inside(contexts)
+
+
+def server_contexts() -> tuple[ServerContext, ...]:
+    """Return what to give to a model server that is started now."""
+    return tuple(context for contexts in _contexts.all() for context in contexts)
 
 
 def served_namespaces() -> tuple[str, ...]:
     """Return the namespaces that a server started now would serve: those of the loader that runs here."""
-    return tuple(context.namespace for context in server_context.get() if context.namespace)
+    return tuple(context.namespace for context in server_contexts() if context.namespace)
 
 
-@contextmanager
-def attaching_to(tag: str, root: Path) -> Iterator[None]:
+def attaching_to(tag: str, root: Path) -> AbstractContextManager[None]:
     """Tell objects that are made inside the block which namespace, below `root`, stands for `tag`."""
-    reset = attach_namespace.set((namespace_of(tag), root))
-    try:
-        yield
-    finally:
-        attach_namespace.reset(reset)
+    return _attach_namespace.set_inside((namespace_of(tag), root))
+
+
+def attach_namespace() -> tuple[str, Path] | None:
+    """Return the namespace to which an object that is made now may attach, and its root; None if there is none."""
+    return _attach_namespace.innermost()
 
 
 def namespace_of(tag: str) -> str:

@@ -16,7 +16,7 @@ from mpmm.errors import ServerStartError
 from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.interpreter.process_limits import limit_behind
 from mpmm.interpreter.thread_locks import new_rlock
-from mpmm.multi_process_shared.context import server_context
+from mpmm.multi_process_shared.context import server_contexts
 from mpmm.multi_process_shared.forkserver.client import order_server
 from mpmm.multi_process_shared.main_import import is_importing_main, not_while_importing_main
 from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRegistry, server_lives_by, start_time_of
@@ -38,10 +38,10 @@ _starting = new_rlock()
 def start_server(registry: ServerRegistry, tag: str, constructor: Any) -> str:
     """Start a process that makes the object and serves it; return its report: READY, ATTACH or OCCUPIED.
 
-    Hold the tag's lock. The current `server_context` is sent along. Raises ServerStartError with the server's
+    Hold the tag's lock. The current `server_contexts` are sent along. Raises ServerStartError with the server's
     traceback or exit code; InvalidArgumentError if the constructor cannot be sent.
     """
-    contexts = server_context.get()
+    contexts = server_contexts()
     plan = ServerPlan(
         root=str(registry.root),
         tag=tag,

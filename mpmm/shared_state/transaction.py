@@ -53,6 +53,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,22 @@ def roll_back(words: Any, undo: Table) -> int:
     return count
 
 
+class _PatientBlock(contextlib.AbstractContextManager[None]):
+    """A block in which its thread is patient.
+
+    The lock refers to it weakly, because an exception from a signal handler may leave it without `__exit__`.
+    """
+
+    def __init__(self, blocks: dict[int, weakref.ref[_PatientBlock]]) -> None:
+        self._blocks = blocks
+
+    def __enter__(self) -> None:
+        self._blocks[threading.get_ident()] = weakref.ref(self)
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks.pop(threading.get_ident(), None)
+
+
 class TransactionLock:
     """The segment's lock, one object per process; it runs one `Transaction` at a time."""
 
@@ -154,8 +171,8 @@ class TransactionLock:
         self._calls: dict[int, list[Callable[[], object]]] = {}
         # The lists themselves, because a new list may get the id of one that was freed, and be taken for it.
         self._calls_seen: dict[int, list[Callable[[], object]]] = {}
-        # Threads that finish work which would otherwise have to be repeated, see `patient_here`.
-        self._patient: set[int] = set()
+        # By thread, the blocks that finish work which would otherwise have to be repeated, see `patient_here`.
+        self._patient: dict[int, weakref.ref[_PatientBlock]] = {}
         self._deadline = math.inf
         # For how many more turns others are expected at the lock, and the transactions done in the current turn.
         self._crowded_turns = 0
@@ -185,19 +202,13 @@ class TransactionLock:
         """Set how long transactions without a time-out of their own wait for the lock."""
         self.timeout_seconds = self._transaction._timeout_s = timeout_seconds
 
-    @contextlib.contextmanager
-    def patient_here(self) -> Iterator[None]:
+    def patient_here(self) -> contextlib.AbstractContextManager[None]:
         """Let the calling thread wait for the lock for longer than `timeout_seconds`, unless it gives a time-out.
 
         For what has been decided or done already, such as an unload, or a load that has succeeded: if this process gave
         up on a crowded host, another one would only have to begin the work again.
         """
-        ident = threading.get_ident()
-        self._patient.add(ident)
-        try:
-            yield
-        finally:
-            self._patient.discard(ident)
+        return _PatientBlock(self._patient)
 
     @contextlib.contextmanager
     def give_up_at(self, deadline: float) -> Iterator[None]:
@@ -213,7 +224,8 @@ class TransactionLock:
 
     def _timeout_here(self, began: float, timeout_s: float) -> float:
         """Return how long the calling thread really waits, if it asked for `timeout_s` from `began` on."""
-        if timeout_s == self.timeout_seconds and threading.get_ident() in self._patient:
+        patient = self._patient.get(threading.get_ident())
+        if patient is not None and patient() is not None and timeout_s == self.timeout_seconds:
             timeout_s = max(timeout_s, PATIENT_S)
         return min(timeout_s, max(0.0, self._deadline - began))
 
