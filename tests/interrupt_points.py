@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dis
 import os
 import sys
@@ -22,8 +23,11 @@ from patience import Stopwatch
 import mpmm
 from mpmm import RemoteCallError
 from mpmm.errors import ClosedError
+from mpmm.interpreter import thread_locks
+from mpmm.memory.placement import current_placement
 from mpmm.model_manager import ModelManager
 from mpmm.model_manager.leader import DEPUTIES
+from mpmm.multi_process_shared.context import served_namespaces
 from mpmm.shared_state.invariants import check_invariants
 from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
@@ -65,10 +69,14 @@ class Interrupted(Exception):
 def ways_out(code: CodeType) -> frozenset[int]:
     """Return the offsets of the instructions that call `__exit__` at the normal end of `with` blocks.
 
-    The offsets of NOPs, as for `try`, are included: they, too, may be outside the block in which they stand.
+    The offsets of NOPs, as for `try`, are included: they, too, may be outside the block in which they stand. And so are
+    those of an `__enter__` of `thread_locks` after the step of its `for` loop, which takes the lock.
     """
     instructions = list(dis.get_instructions(code))
     offsets = {instruction.offset for instruction in instructions if instruction.opname == "NOP"}
+    if code.co_name == "__enter__" and code.co_filename == thread_locks.__file__:
+        takes = next(instruction.offset for instruction in instructions if instruction.opname == "FOR_ITER")
+        offsets.update(instruction.offset for instruction in instructions if instruction.offset > takes)
     for place, first in enumerate(instructions[:-4]):
         if first.opname == "LOAD_CONST" and first.argval is None:
             # Python 3.10 loads the second and third None in another way.
@@ -80,25 +88,29 @@ def ways_out(code: CodeType) -> frozenset[int]:
     return frozenset(offsets)
 
 
-class Interruption:
-    """Raises an exception before the n-th bytecode that the calling thread runs inside the package."""
+class Tracer:
+    """Follows the bytecodes that the calling thread runs inside the package."""
 
-    def __init__(self, at: int, error: BaseException) -> None:
-        self.at = at
-        self.error = error
-        self.count = 0
-        self.where = ""
+    def __init__(self) -> None:
+        # Kept here as well: if Python 3.11 collects garbage while it makes a traced frame, and a finalizer is
+        # interrupted, which ends the tracing, the interpreter still calls the function that traced the frame.
+        self._traces = self._enter
 
-    def __enter__(self) -> Interruption:
-        sys.settrace(self._enter)
-        return self
+    def __enter__(self) -> None:
+        sys.settrace(self._traces)
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(None)
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
+        """Say how a function is followed that begins, or continues if it is a generator's."""
+        raise NotImplementedError
+
+    def _at(self, frame: FrameType) -> None:
+        """Be told of a bytecode that a handler's exception may precede."""
+        raise NotImplementedError
+
+    def _follow(self, frame: FrameType) -> Any:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return self._step
 
@@ -109,11 +121,7 @@ class Interruption:
             and not self._has_names(frame)
             and frame.f_lasti not in ways_out(frame.f_code)
         ):
-            self.count += 1
-            if self.count == self.at:
-                file = Path(frame.f_code.co_filename).stem
-                self.where = f"{file}.{frame.f_code.co_name}:{frame.f_lineno}+{frame.f_lasti}"
-                raise self.error
+            self._at(frame)
         return self._step
 
     @staticmethod
@@ -125,8 +133,97 @@ class Interruption:
     @staticmethod
     def _is_last(frame: FrameType) -> bool:
         caller = frame.f_back
-        outermost = caller is None or not caller.f_code.co_filename.startswith(PACKAGE)
+        outermost = caller is None or not is_ours(caller)
         return outermost and frame.f_code.co_code[frame.f_lasti] in RETURNS
+
+
+def is_ours(frame: FrameType) -> bool:
+    """Return whether a function of the package runs in the frame."""
+    return frame.f_code.co_filename.startswith(PACKAGE)
+
+
+class Recording(Tracer):
+    """Counts the bytecodes of one run of an operation, and those before each call of a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._before: list[int] = []
+
+    def point(self, at: int) -> tuple[int, int]:
+        """Return where the at-th bytecode is, from 1 on: after how many calls, how many bytecodes after the last."""
+        if sys.version_info >= (3, 12):
+            # There, a function that is followed from its middle on tells nothing of its next bytecodes.
+            return 1, at
+        calls = bisect.bisect_left(self._before, at)
+        return calls, at - self._before[calls - 1]
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not is_ours(frame):
+            return None
+        self._before.append(self.count)
+        return self._follow(frame)
+
+    def _at(self, frame: FrameType) -> None:
+        self.count += 1
+
+
+class Interruption(Tracer):
+    """Raises an exception before a bytecode: the steps-th after the calls-th call of a function of the package.
+
+    Only the bytecodes after that call are followed, since to follow one takes longer than to run a hundred.
+    """
+
+    def __init__(self, calls: int, steps: int, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+        self.where = ""
+        self._calls = calls
+        self._steps = steps
+
+    def forget(self) -> None:
+        """Let the exception go, since the frames of its traceback keep their objects alive."""
+        self.error.__traceback__ = None
+        self.error = KeyboardInterrupt()
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not is_ours(frame):
+            return None
+        self._calls -= 1
+        if self._calls > 0:
+            return None
+        if self._calls == 0:
+            caller = frame.f_back
+            while caller is not None:
+                if is_ours(caller):
+                    caller.f_trace = self._follow(caller)
+                caller = caller.f_back
+        return self._follow(frame)
+
+    def _at(self, frame: FrameType) -> None:
+        self._steps -= 1
+        if self._steps == 0:
+            file = Path(frame.f_code.co_filename).stem
+            self.where = f"{file}.{frame.f_code.co_name}:{frame.f_lineno}+{frame.f_lasti}"
+            raise self.error
+
+
+def points_of(
+    operation: Callable[[], Any], prepare: Callable[[], Any], step: int, failures: list[str]
+) -> Iterator[tuple[int, Interruption]]:
+    """Yield every step-th bytecode of an operation, and what raises an exception there, until there were many failures.
+
+    Each run is a little different, and thereby so are the points. The operation has to be prepared before each.
+    """
+    recording = Recording()
+    prepare()
+    with recording:
+        operation()
+    for at in range(1 + OFFSET % step, recording.count + 1, step):
+        if len(failures) >= ENOUGH_FAILURES:
+            return
+        prepare()
+        yield at, Interruption(*recording.point(at), KeyboardInterrupt() if at % 2 else Interrupted())
 
 
 def use_copy(seat: Seat, tag: str) -> None:
@@ -179,11 +276,7 @@ class Points:
 
     def __call__(self, operation: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
         """Try the points of an operation. prepare: called before each, so that it takes the tested branch."""
-        at = 1 + OFFSET % self.step
-        while len(self.failures) < ENOUGH_FAILURES:
-            prepare()
-            error: BaseException = KeyboardInterrupt() if at % 2 else Interrupted()
-            interruption = Interruption(at, error)
+        for at, interruption in points_of(operation, prepare, self.step, self.failures):
             escaped = ""
             try:
                 with interruption:
@@ -196,26 +289,20 @@ class Points:
                 other.__cause__ = None
             except Exception as other:
                 escaped = f"{type(other).__name__}: {other}"
-            # The frames of the traceback would keep their objects alive.
-            error.__traceback__ = None
-            del error
-            if not interruption.where:
-                assert not escaped, escaped
-                return
-            interruption.error = KeyboardInterrupt()
-            self.points += 1
-            self._check(f"{interruption.at} ({interruption.where})", escaped)
-            at += self.step
+            interruption.forget()
+            assert interruption.where or not escaped, escaped
+            if interruption.where:
+                self.points += 1
+                self._check(f"{at} ({interruption.where})", escaped)
 
     def _check(self, where: str, escaped: str) -> None:
         wrong = [f"raised {escaped}"] if escaped else []
-        # First without a call, which would find and end what was left.
+        # Without a call, which would find and end what was left. What the call leaves is found after the next point.
         wrong += self._left_after_a_second()
         try:
             self.go_on()
         except (Exception, AssertionError) as error:
             wrong.append(f"the same thread cannot go on: {type(error).__name__}: {error}")
-        wrong += self._left_after_a_second()
         if wrong:
             self.failures.append(f"{where}: {wrong}")
             print(self.failures[-1], flush=True)
@@ -230,6 +317,8 @@ class Points:
 
     def conclude(self) -> None:
         """Print the number of points, and fail if there was a failure."""
+        if left := self._left_after_a_second():
+            self.failures.append(f"after the last point: {left}")
         print(f"{self.points} points, {len(self.failures)} failures")
         found = "\n".join(self.failures[:40])
         assert not self.failures, f"{len(self.failures)} of {self.points} points failed:\n{found}"
@@ -268,7 +357,10 @@ class Sweep(Points):
         lock = self._segment.lock_file()
         is_free = lock.try_exclusive()
         lock.close()
-        return [*rows, *tickets, *check_invariants(snapshot), *([] if is_free else ["the lock is taken"])]
+        wrong = [] if is_free else ["the lock is taken"]
+        if served_namespaces() or current_placement() is not None:
+            wrong.append("this thread seems to run a loader")
+        return [*rows, *tickets, *check_invariants(snapshot), *wrong]
 
     def snapshot(self) -> Snapshot:
         """Return the state of the manager's namespace."""

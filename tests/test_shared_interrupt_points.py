@@ -86,7 +86,7 @@ def shared(runtime_root: Path) -> Iterator[Callable[..., SharedPoints]]:
 
 @pytest.mark.parametrize("spawn", [True, False], ids=["server", "own process"])
 def test_use_of_shared_object(shared: Callable[..., SharedPoints], spawn: bool) -> None:
-    one = shared(197, spawn=spawn)
+    one = shared(11, spawn=spawn)
     # Or the object would be made anew each time.
     kept = one.shared.acquire()
     one(one.use)
@@ -94,14 +94,14 @@ def test_use_of_shared_object(shared: Callable[..., SharedPoints], spawn: bool) 
 
 
 def test_first_use_of_shared_object(shared: Callable[..., SharedPoints]) -> None:
-    one = shared(397)
+    one = shared(11)
     kept = one.shared.acquire()
     one(one.use, _known.clear)
     one.shared.release(kept)
 
 
 def test_large_call(shared: Callable[..., SharedPoints]) -> None:
-    one = shared(397)
+    one = shared(23)
     proxy = one.shared.acquire()
     payload = bytes(3 << 20)
 
@@ -114,10 +114,10 @@ def test_large_call(shared: Callable[..., SharedPoints]) -> None:
 
 
 def test_start_of_server(shared: Callable[..., SharedPoints]) -> None:
-    one = shared(1601)
+    one = shared(397)
     one(one.use, one.shared.unsafe_hard_delete)
 
 
 def test_end_of_server(shared: Callable[..., SharedPoints]) -> None:
-    one = shared(601)
+    one = shared(101)
     one(one.shared.unsafe_hard_delete, one.use)
