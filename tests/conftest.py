@@ -55,6 +55,7 @@ LEAVE_TIMEOUT_S = 10.0
 TAKE_LONGEST = (
     "test_beam_pipeline",
     "test_workload",
+    "test_interrupt_points",
     "test_simulator",
     "test_crash_points",
     "test_bad_ground",
