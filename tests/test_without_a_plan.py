@@ -274,6 +274,18 @@ def carry_out(host: Host, operation: tuple[Any, ...]) -> None:
     copies=st.sampled_from([1.0, 2.0, 100.0]),
     flags=st.sampled_from([(False, False, True), (True, False, False), (False, False, False)]),
 )
+@example(  # The head of the line, of an unknown model, is judged by the times of the model of one that leaves.
+    operations=[
+        *[("pin", 3, 0), ("pin", 3, 0), ("objects", False, 0), ("preload", 0, 1), ("ask", 3, 1), ("preload", 1, 1)],
+        *[("objects", False, 0), ("end lease", 1, 0), ("ask", 4, 1), ("end lease", 0, 0), ("lease", 100.0, 0)],
+        *[("lease", 1000.0, 0), ("release", 2, 0), ("pin", 1, 0), ("ask", 3, 1), ("pin", 2, 0), ("preload", 0, 3)],
+        *[("release", 2, 0), ("release", 0, 0), ("release", 2, 0), ("preload", 1, 3), ("objects", True, 0)],
+        ("preload", 1, 3),
+    ],
+    overtaken_s=60.0,
+    copies=100.0,
+    flags=(True, False, False),
+)
 @example(  # The idle copy is kept for a lease that is due.
     operations=[("ask", 0, 0), ("ask", 1, 0), ("release", 0, 0), ("lease", 1000.0, 0)],
     overtaken_s=0.0,

@@ -26,7 +26,9 @@ Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy
     model.
 Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it waited behind another one, or for a
     copy of its own model, and none of these is idle: no memory was kept for it, and waiters behind it only move up. An
-    idle copy of the model may be evicted for others once fewer requests wait for it.
+    idle copy of the model may be evicted for others once fewer requests wait for it. And where another one waits to
+    load a further copy of the model, it may rather wait for those in use then, and not hold up others any more. So may
+    one whose model has no figures of its own yet, and is judged by those of the models that are in use or waited for.
 """
 
 from __future__ import annotations
@@ -171,7 +173,17 @@ class Shortcuts:
         """Tell whether it is known without a plan that a waiter's leaving serves no other waiter; see Q5 above."""
         if not self._queue.is_waiting(ticket) or self._queue.told(ticket).reason not in HELD_UP_REASONS:
             return False
-        return not self._tables.models[self._tables.tickets[ticket].model].idle
+        model = self._tables.tickets[ticket].model
+        figures = self._models.figures(model)
+        if figures.idle:
+            return False
+        if figures.active or figures.loading:
+            mates = (one.reason for one in self.waiting() if one.model == model and one.row != ticket)
+            return SHARED_REASONS.issuperset(mates)
+        if figures.waiting > 1 or not figures.load_s:
+            return True
+        others = (self._models.figures(other) for other in {one.model for one in self.waiting()})
+        return all(other.load_s and other.hold_s for other in others)
 
     def _waits_for_a_copy(self, model: int, figures: ModelFigures) -> Cause | None:
         """Return that a newcomer for a model waits for one of its copies, None if only a plan can tell; see Q3."""
