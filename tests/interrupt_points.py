@@ -252,7 +252,7 @@ def stand_by(seat: Seat) -> None:
                 with namespace.transaction():
                     pass
                 _longest_wait_s = max(_longest_wait_s, watch.calm_s())
-                time.sleep(0.002)
+                time.sleep(0.01)
 
     threading.Thread(target=run, daemon=True).start()
 

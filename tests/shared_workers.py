@@ -124,13 +124,17 @@ def run_forked_starter(memory: dict[str, Any], tag: str, path: str) -> int | Non
     return child.exitcode
 
 
+# Its processes have imported this module when they start.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([__name__])
+
+
 class Client:
     """A process that follows orders until it is ordered to leave or is killed."""
 
     def __init__(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.ours, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_obey, args=(theirs,))
+        self.ours, theirs = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_obey, args=(theirs,))
         self.process.start()
         theirs.close()
 

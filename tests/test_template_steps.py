@@ -64,6 +64,17 @@ def end(code: int) -> None:
     raise Ended(code)
 
 
+@pytest.fixture(autouse=True)
+def numpy_without_a_seed() -> Iterator[None]:
+    """NumPy's generator as in a new process; Hypothesis has seeded it if it has run tests in this one."""
+    # Its list of exports, which mypy goes by, lacks these functions.
+    module: Any = np.random
+    before = module.get_bit_generator()
+    module.set_bit_generator(np.random.MT19937())
+    yield
+    module.set_bit_generator(before)
+
+
 @pytest.fixture
 def ends() -> Iterator[tuple[Any, Any]]:
     """Both ends of a connection: the zygote's and the template's."""
