@@ -41,17 +41,18 @@ class SharedPoints(Points):
 
     def go_on(self) -> None:
         """Use it, and so does another thread."""
-        self._use_for_certain()
+        self.use_for_certain()
         used = threading.Event()
 
         def use_too() -> None:
-            self._use_for_certain()
+            self.use_for_certain()
             used.set()
 
         threading.Thread(target=use_too, daemon=True).start()
         assert used.wait(DEADLINE_S), "another thread cannot use it"
 
-    def _use_for_certain(self) -> None:
+    def use_for_certain(self) -> None:
+        """Use it; its server may have been told to end by the point before."""
         try:
             self.use()
         except ModelServerError:
@@ -120,4 +121,4 @@ def test_start_of_server(shared: Callable[..., SharedPoints]) -> None:
 
 def test_end_of_server(shared: Callable[..., SharedPoints]) -> None:
     one = shared(101)
-    one(one.shared.unsafe_hard_delete, one.use)
+    one(one.shared.unsafe_hard_delete, one.use_for_certain)
