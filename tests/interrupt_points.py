@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dis
-import gc
 import os
 import sys
 import threading
@@ -216,9 +215,6 @@ def points_of(
 
     Each run is a little different, and thereby so are the points. The operation has to be prepared before each.
     """
-    # What other tests have left takes up to a second to search for garbage, which is done at many points.
-    gc.collect()
-    gc.freeze()
     recording = Recording()
     prepare()
     with recording:

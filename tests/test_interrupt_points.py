@@ -5,7 +5,7 @@ mpmm. Within a second after each, the lock is free, no row is in use, loading or
 the invariants hold, and the same thread can continue; after an operation's last point, another process can, too. During
 all this, a process that takes the lock again and again always gets it within a second.
 
-By default, the tests try every k-th point of each operation, from an offset that changes daily, some 15 000 in all.
+By default, the tests try every k-th point of each operation, from an offset that changes daily, some 12 000 in all.
 `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
 
     MPMM_INTERRUPT_STEP=1 python -m pytest -s tests/test_interrupt_points.py
@@ -118,7 +118,7 @@ class Plain:
 @pytest.mark.parametrize("what", ["handle", "object"])
 def test_load(sweep: Callable[..., Sweep], what: str) -> None:
     # Memory for two: the model loaded last is evicted for the next.
-    one = sweep(17, fallback_memory_mb=200.0)
+    one = sweep(23, fallback_memory_mb=200.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def load() -> None:
@@ -251,7 +251,7 @@ def test_wait_that_times_out(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_failing_load(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(19)
+    one = sweep(23)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def load() -> None:
@@ -263,7 +263,7 @@ def test_failing_load(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_lease(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(23)
+    one = sweep(29)
 
     def lease() -> None:
         lease = None
@@ -282,7 +282,7 @@ def test_lease(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_block_of_lease(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(23)
+    one = sweep(29)
 
     def lease() -> None:
         with one.manager.reserve(100):
@@ -293,7 +293,7 @@ def test_block_of_lease(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_preload(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(29, fallback_memory_mb=300.0)
+    one = sweep(37, fallback_memory_mb=300.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def preload() -> None:
@@ -320,7 +320,7 @@ def test_pin_and_unpin(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_load_that_runs_out_of_memory(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(89, fallback_memory_mb=300.0)
+    one = sweep(109, fallback_memory_mb=300.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def load() -> None:
@@ -340,7 +340,7 @@ def test_load_that_runs_out_of_memory(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_lease_that_waits(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(29)
+    one = sweep(37)
     holder = OtherHolder(one)
 
     def lease() -> None:
@@ -384,7 +384,7 @@ def suspend(one: Sweep) -> None:
 
 
 def test_resume_for_request(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(97, suspend_budget_mb=1000.0)
+    one = sweep(127, suspend_budget_mb=1000.0)
 
     def block() -> None:
         with one.manager.model("a", Sleeps):
@@ -394,7 +394,7 @@ def test_resume_for_request(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_resume_and_suspend_by_hand(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(97, suspend_budget_mb=1000.0)
+    one = sweep(127, suspend_budget_mb=1000.0)
 
     def move() -> None:
         one.manager.resume("a")
@@ -428,7 +428,7 @@ def test_load_that_returns_handle_of_suspended_copy(sweep: Callable[..., Sweep])
 
 
 def test_booking_by_hand(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(23, fallback_memory_mb=300.0)
+    one = sweep(29, fallback_memory_mb=300.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def use(tag: str) -> None:
@@ -523,7 +523,7 @@ def test_shutdown(runtime_root: Path, again: bool) -> None:
         assert manager is not None
         manager.shutdown()
 
-    print(sweep_whole_life(71, operate, begin, again=again), "points")
+    print(sweep_whole_life(89, operate, begin, again=again), "points")
 
 
 def join(_: ModelManager | None = None) -> ModelManager:
@@ -532,7 +532,7 @@ def join(_: ModelManager | None = None) -> ModelManager:
 
 @pytest.mark.usefixtures("impatient")
 def test_join_of_new_namespace(runtime_root: Path) -> None:
-    print(sweep_whole_life(97, join), "points")
+    print(sweep_whole_life(113, join), "points")
 
 
 @pytest.mark.usefixtures("impatient")
