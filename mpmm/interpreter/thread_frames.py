@@ -21,11 +21,12 @@ from __future__ import annotations
 import gc
 import operator
 import sys
+import threading
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
-__all__ = ["caller_of", "innermost_frame", "innermost_frames", "is_on_stack"]
+__all__ = ["caller_of", "innermost_frame", "innermost_frames", "is_on_stack", "may_be_running", "stays_at"]
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -96,3 +97,20 @@ def is_on_stack(frame: FrameType, top: FrameType | None) -> bool:
             return True
         top = caller_of(top)
     return False
+
+
+def may_be_running(frame: FrameType, thread: int) -> bool:
+    """Return False if a frame is no longer on the stack of a thread; True, too, if that could not be seen."""
+    if thread == threading.get_ident():
+        return is_on_stack(frame, sys._getframe())
+    top = innermost_frame(thread)
+    at = None if top is None else top.f_lasti
+    return is_on_stack(frame, top) or not stays_at(thread, top, at)
+
+
+def stays_at(thread: int, top: FrameType | None, at: int | None) -> bool:
+    """Tell whether another thread is still where it was seen: in frame `top`, at the instruction `at`.
+
+    If not, what was found on its stack may be wrong, because a frame that has returned leads nowhere.
+    """
+    return innermost_frame(thread) is top and (top is None or top.f_lasti == at)

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mpmm.interpreter.green_threads import current_greenlet
-from mpmm.interpreter.thread_frames import innermost_frame, innermost_frames, is_on_stack
+from mpmm.interpreter.thread_frames import innermost_frames, is_on_stack, stays_at
 
 if TYPE_CHECKING:
     import asyncio
@@ -153,5 +153,4 @@ def _has_ended(operation: Operation, frame: FrameType | None, tops: dict[int, Fr
         return False
     if operation.thread == threading.get_ident():
         return True
-    # A frame that has returned leads nowhere, so the result counts only if the other thread has not moved meanwhile.
-    return innermost_frame(operation.thread) is top and (top is None or top.f_lasti == at)
+    return stays_at(operation.thread, top, at)

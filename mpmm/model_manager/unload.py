@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from mpmm import multi_process_shared
-from mpmm.interpreter.thread_frames import innermost_frame, is_on_stack
+from mpmm.interpreter.thread_frames import may_be_running
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.memory.beam_metrics import report_model_count
 from mpmm.model_manager.fresh_figures import FreshFigures
@@ -77,8 +77,8 @@ class _AtIt:
 
     @property
     def is_there(self) -> bool:
-        """Tell whether the thread is still unloading."""
-        return is_on_stack(self.frame, innermost_frame(self.thread))
+        """Tell whether the thread is still unloading, or may be."""
+        return may_be_running(self.frame, self.thread)
 
 
 class Unloads:
