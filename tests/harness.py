@@ -227,6 +227,12 @@ def shut_down(seat: Seat) -> None:
     seat.manager.shutdown()
 
 
+def stop_process(pid: int) -> None:
+    """Send SIGSTOP, and wait until the process has stopped: on a busy machine it runs on for some milliseconds."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, f"pid {pid} stopped")
+
+
 class Process:
     """A child process with a `Seat`, at the other end of a pipe."""
 
@@ -278,8 +284,7 @@ class Process:
 
     def stop(self) -> None:
         """Send SIGSTOP, and wait until the process has stopped."""
-        self.signal(signal.SIGSTOP)
-        self.wait_until_stopped()
+        stop_process(self.pid)
 
     def wait_until_stopped(self) -> None:
         """Wait until the process is stopped, by us or by itself."""

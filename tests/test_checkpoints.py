@@ -30,6 +30,7 @@ from harness import (
     problems,
     release,
     shut_down,
+    stop_process,
     wait_until,
 )
 from loaders import Loads, LoadsServer, MakesServed, served
@@ -367,7 +368,7 @@ def test_nothing_is_restored_for_a_requester_that_is_gone(
     request = json.dumps({"what": "resume", "pid": pid, "limit_s": 10.0}).encode()
     with closing(sockets.dial(folder, SOCKET, (folder / "token").read_bytes())) as connection:
         # Stopped, so that the end of the connection is there before the helper looks.
-        os.kill(helper, signal.SIGSTOP)
+        stop_process(helper)
         connection.send_bytes(request)
         # Half of an end, as a death is the whole of it: the answer can still be read.
         with socket.socket(fileno=os.dup(connection.fileno())) as ours:
@@ -423,7 +424,7 @@ def test_a_helper_that_is_stopped_costs_the_operation_and_another_one_takes_its_
     second.call(release)
     helper = helper_pid(namespace, runtime_root)
     assert helper is not None
-    os.kill(helper, signal.SIGSTOP)
+    stop_process(helper)
     # The copy, since it is unknown what the helper has done to it; but not the model.
     assert first.call(suspend, "a") == 0
     await_states(namespace, "a")

@@ -32,6 +32,7 @@ from counters import (
     fail_to_construct,
     fork_sleeper,
 )
+from harness import stop_process
 from patience import DEADLINE_S
 from shared_workers import (
     LAST_CLIENT_S,
@@ -463,7 +464,7 @@ def test_who_waits_for_a_server_without_files_starts_another_once_it_is_dead(
     client, newcomer = new_worker(), new_worker()
     newcomer.do(len)
     pid = client.do(acquire, "it", path)
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     remove_files(registry_for(path).path)
     newcomer.begin(acquire, "it", path)
     assert not newcomer.ours.poll(0.3)

@@ -19,7 +19,7 @@ from unittest import mock
 import psutil
 import pytest
 from containers import NOBODY, as_root, can_unshare, run_unshared
-from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, wait_until
+from harness import OWN_LEFT_OVER, NewManager, NewProcess, Process, files_in, segments_of, stop_process, wait_until
 
 from mpmm.cli import main
 from mpmm.multi_process_shared.registry import open_lock, registry_at
@@ -170,7 +170,7 @@ def leave_segment(new_process: NewProcess, root: Path, end: Callable[[Process], 
 
 def stop(process: Process) -> None:
     """Stop a process."""
-    os.kill(process.pid, signal.SIGSTOP)
+    stop_process(process.pid)
 
 
 def change_header(segment: Path, word: int, value: int) -> None:
@@ -292,7 +292,7 @@ def test_what_a_process_of_another_container_has_is_not_pruned(
     segment = Path("/dev/shm", segment_name(elsewhere, NAMESPACE))
     if version is not None:
         change_header(segment, Header.VERSION, version)
-    os.kill(member.pid, signal.SIGSTOP)
+    stop_process(member.pid)
     shutil.rmtree(elsewhere)
     script = """
     from mpmm.shared_state.prune import find_orphans

@@ -16,7 +16,7 @@ import numpy as np
 import payloads
 import psutil
 import pytest
-from harness import Process, Seat, wait_until
+from harness import Process, Seat, stop_process, wait_until
 from patience import DEADLINE_S
 from payload_store import shared_buffers
 from payloads import LARGE, LARGER_THAN_A_BUFFER, NUMBERS, TAG, acquired, assert_same
@@ -222,7 +222,7 @@ def test_a_server_that_is_killed_in_the_middle_of_a_payload_is_an_error(
     pid = spawned.pid()
     # In the middle: the receiver is stopped, and the payload is larger than what can be in transit at once.
     spawned.echo(NUMBERS)
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     raised: list[BaseException] = []
 
     def send() -> None:

@@ -13,6 +13,7 @@ import pytest
 from counters import (
     SlowToConstruct,
 )
+from harness import stop_process
 from patience import DEADLINE_S
 from shared_workers import Attachable, Client, acquire, acquire_slow, attach, is_running, shared
 from shared_workers import new_worker as new_worker  # the fixture
@@ -112,7 +113,7 @@ def test_unload_reaches_an_object_that_another_process_serves(path: str, new_wor
 
 def test_unload_kills_a_server_that_does_not_answer(path: str) -> None:
     pid = shared(path, spawn_process=True).acquire().pid()
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     assert unload("it", path=path, timeout_seconds=0.2)
     assert not is_running(pid)
 
@@ -122,7 +123,7 @@ def test_unload_does_not_kill_a_worker_that_serves_beside_other_work(
 ) -> None:
     worker = new_worker()
     pid = worker.do(acquire, "it", path, False)
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     try:
         with pytest.raises(ModelServerError, match=str(pid)):
             unload("it", path=path, timeout_seconds=0.2)

@@ -29,6 +29,7 @@ from harness import (
     problems,
     release,
     scaled,
+    stop_process,
     wait_until,
     waiting,
 )
@@ -558,7 +559,7 @@ def test_a_server_that_is_stopped_is_waited_for_only_so_long_and_that_is_no_faul
     process.call(acquire, "a", LoadsSleeper("stopped", MakesSleeper(tmp_path), spawn=True))
     process.call(release)
     server = next(member for member in read_snapshot(namespace).members if member.kind == "server")
-    os.kill(server.pid, signal.SIGSTOP)
+    stop_process(server.pid)
     assert process.call(suspend, "a") == 0
     await_states(namespace, "a")
     assert model_of(namespace, "a").unsuspendable == 0

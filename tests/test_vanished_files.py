@@ -31,6 +31,7 @@ from harness import (
     release,
     segments_of,
     shut_down,
+    stop_process,
     wait_until,
 )
 from loaders import Loads, LoadsServer
@@ -349,7 +350,7 @@ def test_a_file_that_was_put_into_the_place_of_a_members_lock_says_nothing_about
 ) -> None:
     holder, other = new_process(), new_process()
     holder.call(acquire, "a")
-    os.kill(holder.pid, signal.SIGSTOP)
+    stop_process(holder.pid)
     for path in (runtime_root / namespace).glob("m*.lock"):
         shutil.copy(path, f"{path}.copy")
         os.replace(f"{path}.copy", path)
@@ -409,7 +410,7 @@ def test_newcomers_come_to_the_one_segment_whatever_was_removed(
     _, segment, lock = members[0].call(place)
     stopped = members if who == "the newcomer heals" else []
     for member in stopped:
-        os.kill(member.pid, signal.SIGSTOP)
+        stop_process(member.pid)
     change(root_in_folder, VANISHING)
     if not stopped:
         wait_until(lambda: all_is_back(VANISHING), "all is back")
@@ -477,7 +478,7 @@ def test_a_newcomer_puts_back_what_is_removed_while_it_joins(
 
 def test_the_last_leaver_removes_what_has_moved(root_in_folder: Path, new_process: NewProcess) -> None:
     member = new_process(namespace=VANISHING)
-    os.kill(member.pid, signal.SIGSTOP)
+    stop_process(member.pid)
     shutil.rmtree(root_in_folder)
     os.kill(member.pid, signal.SIGCONT)
     member.call(shut_down)

@@ -27,7 +27,7 @@ import pytest
 import shared_workers
 from counters import Importing, Surroundings, die_in_constructor, fail_to_construct
 from forked_servers import parent_of, server_from, shared, templates_of, wait_for_template_with, zygote_of
-from harness import import_path, in_thread, open_descriptors
+from harness import import_path, in_thread, open_descriptors, stop_process
 from patience import DEADLINE_S
 from shared_workers import LAST_CLIENT_S, Client, acquire, is_running, wait_until
 
@@ -402,7 +402,7 @@ def test_a_stopped_zygote_delays_a_start_but_does_not_prevent_it(path: str, monk
     monkeypatch.setattr(forkserver_client, "_avoid_until", 0.0)
     shared(path, "first")
     pid = zygote_of(path)
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     try:
         assert parent_of(shared(path, "second").pid()) == os.getpid()
     finally:
