@@ -19,10 +19,11 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -225,6 +226,32 @@ def force_reset(seat: Seat) -> None:
 def shut_down(seat: Seat) -> None:
     """Leave the namespace."""
     seat.manager.shutdown()
+
+
+@contextlib.contextmanager
+def call_in_thread() -> Iterator[tuple[FrameType, int]]:
+    """Yield the frame of a call that lasts as long as the block, and the identifier of the thread that runs it."""
+    entered, leave = threading.Event(), threading.Event()
+    frames: list[FrameType] = []
+
+    def call() -> None:
+        frames.append(sys._getframe())
+        entered.set()
+        leave.wait()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    entered.wait()
+    try:
+        yield frames[0], thread.ident or 0
+    finally:
+        leave.set()
+        thread.join()
+
+
+def returned_frame() -> FrameType:
+    """Return the frame of a function that has returned: nothing leads on from there to its caller."""
+    return sys._getframe()
 
 
 def stop_process(pid: int) -> None:

@@ -476,14 +476,10 @@ def sweep_whole_life(
         managers.append(operate(managers[0]))
 
     def end() -> None:
-        manager = None
         for manager in managers if again else managers[1:]:
             if manager is not None:
                 manager.shutdown()
         managers.clear()
-        # A manager that is dropped, or whose `__init__` was interrupted, is part of a cycle. It leaves once collected.
-        del manager
-        gc.collect()
 
     for at, interruption in points_of(run, prepare, STEP or step, failures):
         with suppress(KeyboardInterrupt, Interrupted), interruption:
@@ -491,6 +487,8 @@ def sweep_whole_life(
         interruption.forget()
         points += bool(interruption.where)
         end()
+        # A manager that is dropped, or whose `__init__` was interrupted, is part of a cycle. It leaves once collected.
+        gc.collect()
         try:
             after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 10.0})
             with after.model("a", lambda: "handle"):

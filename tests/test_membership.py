@@ -580,6 +580,8 @@ def test_settings_that_were_changed_are_read_in_the_next_transaction_and_once(jo
 def test_a_last_member_whose_leave_an_exception_ends_keeps_nobody_out(
     namespace: str, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
+    Namespace.join(namespace).leave()
+    before = open_descriptors()
     joined = Namespace.join(namespace)
     alive = joined.runtime.file("alive.lock")
 
@@ -593,6 +595,7 @@ def test_a_last_member_whose_leave_an_exception_ends_keeps_nobody_out(
         joined.leave()
     assert joined.is_usable is False
     assert not (alive.exists() and is_locked(alive))
+    assert open_descriptors() == before
     Namespace.join(namespace).leave()
 
 

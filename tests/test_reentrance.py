@@ -12,11 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
-from harness import files_in, segments_of, wait_until
+from harness import call_in_thread, files_in, returned_frame, segments_of, wait_until
 from patience import DEADLINE_S
 
 from mpmm import ReentrantCallError
@@ -207,31 +206,15 @@ def test_shutdown_in_the_middle_of_a_transaction_waits_for_its_end(new_manager: 
 
 
 def test_a_call_whose_thread_goes_on_during_the_look_at_it_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, leave = threading.Event(), threading.Event()
-    calls: set[Operation] = set()
-
-    def call() -> None:
-        calls.add(Operation(sys._getframe()))
-        entered.set()
-        leave.wait()
-
-    def frame_that_has_returned() -> FrameType:
-        return sys._getframe()
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    entered.wait()
-    (operation,) = calls
-    stale = frame_that_has_returned()
-    looks = iter([{operation.thread: stale}])
-    # A function that the thread was in when its stack was taken, and has left since: nothing leads on from there.
-    monkeypatch.setattr(
-        "mpmm.model_manager.operations.innermost_frames", lambda threads: next(looks, None) or innermost_frames(threads)
-    )
-    try:
-        assert ended_calls(calls) == []
-    finally:
-        monkeypatch.undo()
-        leave.set()
-        thread.join()
-    assert ended_calls(calls) == [operation]
+    with call_in_thread() as (frame, thread):
+        operation = Operation(frame)
+        operation.thread = thread
+        # A function that the thread was in when its stack was taken, and has left since.
+        looks = iter([{thread: returned_frame()}])
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "mpmm.model_manager.operations.innermost_frames",
+                lambda threads: next(looks, None) or innermost_frames(threads),
+            )
+            assert ended_calls({operation}) == []
+    assert ended_calls({operation}) == [operation]

@@ -9,9 +9,9 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from types import FrameType
 
 import pytest
+from harness import call_in_thread, returned_frame
 from patience import DEADLINE_S
 
 from mpmm.interpreter import thread_frames
@@ -108,32 +108,16 @@ def test_a_look_leaves_the_collector_as_it_was(collects: bool) -> None:
 
 
 def test_a_thread_that_goes_on_during_a_look_may_be_running_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, leave = threading.Event(), threading.Event()
-    frames: list[FrameType] = []
-
-    def call() -> None:
-        frames.append(sys._getframe())
-        entered.set()
-        leave.wait()
-
-    def frame_that_has_returned() -> FrameType:
-        return sys._getframe()
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    entered.wait()
-    ident = thread.ident or 0
-    # A function that the thread was in when its stack was taken, and has left since: nothing leads on from there.
-    looks = iter([frame_that_has_returned()])
-    monkeypatch.setattr(thread_frames, "innermost_frame", lambda thread: next(looks, None) or innermost_frame(thread))
-    assert may_be_running(frames[0], ident)
-    monkeypatch.undo()
-    assert may_be_running(frames[0], ident)
-    leave.set()
-    thread.join()
-    assert not may_be_running(frames[0], ident)
+    with call_in_thread() as (frame, thread):
+        # A function that the thread was in when its stack was taken, and has left since.
+        looks = iter([returned_frame()])
+        with monkeypatch.context() as patched:
+            patched.setattr(thread_frames, "innermost_frame", lambda of: next(looks, None) or innermost_frame(of))
+            assert may_be_running(frame, thread)
+        assert may_be_running(frame, thread)
+    assert not may_be_running(frame, thread)
     assert may_be_running(sys._getframe(), threading.get_ident())
-    assert not may_be_running(frame_that_has_returned(), threading.get_ident())
+    assert not may_be_running(returned_frame(), threading.get_ident())
 
 
 def test_a_look_keeps_nothing_alive() -> None:
