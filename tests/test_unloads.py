@@ -20,6 +20,7 @@ from harness import (
     Process,
     Seat,
     acquire,
+    call_in_thread,
     copies_of,
     learn,
     problems,
@@ -31,7 +32,8 @@ from loaders import Gate, Loads, LoadsObject, LoadsServer, Weights, served
 from patience import DEADLINE_S, Stopwatch
 
 from mpmm import cli, multi_process_shared
-from mpmm.model_manager.unload import Unloads
+from mpmm.model_manager.background import Jobs
+from mpmm.model_manager.unload import Unloads, _AtIt
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -296,4 +298,37 @@ def test_what_an_exception_has_kept_from_being_unloaded_is_unloaded_all_the_same
     # The background thread does it; no thread of this process is at it any more.
     wait_until(lambda: not read_snapshot(namespace).instances, "all are unloaded")
     assert not manager._connected().unloads.is_busy
+    assert problems(namespace) == []
+
+
+def test_an_unload_that_begins_while_the_background_thread_looks_for_unfinished_ones_is_not_forgotten(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
+    with manager.model("a", Loads("a")):
+        pass
+    session = manager._connected()
+    unloads, looks = session.unloads, itertools.count()
+    # Which finds it, too, but only every `poll_interval`.
+    monkeypatch.setattr(Jobs, "look_around", lambda self: None)
+    with monkeypatch.context() as patch:
+        # Nobody unloads it before the thread below is said to.
+        patch.setattr(Unloads, "unload_in_thread", lambda self: None)
+        session.namespace.reset()
+        rows = [row for row, _ in unloads._assigned()]
+        assert len(rows) == 1
+        with call_in_thread() as (frame, thread):
+
+            def nobody_yet(self: Unloads) -> bool:
+                if next(looks) == 0:
+                    # It begins right after the look.
+                    self.may_be_left = True
+                    self._in_progress = {row: _AtIt(thread, frame) for row in rows}
+                return False
+
+            patch.setattr(Unloads, "is_busy", property(nobody_yet))
+            unloads.may_be_left = True
+            unloads.take_up_what_is_left()
+    # An exception has ended that thread's call.
+    wait_until(lambda: not read_snapshot(namespace).instances, "it is unloaded", SOON_S)
     assert problems(namespace) == []

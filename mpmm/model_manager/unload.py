@@ -164,9 +164,12 @@ class Unloads:
     def take_up_what_is_left(self) -> None:
         """Do in a thread the unloads that an exception from a signal handler has interrupted, if there are any."""
         if self.may_be_left and not self.is_busy:
-            # Cleared before the check: an unload that begins meanwhile sets it again.
+            # Cleared before the check: an unload that begins after it sets it again.
             self.may_be_left = False
-            self.unload_in_thread()
+            if self._assigned():
+                # Another thread may have begun with them since the look at who is busy, and an exception may end that.
+                self.may_be_left = True
+                self.unload_in_thread()
 
     def _unload_here(self) -> None:
         with self._reporting_trouble(), self._waiting():
