@@ -280,13 +280,16 @@ def test_what_a_task_holds_whose_loop_was_closed_goes_back_though_no_collector_c
 ) -> None:
     manager = new_manager()
 
+    held = asyncio.Event()
+
     async def holds() -> None:
         async with manager.model_async("a", Loads()):
+            held.set()
             await asyncio.Event().wait()
 
     loop = asyncio.new_event_loop()
     task = loop.create_task(holds())
-    loop.run_until_complete(until(lambda: read_snapshot(namespace).active))
+    loop.run_until_complete(held.wait())
     # As above.
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
     loop.close()
@@ -301,8 +304,11 @@ def test_what_a_task_holds_goes_back_though_its_loop_was_closed_before_it_was_dr
     manager = new_manager()
     collected = threading.Event()
 
+    held = asyncio.Event()
+
     async def holds() -> None:
         async with manager.model_async("a", Loads()):
+            held.set()
             await asyncio.Event().wait()
 
     def note(phase: str, _: object) -> None:
@@ -311,7 +317,7 @@ def test_what_a_task_holds_goes_back_though_its_loop_was_closed_before_it_was_dr
 
     loop = asyncio.new_event_loop()
     task = loop.create_task(holds())
-    loop.run_until_complete(until(lambda: read_snapshot(namespace).active))
+    loop.run_until_complete(held.wait())
     # As above.
     task._log_destroy_pending = False  # type: ignore[attr-defined]  # private to asyncio
     gc.callbacks.append(note)

@@ -494,6 +494,9 @@ def test_a_leader_sleeps_until_a_member_may_be_dead(members: list[Namespace], wh
             # Again and again, because one that does not sleep yet misses it.
             wake_one(last.tables.bell(first.slot).address)
         watcher.join(0.01)
+    if what == "closed":
+        # It may have found the folder closed first, and then Python is to look.
+        return
     assert watcher.result is (what == "a death")
 
 

@@ -569,7 +569,7 @@ def test_a_server_that_is_stopped_is_waited_for_only_so_long_and_that_is_no_faul
 def test_a_process_that_was_stopped_for_longer_than_a_suspension_may_take_does_not_blame_the_model(
     namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 1.0)
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 3.0)
     hang, process = new_gate(), new_process(suspend_budget_mb=2000.0)
     process.call(acquire, "a", MakesSleeper(tmp_path, hang=hang))
     process.call(release)
@@ -577,7 +577,7 @@ def test_a_process_that_was_stopped_for_longer_than_a_suspension_may_take_does_n
     process.send(suspend, "a")
     wait_until((tmp_path / "hangs_sleep").exists, "it goes to sleep")
     process.stop()
-    time.sleep(2.0)
+    time.sleep(4.0)
     process.resume()
     assert process.result() == 0
     await_states(namespace, "a")
