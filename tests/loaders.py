@@ -94,8 +94,9 @@ class Served:
     def outlive_by(self, seconds: float) -> None:
         """Keep this process's locks held after its death, as while the kernel frees much memory."""
         parent = os.getpid()
-        # Fork as native code does, so that no hook closes the descriptors of the locks.
-        if ctypes.CDLL(None).fork() == 0:
+        # Fork as native code does, so that no hook closes the descriptors of the locks. CDLL would give the GIL up, and
+        # if another thread had it at that moment, it would be lost in the child, which would hang.
+        if ctypes.PyDLL(None).fork() == 0:
             while os.getppid() == parent:
                 time.sleep(0.01)
             time.sleep(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,6 +28,8 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
     answers: list[T] = []
     failures: list[BaseException] = []
     answered = threading.Event()
+    # Counted from here: the process may be stopped for long between the start of the thread and the wait for it.
+    deadline = time.monotonic() + timeout_s
 
     def work() -> None:
         try:
@@ -39,7 +42,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
         start_thread(threading.Thread(target=work, name=name, daemon=True))
     except RuntimeError:  # no thread can be started: a late answer is better than none
         return ask()
-    if not answered.wait(timeout_s):
+    if not answered.wait(max(0.0, deadline - time.monotonic())):
         raise NoAnswerError(f"no answer within {timeout_s:g} s")
     if failures:
         raise failures[0]
