@@ -308,7 +308,7 @@ def test_an_unload_that_begins_while_the_background_thread_looks_for_unfinished_
     with manager.model("a", Loads("a")):
         pass
     session = manager._connected()
-    unloads, looks = session.unloads, itertools.count()
+    unloads, looks, look = session.unloads, itertools.count(), Unloads.unload_in_thread
     # Which finds it, too, but only every `poll_interval`.
     monkeypatch.setattr(Jobs, "look_around", lambda self: None)
     with monkeypatch.context() as patch:
@@ -327,6 +327,7 @@ def test_an_unload_that_begins_while_the_background_thread_looks_for_unfinished_
                 return False
 
             patch.setattr(Unloads, "is_busy", property(nobody_yet))
+            patch.setattr(Unloads, "unload_in_thread", look)
             unloads.may_be_left = True
             unloads.take_up_what_is_left()
     # An exception has ended that thread's call.

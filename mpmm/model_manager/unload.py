@@ -156,7 +156,11 @@ class Unloads:
         A waiter has to give up in time, and the background thread has other jobs, however long an unload takes: a
         model's own code may hang. Both look for the same unloads, because either may be stuck elsewhere.
         """
-        if self._has_to_unload():
+        assigned = self._assigned()
+        if assigned:
+            # Also if a thread seems to be unloading them: it may not have been seen well, or an exception may end that.
+            self.may_be_left = True
+        if any(not self.is_at(row) for row, _ in assigned):
             # If no thread can be started, the background thread's next look at the rows finds what is left.
             with contextlib.suppress(RuntimeError):
                 start_thread(threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True))
@@ -166,10 +170,7 @@ class Unloads:
         if self.may_be_left and not self.is_busy:
             # Cleared before the check: an unload that begins after it sets it again.
             self.may_be_left = False
-            if self._assigned():
-                # Another thread may have begun with them since the look at who is busy, and an exception may end that.
-                self.may_be_left = True
-                self.unload_in_thread()
+            self.unload_in_thread()
 
     def _unload_here(self) -> None:
         with self._reporting_trouble(), self._waiting():
