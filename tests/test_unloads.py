@@ -333,3 +333,27 @@ def test_an_unload_that_begins_while_the_background_thread_looks_for_unfinished_
     # An exception has ended that thread's call.
     wait_until(lambda: not read_snapshot(namespace).instances, "it is unloaded", SOON_S)
     assert problems(namespace) == []
+
+
+def test_an_unload_whose_thread_could_not_be_seen_at_the_look_after_a_ring_is_not_forgotten(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
+    with manager.model("a", Loads("a")):
+        pass
+    session, rung, is_at = manager._connected(), threading.Event(), Unloads.is_at
+    # Which finds it, too, but only every `poll_interval`.
+    monkeypatch.setattr(Jobs, "look_around", lambda self: None)
+
+    def not_seen_at_first(self: Unloads, row: int) -> bool:
+        if threading.current_thread().name.startswith("mpmm-background") and not rung.is_set():
+            rung.set()
+            return True
+        return is_at(self, row)
+
+    monkeypatch.setattr(Unloads, "is_at", not_seen_at_first)
+    session.namespace.reset()
+    # As if an exception had ended `force_reset` here.
+    wait_until(rung.is_set, "the background thread has looked", SOON_S)
+    wait_until(lambda: not read_snapshot(namespace).instances, "it is unloaded", SOON_S)
+    assert problems(namespace) == []
