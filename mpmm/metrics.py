@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpmm.errors import MpmmError
+from mpmm.interpreter.latch import Latch
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.observability.event_reader import LONGEST_PAUSE_S, EventReader
 from mpmm.observability.histograms import Histograms
@@ -64,7 +65,7 @@ class Exporter:
         # Until the thread reads the next time.
         self._pause_s = LONGEST_PAUSE_S
         self._thread: threading.Thread | None = None
-        self._closing = threading.Event()
+        self._closing = Latch()
 
     def families(self) -> list[Family]:
         """Read the namespaces; return all metrics."""
@@ -72,7 +73,7 @@ class Exporter:
             self._begin()
         with self._mutex:
             found = families(self._look())
-            if self._follow and self._thread is None and not self._closing.is_set():
+            if self._follow and self._thread is None and not self._closing.is_set:
                 self._thread = threading.Thread(target=self._run, name="mpmm-metrics", daemon=True)
                 self._thread.start()
         return found

@@ -138,8 +138,11 @@ class Tracer:
 
 
 def is_ours(frame: FrameType) -> bool:
-    """Return whether a function of the package runs in the frame."""
-    return frame.f_code.co_filename.startswith(PACKAGE)
+    """Return whether a function of the package runs in the frame, or one of `threading` that the package calls."""
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_code.co_filename == threading.__file__:
+        caller = caller.f_back
+    return caller is not None and caller.f_code.co_filename.startswith(PACKAGE)
 
 
 class Recording(Tracer):

@@ -5,6 +5,8 @@ mpmm. Within a second after each, the lock is free, no row is in use, loading or
 the invariants hold, and the same thread can continue; after an operation's last point, another process can, too. During
 all this, a process that takes the lock again and again always gets it within a second.
 
+Functions of `threading` that mpmm calls are followed as well: some of them take locks in Python.
+
 By default, the tests try every k-th point of each operation, from an offset that changes daily, some 12 000 in all.
 `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
 
@@ -54,6 +56,7 @@ from interrupt_points import sweep as sweep  # the fixture
 from patience import DEADLINE_S
 
 from mpmm import AcquireTimeoutError, NotAcquiredError
+from mpmm.memory.sampler import Sampler
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.invariants import check_invariants
@@ -542,6 +545,41 @@ def test_join_of_others(runtime_root: Path, new_process: Any) -> None:
         return len(snapshot.members) == 1 and not check_invariants(snapshot)
 
     print(sweep_whole_life(97, join, stays=is_alone), "points")
+
+
+def gets_sample_elsewhere(sampler: Sampler) -> bool:
+    """Tell whether another thread gets a sample within a second."""
+    answers: list[bool] = []
+    other = threading.Thread(target=lambda: answers.append(sampler.sample(HEALS_WITHIN_S)), daemon=True)
+    other.start()
+    other.join(2 * HEALS_WITHIN_S)
+    return answers == [True]
+
+
+def test_samples() -> None:
+    sampler = Sampler(lambda: None, "of the test")
+    failures: list[str] = []
+    points = 0
+
+    def operate() -> None:
+        sampler.sample(DEADLINE_S)
+        sampler.call(lambda: None, DEADLINE_S)
+
+    def end() -> None:
+        sampler.end()
+        wait_until(lambda: sampler._thread is None, "the thread has ended")
+
+    for prepare in (end, operate):
+        for at, interruption in points_of(operate, prepare, STEP or 1, failures):
+            with suppress(KeyboardInterrupt, Interrupted), interruption:
+                operate()
+            interruption.forget()
+            points += 1
+            if not gets_sample_elsewhere(sampler):
+                failures.append(f"{at} ({interruption.where}): another thread gets no sample")
+    sampler.end()
+    print(points, "points")
+    assert not failures, "\n".join(failures)
 
 
 def unguarded_jumps(code: CodeType) -> Iterator[int]:

@@ -9,14 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import call_in_thread, files_in, returned_frame, segments_of, wait_until
-from patience import DEADLINE_S
 
 from mpmm import ReentrantCallError
 from mpmm.interpreter.thread_frames import innermost_frames
@@ -68,38 +66,6 @@ def test_shutdown_by_signal_handler(runtime_root: Path, options: list[str]) -> N
         assert (done.stdout, done.stderr) == (f"{[0] * 10}\n", "")
         assert not segments_of(runtime_root)
         assert not files_in(runtime_root)
-
-
-def test_an_exception_at_the_end_of_a_wait_leaves_no_mutex_taken(
-    new_manager: Callable[..., ModelManager], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = new_manager()._connected()
-    enter = threading.Condition.__enter__
-
-    def raise_once_taken(condition: threading.Condition) -> bool:
-        """Do what a signal handler does that comes right behind the acquisition, which Python code makes there."""
-        taken = enter(condition)
-        if condition is worker._thread_left:
-            raise KeyboardInterrupt
-        return taken
-
-    monkeypatch.setattr(threading.Condition, "__enter__", raise_once_taken)
-    with suppress(KeyboardInterrupt), worker.waiting():
-        pass
-    free: list[bool] = []
-
-    def take() -> None:
-        free.append(worker._mutex.acquire(timeout=DEADLINE_S))
-        if free[0]:
-            worker._mutex.release()
-
-    thread = threading.Thread(target=take)
-    thread.start()
-    thread.join()
-    if not free[0]:
-        # Otherwise the manager cannot be shut down.
-        worker._mutex.release()
-    assert free == [True]
 
 
 class GivesBack:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
 import pytest
 from harness import wait_until
+from interrupt_points import Interrupted as InterruptedAtPoint
+from interrupt_points import points_of
 from patience import DEADLINE_S
 
 from mpmm.interpreter.thread_starts import start_thread
@@ -51,3 +54,25 @@ def test_a_key_error_of_something_else_is_raised(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(thread, "start", lambda: nothing["missing"])
     with pytest.raises(KeyError, match="missing"):
         start_thread(thread)
+
+
+# A thread that CPython has taken for one that failed to start says so when it ends.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_exception_at_any_bytecode_is_raised_as_it_is_and_leaves_no_thread_that_hangs() -> None:
+    threads = len(os.listdir("/proc/self/task"))
+    failures: list[str] = []
+    points = 0
+    for at, interruption in points_of(lambda: start_thread(threading.Thread(target=int)), lambda: None, 1, failures):
+        try:
+            with interruption:
+                start_thread(threading.Thread(target=int))
+        except Exception as error:
+            if not isinstance(error, InterruptedAtPoint):
+                failures.append(f"{at} ({interruption.where}): {error!r}")
+        except KeyboardInterrupt:
+            pass
+        interruption.forget()
+        points += 1
+    assert points
+    assert not failures, "\n".join(failures)
+    wait_until(lambda: len(os.listdir("/proc/self/task")) <= threads, "all threads have ended")

@@ -26,6 +26,7 @@ from typing import Protocol
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.latch import Latch
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.memory.sampler import Sampler
@@ -223,7 +224,7 @@ class GPUMonitor(_BeamAttributes):
         self._store_lock = new_lock()  # held while the sampling thread calls a store
         self._control_lock = new_lock()  # guards start, stop and bind; taken before the others
         self._thread = None
-        self._stop = threading.Event()
+        self._stop = Latch()
 
     @property
     def source(self) -> MemorySource:
@@ -299,7 +300,7 @@ class GPUMonitor(_BeamAttributes):
             if self._store is not self._local or self._thread is not None or is_accounting_only(source):
                 return
             self.refresh(timeout_s=REFRESH_TIMEOUT_S)
-            self._stop = threading.Event()
+            self._stop = Latch()
             self._thread = threading.Thread(
                 target=self._poll_loop, args=(self._stop,), name="mpmm-gpu-monitor", daemon=True
             )
@@ -431,7 +432,7 @@ class GPUMonitor(_BeamAttributes):
             self._missed_processes = False
             logger.info("%s measures single processes", source.name)
 
-    def _poll_loop(self, stop: threading.Event) -> None:
+    def _poll_loop(self, stop: Latch) -> None:
         while not stop.wait(self._poll_interval):
             # Without waiting for the sample: `_end_thread` would have to wait, too.
             self._sampler.request()

@@ -3,7 +3,7 @@
     a caller                       Sampler                               its thread
     request()                  ->  asked += 1, unless one is asked for
                                                                      ->  begun = asked, take the sample
-    sample(timeout_s)          <-  waits until ended >= asked        <-  ended = begun
+    sample(timeout_s)          <-  waits for the asked-th to end     <-  lets those go whose sample has ended
 
 Callers share samples: one that was requested and has not begun serves all calls until it begins. So there is at
 most one in progress, and the figures that a caller has waited for are never older than its call. The hand-over costs
@@ -15,12 +15,14 @@ leaves nothing behind. A forked child has no such thread, and starts its own.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from mpmm.interpreter.thread_locks import new_rlock
+from mpmm.interpreter.latch import Latch
+from mpmm.interpreter.thread_locks import new_lock, new_rlock
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.text.printable import printable_logger
 
@@ -46,10 +48,15 @@ class Sampler:
     def renew(self) -> None:
         """Start over: at the start, and in a forked child, where the thread is missing and the lock may be held."""
         # Reentrant, because a signal handler may ask for a sample while the thread that it interrupts is asking.
-        self._changed = threading.Condition(new_rlock())
+        self._mutex = new_rlock()
+        # Open if the thread is to look for work.
+        self._bell = new_lock()
+        self._bell.acquire()
         self._thread: threading.Thread | None = None
         self._jobs: deque[Callable[[], object]] = deque()
-        self._asked = self._begun = self._ended = 0
+        # The samples that callers wait for: what to set, and the number.
+        self._waiting: dict[Latch, int] = {}
+        self._asked = self._begun = 0
         self._busy_since: float | None = None
         self._ending = False
         self._failing = False
@@ -66,11 +73,16 @@ class Sampler:
 
     def sample(self, timeout_s: float) -> bool:
         """Wait up to `timeout_s` for a sample that begins after this call; return whether it has ended."""
-        number = self._request()
-        if not number:
-            return False
-        with self._changed:
-            return self._changed.wait_for(lambda: self._ended >= number, max(0.0, timeout_s))
+        ended = Latch()
+        try:
+            with self._mutex:
+                number = self._request()
+                if not number:
+                    return False
+                self._waiting[ended] = number
+            return ended.wait(timeout_s)
+        finally:
+            self._waiting.pop(ended, None)
 
     def call(self, job: Callable[[], object], timeout_s: float) -> None:
         """Have the thread call `job`, after the requested sample if there is one.
@@ -78,32 +90,33 @@ class Sampler:
         timeout_s: the longest wait for that, after which the thread still runs the job as soon as it can. The job never
         runs while a sample is being taken. If no thread can be started, the caller runs it itself.
         """
-        done = False
+        done = Latch()
 
         def work() -> None:
-            nonlocal done
             try:
                 job()
             finally:
-                done = True
+                done.set()
 
-        with self._changed:
+        with self._mutex:
             self._jobs.append(work)
-            if self._wake():
-                self._changed.wait_for(lambda: done, max(0.0, timeout_s))
-                return
-            self._jobs.remove(work)
-        job()
+            taken = self._wake()
+            if not taken:
+                self._jobs.remove(work)
+        if taken:
+            done.wait(timeout_s)
+        else:
+            job()
 
     def end(self) -> None:
         """Let the thread end when it has done its work; the next request starts another one."""
-        with self._changed:
+        with self._mutex:
             self._ending = True
-            self._changed.notify_all()
+            self._ring()
 
     def _request(self) -> int:
         """Return the number of the sample that will be the first to begin from now on, or 0 if there will be none."""
-        with self._changed:
+        with self._mutex:
             if self._asked == self._begun:
                 self._asked += 1
             # Wake the thread even for an earlier request: an exception may have come between that one and its wake-up.
@@ -112,6 +125,8 @@ class Sampler:
     def _wake(self) -> bool:
         """Have a thread look for work; return False if none can be started. Needs the lock."""
         self._ending = False
+        # Before the start, which an exception may end although the thread runs.
+        self._ring()
         if self._thread is None:
             thread = self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             try:
@@ -123,22 +138,29 @@ class Sampler:
                 # A signal handler raised it. The thread may have been started all the same: then it sets `_thread`.
                 self._thread = None
                 raise
-        self._changed.notify_all()
         return True
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it is open already
+            self._bell.release()
 
     def _has_work(self) -> bool:
         return self._asked > self._begun or bool(self._jobs)
 
     def _run(self) -> None:
-        with self._changed:
+        with self._mutex:
             if self._thread is None:
                 self._thread = threading.current_thread()
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._has_work() or self._ending, IDLE_S)
+            rung = self._bell.acquire(timeout=IDLE_S)
+            with self._mutex:
                 if self._thread is not threading.current_thread():
+                    # The bell may have been rung for the thread that has replaced this one.
+                    self._ring()
                     return
                 if not self._has_work():
+                    if rung and not self._ending:
+                        continue
                     self._thread = None
                     return
                 jobs, self._jobs = self._jobs, deque()
@@ -149,10 +171,11 @@ class Sampler:
             # Last, so that a source that is to be closed is not opened again for a sample that was requested before.
             for job in jobs:
                 self._do(job)
-            with self._changed:
+            with self._mutex:
                 self._busy_since = None
-                self._ended = self._begun
-                self._changed.notify_all()
+                for ended, number in list(self._waiting.items()):
+                    if number <= self._begun:
+                        ended.set()
 
     def _do(self, work: Callable[[], object]) -> None:
         try:

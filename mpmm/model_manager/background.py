@@ -18,6 +18,7 @@ from collections.abc import Callable, Sized
 from functools import partial
 
 from mpmm.errors import ClosedError, LockTimeoutError
+from mpmm.interpreter.latch import Latch
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.model_manager.deferred import DeferredChanges
 from mpmm.model_manager.doorbell import Doorbell
@@ -30,7 +31,7 @@ from mpmm.shared_state.namespace import Namespace
 from mpmm.suspend.helper import reap_ended_helpers
 from mpmm.text.printable import printable_logger
 
-__all__ = ["REPEAT_S", "BackgroundThread", "Jobs"]
+__all__ = ["BackgroundThread", "Jobs"]
 
 _LOG = printable_logger("mpmm")
 # While calls are in progress and awake, how often the thread looks for calls that an exception has ended; it takes two
@@ -149,7 +150,7 @@ class BackgroundThread:
         self._doorbell = doorbell
         self._jobs = jobs
         self._leader = jobs.leader
-        self._stopping = threading.Event()
+        self._stopping = Latch()
         self._thread: threading.Thread | None = None
         self._failing = False
         self.dozing = False
@@ -181,8 +182,11 @@ class BackgroundThread:
         self._doorbell.ring()
 
     def _run(self) -> None:
+        # `stop` takes a thread whose start was interrupted for ended, but it may begin later.
+        if self._stopping.is_set:
+            return
         due = time.monotonic() + self._leader.interval()
-        while not self._stopping.is_set():
+        while not self._stopping.is_set:
             try:
                 due = self._round(due)
                 self._failing = False

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from mpmm.interpreter.latch import Latch
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.model_manager.fresh_figures import FreshFigures
 from mpmm.shared_state.namespace import Namespace
@@ -44,7 +45,7 @@ class ReturnWatch:
         self._until = 0.0
         self._thread: threading.Thread | None = None
         # Set when the process leaves the namespace.
-        self.ended = threading.Event()
+        self.ended = Latch()
 
     def begin(self) -> None:
         """Watch from now on, if there is anything to watch for. Takes no lock, and does not wait.

@@ -31,7 +31,7 @@ from mpmm.memory.estimates_file import NamespaceEstimates
 from mpmm.memory.monitor import GPUMonitor
 from mpmm.memory.samples import SharedSamples
 from mpmm.memory.shared_estimator import SharedResourceEstimator
-from mpmm.model_manager.background import REPEAT_S, BackgroundThread, Jobs
+from mpmm.model_manager.background import BackgroundThread, Jobs
 from mpmm.model_manager.deferred import DeferredChanges
 from mpmm.model_manager.doorbell import Doorbell
 from mpmm.model_manager.fresh_figures import FreshFigures
@@ -57,6 +57,7 @@ __all__ = ["Session"]
 
 # How long to wait for waiters that are sent away; each needs the lock once, to leave the queue.
 WAITERS_LEAVE_TIMEOUT_S = 5.0
+WAITERS_LOOK_S = 0.002
 # How long to wait for calls of other threads, which take microseconds unless they load.
 CALLS_END_TIMEOUT_S = 0.5
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -66,16 +67,8 @@ _inherited: list[Session] = []
 class _Waiting(contextlib.AbstractContextManager[None]):
     """Counts a call among those that wait."""
 
-    def __init__(
-        self,
-        waiting: set[Operation],
-        mutex: contextlib.AbstractContextManager[object],
-        left: threading.Condition,
-        call: Operation,
-    ) -> None:
+    def __init__(self, waiting: set[Operation], call: Operation) -> None:
         self._waiting = waiting
-        self._mutex = mutex
-        self._left = left
         self._call = call
 
     def __enter__(self) -> None:
@@ -84,10 +77,6 @@ class _Waiting(contextlib.AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         self._waiting.discard(self._call)
         self._call.frame = None
-        # Not `with self._left`, which runs Python: an exception from a signal handler in it would leave the mutex taken
-        # for ever, and the process could not exit while a thread waits for it.
-        with self._mutex:
-            self._left.notify_all()
 
 
 class Session:
@@ -118,7 +107,6 @@ class Session:
         self._mutex = new_rlock()
         # Threads in the queue; `close` sends them away before the segment is unmapped under them.
         self._waiting: set[Operation] = set()
-        self._thread_left = threading.Condition(self._mutex)
         self.closing = False
         # The call that closes, and whether it has been completed.
         self._closer = Operation(None)
@@ -276,7 +264,7 @@ class Session:
         in_block: an exception that leaves the block's function also ends it. Else `__exit__` is sure to be called.
         """
         call = Operation(sys._getframe(1) if in_block else None)
-        return _Waiting(self._waiting, self._mutex, self._thread_left, call)
+        return _Waiting(self._waiting, call)
 
     def _waits(self, calls: set[Operation]) -> bool:
         """Tell whether another thread still runs one of these calls."""
@@ -300,9 +288,8 @@ class Session:
         while self._waits(self._waiting) and time.monotonic() < deadline:
             for row in tables.rows_where(namespace.segment.layout.tickets, Ticket.MEMBER, namespace.reference):
                 namespace.reads.queue.signal(row).wake()
-            with self._mutex:
-                # Repeated, because a thread that does not sleep yet misses the wake-up.
-                self._thread_left.wait(REPEAT_S)
+            # Repeated, because a thread that does not sleep yet misses the wake-up.
+            time.sleep(WAITERS_LOOK_S)
         # Calls that do not wait are about to end, unless a loader runs.
         deadline = time.monotonic() + CALLS_END_TIMEOUT_S
         while self._waits({call for call in list(self.operations) if call.frame}) and time.monotonic() < deadline:

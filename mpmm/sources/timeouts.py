@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from mpmm.interpreter.latch import Latch
 from mpmm.interpreter.thread_starts import start_thread
 
 __all__ = ["NoAnswerError", "answer_within"]
@@ -27,7 +28,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
     """
     answers: list[T] = []
     failures: list[BaseException] = []
-    answered = threading.Event()
+    answered = Latch()
     # Counted from here: the process may be stopped for long between the start of the thread and the wait for it.
     deadline = time.monotonic() + timeout_s
 
@@ -42,7 +43,7 @@ def answer_within(ask: Callable[[], T], timeout_s: float, name: str) -> T:
         start_thread(threading.Thread(target=work, name=name, daemon=True))
     except RuntimeError:  # no thread can be started: a late answer is better than none
         return ask()
-    if not answered.wait(max(0.0, deadline - time.monotonic())):
+    if not answered.wait(deadline - time.monotonic()):
         raise NoAnswerError(f"no answer within {timeout_s:g} s")
     if failures:
         raise failures[0]

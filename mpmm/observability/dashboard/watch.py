@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpmm.errors import MpmmError
+from mpmm.interpreter.latch import Latch
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.observability.dashboard.history import Recorder
 from mpmm.shared_state.runtime_dir import default_root
@@ -40,7 +41,7 @@ class Watcher:
         self._ended: dict[str, float] = {}
         # Why the thread's last look failed, if it did.
         self._trouble: str | None = None
-        self._closing = threading.Event()
+        self._closing = Latch()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
