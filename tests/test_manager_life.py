@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from harness import (
     NewProcess,
     Seat,
     acquire,
+    copies_of,
     files_in,
     import_path,
     in_thread,
@@ -438,3 +440,22 @@ def test_a_request_that_has_to_join_first_keeps_to_its_own_time(runtime_root: Pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stderr
     assert not (runtime_root / "life").exists()
+
+
+def test_a_model_whose_block_was_collected_is_freed_once_it_is_unloaded(
+    new_manager: NewManager,
+) -> None:
+    manager = new_manager()
+    models: weakref.WeakSet[Weights] = weakref.WeakSet()
+
+    def load() -> Weights:
+        model = Weights()
+        models.add(model)
+        return model
+
+    # Not a `with` statement, so that the block is collected.
+    manager.model("a", load).__enter__()
+    wait_until(lambda: copies_of(manager.namespace, "a")[0].state == "idle", "the copy is given back")
+    assert len(models) == 1
+    manager.unload("a")
+    wait_until(lambda: not models, "the model is freed")

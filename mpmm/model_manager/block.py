@@ -51,7 +51,7 @@ class Block(AbstractContextManager[Any]):
         operation = session.begin(sys._getframe())
         try:
             value = acquire(attachment, session, operation, tag, loader, self._options, began)
-            session.thread.blocks.append(operation)
+            session.thread.enter(operation)
         except BaseException:
             session.abandon(operation)
             raise
@@ -81,9 +81,7 @@ class Block(AbstractContextManager[Any]):
 
     def _leave(self, session: Session, operation: Operation, error: BaseException | None) -> None:
         tag, held = self._tag, operation.held
-        # A block may be ended by another thread.
-        with suppress(ValueError):
-            session.thread.blocks.remove(operation)
+        session.thread.leave(operation)
         # A child that was forked inside the block leaves it here, too, but its parent holds the instance.
         if held is None or session.namespace.is_inherited:
             return

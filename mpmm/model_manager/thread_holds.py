@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence, Set
+from contextlib import suppress
 
 from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.operations import Operation
@@ -24,7 +26,8 @@ _OWN_THREADS = (
 class ThreadHolds(threading.local):
     """The instances that the calling thread holds or loads in one namespace; each thread sees its own.
 
-    blocks: the operations of its `with manager.model(...)` blocks, innermost last. loads: row and generation of what
+    blocks: the operations of its `with manager.model(...)` blocks, innermost last; weakly, because a block that another
+    thread ends, or an exception, is not taken off. loads: row and generation of what
     the loaders that it runs are loading. alone: what it has loaded to run alone, in a block or not.
     """
 
@@ -33,9 +36,20 @@ class ThreadHolds(threading.local):
         self._namespace = namespace
         self._held = held
         self._operations = operations
-        self.blocks: list[Operation] = []
+        self.blocks: list[weakref.ref[Operation]] = []
         self.loads: list[tuple[int, int]] = []
         self.alone: tuple[int, int] | None = None
+
+    def enter(self, block: Operation) -> None:
+        """Note that the calling thread enters a block."""
+        if self.blocks:
+            self.blocks = [reference for reference in self.blocks if reference() is not None]
+        self.blocks.append(weakref.ref(block))
+
+    def leave(self, block: Operation) -> None:
+        """Note that the calling thread leaves a block, which another thread may have entered."""
+        with suppress(ValueError):
+            self.blocks.remove(weakref.ref(block))
 
     def rows(self) -> tuple[list[int], list[int]]:
         """Return the rows that the calling thread holds in blocks or is loading, and the row that it has run alone.
@@ -51,7 +65,8 @@ class ThreadHolds(threading.local):
             for row, generation in self.loads
             if instances[row].state == Instance.LOADING and instances[row].generation == generation
         ]
-        copies = [block.held[0] for block in self.blocks if block.held is not None and block in self._operations]
+        blocks = [block for reference in self.blocks if (block := reference()) is not None]
+        copies = [block.held[0] for block in blocks if block.held is not None and block in self._operations]
         firm += [copy.row for copy in copies if self._held.is_held(copy)]
         alone = []
         if self.alone is not None:
