@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ from mpmm.policy import eviction
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot import find_namespaces, read_snapshot
+
+TOLD_NOTHING = JoinsWith.checked(None, "booked", None, None, None, verbose_logging=False)
+
 
 # ---- copies of the manager: pickled, forked, several ---------------------------------------------------------
 
@@ -372,8 +376,7 @@ def test_a_join_that_is_too_late_is_given_up_in_time_though_others_have_the_lock
 
     with monkeypatch.context() as patched:
         patched.setattr(Session, "start", start_too_late)
-        told = JoinsWith.checked(None, "booked", None, None, None, verbose_logging=False)
-        attachment = Attachment(runtime_root, namespace, Settings(), told)
+        attachment = Attachment(runtime_root, namespace, Settings(), TOLD_NOTHING)
         joining, outcome = in_thread(lambda: attachment.connected(0.2))
         joining.join(DEADLINE_S)
         in_time = not joining.is_alive()
@@ -459,3 +462,41 @@ def test_a_model_whose_block_was_collected_is_freed_once_it_is_unloaded(
     assert len(models) == 1
     manager.unload("a")
     wait_until(lambda: not models, "the model is freed")
+
+
+def test_shutdown_does_not_unload_again_what_a_late_thread_unloads(new_manager: NewManager) -> None:
+    manager = new_manager()
+    owned, unloaded = manager._connected().owned, list[str]()
+
+    class Model:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def unload_model(self) -> None:
+            unloaded.append(self.name)
+            # What a thread does first that unloads them meanwhile.
+            for copy in owned.all():
+                owned.forget(copy.row, copy.generation)
+
+    for tag in "ab":
+        with manager.model(tag, partial(Model, tag)):
+            pass
+    manager.shutdown()
+    assert len(unloaded) == 1
+
+
+def test_a_shutdown_while_another_thread_joins_is_not_lost(
+    namespace: str, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, attachment = Session.start, Attachment(runtime_root, namespace, Settings(), TOLD_NOTHING)
+
+    def start_as_it_is_shut_down(session: Session) -> None:
+        start(session)
+        thread, _ = in_thread(attachment.shutdown)
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+
+    monkeypatch.setattr(Session, "start", start_as_it_is_shut_down)
+    with pytest.raises(ClosedError):
+        attachment.connected()
+    assert not find_namespaces()

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -356,4 +357,43 @@ def test_an_unload_whose_thread_could_not_be_seen_at_the_look_after_a_ring_is_no
     # As if an exception had ended `force_reset` here.
     wait_until(rung.is_set, "the background thread has looked", SOON_S)
     wait_until(lambda: not read_snapshot(namespace).instances, "it is unloaded", SOON_S)
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_objects_are_unloaded_one_after_another_unless_one_hangs(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    # The policy's own look after unloads finds them, too, but only every `poll_interval`.
+    manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
+    began, go, at_once, most = threading.Event(), threading.Event(), list[str](), list[int]()
+
+    class Model:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def unload_model(self) -> None:
+            at_once.append(self.name)
+            most.append(len(at_once))
+            began.set()
+            if len(most) == 1:
+                go.wait()
+            at_once.remove(self.name)
+
+    for tag in "abc":
+        with manager.model(tag, partial(Model, tag)):
+            pass
+    if hangs:
+        monkeypatch.setattr("mpmm.model_manager.unload.ENDS_WITHIN_S", 0.0)
+    unloads = manager._connected().unloads
+    manager._connected().namespace.reset()
+    assert began.wait(DEADLINE_S)
+    for _ in range(3):
+        # As at each look.
+        unloads._unload_here()
+    if hangs:
+        assert len(copies_of(namespace, "a") + copies_of(namespace, "b") + copies_of(namespace, "c")) == 1
+    go.set()
+    wait_until(lambda: not read_snapshot(namespace).instances, "all are unloaded", SOON_S)
+    assert sorted(most) == ([1, 2, 2] if hangs else [1, 1, 1])
     assert problems(namespace) == []

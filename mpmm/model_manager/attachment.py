@@ -171,12 +171,20 @@ class Attachment:
 
     def _joined(self, timeout_s: float | None) -> Session:
         """See `connected`; for a manager that has no session, or none that it can use."""
-        if self.closed:
-            raise ClosedError("the model manager was shut down")
+        self._expect_open()
         timeout_s = LIFECYCLE_TIMEOUT_S if timeout_s is None else min(max(NOW_S, timeout_s), LIFECYCLE_TIMEOUT_S)
         deadline = time.monotonic() + timeout_s
         with InTime(_guard, timeout_s, functools.partial(self._too_late, timeout_s)):
-            return self._joined_locked(deadline)
+            session = self._joined_locked(deadline)
+        if self.closed:
+            # By another thread, or a signal handler, that may have found no session to close.
+            self.shutdown()
+            self._expect_open()
+        return session
+
+    def _expect_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the model manager was shut down")
 
     def _too_late(self, timeout_s: float) -> LockTimeoutError:
         return LockTimeoutError(

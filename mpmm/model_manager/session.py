@@ -186,7 +186,9 @@ class Session:
         objects = self.owned.all()
         trouble: BaseException | None = None
         for copy in objects:
-            self.owned.forget(copy.row, copy.generation)
+            if self.owned.forget(copy.row, copy.generation) is None:
+                # A thread that is late unloads it.
+                continue
             try:
                 unload_object(copy.value)
             except BaseException as error:

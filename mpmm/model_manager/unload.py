@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -70,10 +70,11 @@ class _Task:
 
 @dataclass(frozen=True, eq=False)
 class _AtIt:
-    """Where a thread unloads a copy. An exception may end that at any moment while the thread lives on."""
+    """Where a thread unloads a copy, and since when. An exception may end that while the thread lives on."""
 
     thread: int
     frame: FrameType
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def is_there(self) -> bool:
@@ -223,21 +224,28 @@ class Unloads:
     def _unload_what_is_left(self) -> None:
         """Unload the copies that this process has to and that none of its threads unloads.
 
-        Handles are unloaded several at a time, so that a server that does not end holds up no other; objects one after
-        another, because their unload methods may not be thread-safe.
+        Handles are unloaded several at a time, so that a server that does not end holds up no other. Objects are
+        unloaded one after another, because their unload methods may not be thread-safe; but one that takes longer than
+        `ENDS_WITHIN_S` may hang, and holds up the others no longer.
         """
         tables = self._namespace.tables
         while self._has_to_unload():
             with self._namespace.transaction():
                 found = [one for one in self._assigned() if not self.is_at(one[0])]
                 handles = [one for one in found if tables.instances[one[0]].owner is None]
-                objects = [one for one in found if one not in handles]
+                objects = [] if self._is_at_an_object() else [one for one in found if one not in handles]
                 mine = [*handles[: UNLOADS_AT_A_TIME - 1], *objects[:1]] or handles[:1]
                 # The lock guards `_in_progress`, too, because several threads unload at the same time.
                 self.begin((row for row, _ in mine), sys._getframe())
             if not mine:
                 return
             self._unload_all(mine)
+
+    def _is_at_an_object(self) -> bool:
+        """Tell whether a thread of this process unloads an object now, and is not late. Needs the lock."""
+        instances, late = self._namespace.tables.instances, time.monotonic() - ENDS_WITHIN_S
+        at_it = [one for row, one in list(self._in_progress.items()) if instances[row].owner is not None]
+        return any(one.since > late and one.is_there for one in at_it)
 
     def _unload_all(self, copies: Sequence[tuple[int, int]]) -> None:
         """Unload these copies (row, generation), each in a thread of its own, except the last.
@@ -259,6 +267,9 @@ class Unloads:
             self._unload(*last)
         finally:
             self.end(last[0])
+        if threads:
+            # Objects are not held up by the servers that this thread waits for.
+            self.unload_in_thread()
         for thread in threads:
             thread.join()
 
