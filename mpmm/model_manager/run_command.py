@@ -34,11 +34,13 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from mpmm.interpreter.thread_starts import kept_from_new_threads
 from mpmm.memory.placement import with_share
-from mpmm.model_manager.lease import Lease
-from mpmm.model_manager.manager import ModelManager
-from mpmm.model_manager.waits import say_at_terminal
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.lease import Lease
 
 __all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
 
@@ -52,6 +54,8 @@ _PASSED_ON = frozenset((*_ENDING, signal.SIGUSR1, signal.SIGUSR2))
 _FROM_KEYS = (signal.SIGINT, signal.SIGQUIT)
 _WATCHED = _PASSED_ON | {signal.SIGCHLD}
 _PR_SET_PDEATHSIG = 1
+# How often this process looks whether its program has ended, should another thread have taken the signal that says so.
+_LOOK_S = 1.0
 
 
 def run_on_lease(
@@ -80,9 +84,13 @@ def run_on_lease(
     # when the program ends.
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
+        # Imported here, because NumPy's libraries start threads, too.
+        from mpmm.model_manager.manager import ModelManager
+        from mpmm.model_manager.waits import say_at_terminal
+
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
             say_at_terminal(manager, says)
-            with _ended_by_signals(mask):
+            with _ended_by_signals(mask), kept_from_new_threads(_WATCHED):
                 lease = manager.reserve(
                     mb, name=name, timeout_seconds=wait_seconds, priority=priority, steady=steady_seconds > 0
                 )
@@ -126,7 +134,7 @@ def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
     lease.used_by(program.pid)
     while (status := program.poll()) is None:
         received, from_key = _next_signal()
-        if received != signal.SIGCHLD and not from_key:
+        if received not in (None, signal.SIGCHLD) and not from_key:
             program.send_signal(received)
     return status if status >= 0 else EXIT_BY_SIGNAL - status
 
@@ -147,10 +155,15 @@ def _prepare_child(parent: int, mask: Collection[int]) -> Callable[[], None]:
     return prepare
 
 
-def _next_signal() -> tuple[int, bool]:
-    """Wait for one of the watched signals; return it, and whether a key caused it, so that the whole group got it."""
+def _next_signal() -> tuple[int | None, bool]:
+    """Wait for one of the watched signals; return it, and whether a key caused it, so that the whole group got it.
+
+    On Linux, return None after `_LOOK_S`: a thread of a library or driver may have taken the signal.
+    """
     if sys.platform == "linux":
-        info = signal.sigwaitinfo(_WATCHED)
+        info = signal.sigtimedwait(_WATCHED, _LOOK_S)
+        if info is None:
+            return None, False
         # Above 0 it is from the kernel. The kernel also sends the SIGHUP of a lost terminal, but not to both of us.
         return info.si_signo, info.si_code > 0 and info.si_signo in _FROM_KEYS
     return signal.sigwait(_WATCHED), False
