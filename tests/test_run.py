@@ -142,6 +142,23 @@ def test_a_child_that_outlives_the_killed_program_keeps_the_lease(
     assert leases(namespace) == []
 
 
+def test_a_child_that_was_started_without_the_programs_descriptors_lives_on_without_the_lease(
+    namespace: str, new_manager: NewManager, start: Start, new_gate: NewGate
+) -> None:
+    manager = new_manager()
+    began, go, ended = new_gate(), new_gate(), new_gate()
+    child = f"printf 1 > {began._path}; head -c 1 {go._path}; printf 1 > {ended._path}"
+    program = f"import subprocess; subprocess.run(['sh', '-c', {child!r}])"
+    run = start(900, sys.executable, "-c", program)
+    began.wait()
+    run.kill()
+    with manager.reserve(900, timeout_seconds=DEADLINE_S):
+        # As `mpmm run --help` says.
+        assert not ended.is_open()
+        go.open()
+        ended.wait()
+
+
 @pytest.mark.parametrize(
     ("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 128 + signal.SIGTERM), ("kill -9 $$", 137)]
 )

@@ -8,13 +8,17 @@ environment also says which share of the memory it has, see `Lease.environment`,
 
 This process waits its turn, stays in the namespace as long as the program runs, and ends as the program does.
 
-Whichever of the two is killed, the lease lasts exactly as long as the program:
+Whichever of the two is killed, the lease lasts as long as the program:
 
-- The program ends or dies: this process gives the lease back and leaves.
+- The program ends or dies: this process gives the lease back and leaves. Child processes that the program leaves behind
+  are no longer counted.
 - This process dies, by `kill -9` say: the kernel kills the program as well (Linux: PR_SET_PDEATHSIG), and the other
-  members take the lease back once the program is gone. The kernel may not support that, the program may take its time
-  to die, or it may leave children behind. But all of these have inherited the descriptor of the lock that tells other
-  members that this one is alive, so no process is given memory that is still in use.
+  members take the lease back once the program is gone. The kernel may not support that, the program may have changed
+  its user or taken its time to die, or left children behind. A process that has inherited the descriptor of the lock
+  that tells other members that this one is alive keeps the lease. But a program that closes descriptors when it starts
+  a child, as Python's `subprocess` does by default, starts one that does not: that child lives on, and the memory that
+  it takes is given to others, because no process is left that could kill it. Memory sources that measure see it as
+  memory of an unrelated program.
 
 This process passes on signals that are sent to it. Signals from keys, which a terminal sends to the whole group, reach
 the program directly. While this process waits for its turn, a signal ends it as usual. On a terminal it prints what it
