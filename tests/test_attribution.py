@@ -35,11 +35,12 @@ from harness import (
 )
 from loaders import Loads, LoadsObject, LoadsServer, MakesServed, Weights
 
-from mpmm import InvalidArgumentError, ModelManager
+from mpmm import InvalidArgumentError, ModelManager, ModelServerError
 from mpmm.model_manager.session import Session
+from mpmm.multi_process_shared import stop_server
 from mpmm.policy.suspension import Way
 from mpmm.policy.view import Reason
-from mpmm.shared_state.layout import Header
+from mpmm.shared_state.layout import Header, Member
 from mpmm.shared_state.liveness import is_member_here
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
@@ -264,6 +265,29 @@ def test_a_copy_that_was_suspended_while_a_sample_was_taken_has_nothing_for_cert
         state.transitions.suspensions.drop(t, row, state.slot)
     session.unloads.unload_assigned()
     assert problems(namespace) == []
+
+
+def test_an_unload_kills_no_process_that_has_the_number_of_a_server_in_another_container(
+    new_manager: NewManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = OneContainer(tmp_path / "device", 1000, "one")
+    session, row, pid = load_idle(new_manager(memory_source=source, poll_interval=3600), source)
+    state, tables = session.namespace, session.namespace.tables
+    server = tables.instances[row].server
+    assert server is not None
+    monkeypatch.setattr(stop_server, "KILL_TIMEOUT_S", 0.1)
+    with subprocess.Popen(["sleep", "60"]) as unrelated:
+        try:
+            with state.transaction() as t:
+                t.set(Header.PID_NAMESPACE, 0)
+                t.set(tables.member(server) + Member.PID, unrelated.pid)
+            with pytest.raises(ModelServerError, match="runs in another pid namespace"):
+                session.unloads._unload_handle("a", server, unrelated.pid)
+            assert unrelated.poll() is None
+        finally:
+            unrelated.kill()
+            with state.transaction() as t:
+                t.set(tables.member(server) + Member.PID, pid)
 
 
 IN_A_CONTAINER = """

@@ -36,9 +36,11 @@ from harness import (
 from loaders import Loads, LoadsServer, MakesServed, served
 from sleepers import pretend_load_s
 
+from mpmm.errors import ModelServerError
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.policy.suspension import Unsuspendable
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.suspend import helper
 from mpmm.suspend.driver import OUT_OF_MEMORY, CheckpointDriver, DriverError, State, driver_branch
 from mpmm.suspend.helper import LOCK, SOCKET, TRIES, ask_helper
 from mpmm.suspend.suspender import DYING_S
@@ -444,6 +446,20 @@ def test_who_asks_a_helper_too_late_asks_for_nothing(
     # By now the server may have been ended, and its pid be another's.
     with pytest.raises(TimeoutError, match="no helper could be asked within"):
         ask_helper(folder, "suspend", pid, 0.0, "a")
+    assert gpus.checkpoints.state_of(pid) == RUNNING
+
+
+def test_a_helper_touches_no_process_whose_number_is_one_of_another_container(
+    namespace: str,
+    gpus: SimulatedGpus,
+    two: tuple[Process, Process],
+    runtime_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pid, folder = load(two[0], gpus, "a"), runtime_root / namespace
+    monkeypatch.setattr(helper, "pid_namespace", lambda: 1)
+    with pytest.raises(ModelServerError, match="the helper is in another pid namespace"):
+        ask_helper(folder, "suspend", pid, LONG_S, "a")
     assert gpus.checkpoints.state_of(pid) == RUNNING
 
 

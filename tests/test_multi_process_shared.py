@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import importlib.util
 import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import shutil
 import signal
@@ -54,6 +56,7 @@ from mpmm.errors import (
     InvalidArgumentError,
     ModelServerError,
     ServerStartError,
+    SharedObjectReleasedError,
 )
 from mpmm.multi_process_shared import MultiProcessShared, server_pid, unload
 from mpmm.multi_process_shared.client import ServerLink
@@ -608,3 +611,33 @@ def test_a_proxy_answers_for_itself_what_protocols_probe_for(proxy: Any) -> None
 def test_a_package_lists_what_it_has_to_offer(name: str) -> None:
     package = importlib.import_module(name)
     assert {*package.__all__, "__name__", "__doc__"} <= {*dir(package)}
+
+
+@pytest.mark.parametrize("always_proxy", [False, True])
+def test_a_block_releases_what_it_acquires_and_a_collected_proxy_releases_nothing(
+    path: str, always_proxy: bool
+) -> None:
+    made: list[int] = []
+
+    def make() -> pathlib.PurePath:
+        made.append(len(made))
+        return pathlib.PurePath("a")
+
+    shared = MultiProcessShared(make, "it", path=path, always_proxy=always_proxy)
+    with shared.using() as proxy:
+        assert proxy.as_posix() == "a"
+    with pytest.raises(SharedObjectReleasedError):
+        proxy.as_posix()
+    # It was the last user, also where the block fails.
+    with pytest.raises(ZeroDivisionError), shared.using():
+        assert len(made) == 2
+        raise ZeroDivisionError
+    # As in Beam, where a loader relies on it.
+    shared.acquire()
+    gc.collect()
+    for _ in range(3):
+        with shared.using():
+            assert len(made) == 3
+    host = find_host(registry_for(path), "it")
+    assert host is not None and len(host._users) == 1
+    host.hard_delete()

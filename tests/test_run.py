@@ -142,6 +142,23 @@ def test_a_child_that_outlives_the_killed_program_keeps_the_lease(
     assert leases(namespace) == []
 
 
+def test_a_child_that_was_started_without_the_programs_descriptors_lives_on_without_the_lease(
+    namespace: str, new_manager: NewManager, start: Start, new_gate: NewGate
+) -> None:
+    manager = new_manager()
+    began, go, ended = new_gate(), new_gate(), new_gate()
+    child = f"printf 1 > {began._path}; head -c 1 {go._path}; printf 1 > {ended._path}"
+    program = f"import subprocess; subprocess.run(['sh', '-c', {child!r}])"
+    run = start(900, sys.executable, "-c", program)
+    began.wait()
+    run.kill()
+    with manager.reserve(900, timeout_seconds=DEADLINE_S):
+        # As `mpmm run --help` says.
+        assert not ended.is_open()
+        go.open()
+        ended.wait()
+
+
 @pytest.mark.parametrize(
     ("script", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 128 + signal.SIGTERM), ("kill -9 $$", 137)]
 )
@@ -200,6 +217,80 @@ def test_a_signal_ends_the_wait_and_takes_it_out_of_the_queue(
         assert run.wait(DEADLINE_S) == 128 + number
         snapshot = read_snapshot(namespace)
         assert (snapshot.tickets, len(snapshot.members)) == ((), 1)
+
+
+def run_patched(namespace: str, patches: str, *program: str) -> subprocess.CompletedProcess[str]:
+    """Do what `mpmm run` does, in a process whose script first patches what `run_on_lease` uses."""
+    imports = """
+import os, signal, subprocess, sys, threading
+from mpmm.interpreter.thread_starts import start_thread
+from mpmm.model_manager import run_command
+"""
+    where = f"name='it', namespace={namespace!r}, root=None, wait_seconds={DEADLINE_S}"
+    script = f"{imports}{patches}\nsys.exit(run_command.run_on_lease({program!r}, 10.0, {where}))"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=DEADLINE_S)
+
+
+# Told to end just before its program starts.
+TOLD_TO_END = """
+popen = subprocess.Popen
+
+def be_told_to_end_and_start(command, **options):
+    if command[0] == "sh":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return popen(command, **options)
+
+subprocess.Popen = be_told_to_end_and_start
+"""
+# As threads of mpmm are started during the wait for the lease.
+STARTS_A_THREAD = """
+from mpmm.model_manager.manager import ModelManager
+
+reserve = ModelManager.reserve
+
+def start_a_thread_and_reserve(*arguments, **options):
+    start_thread(threading.Thread(target=threading.Event().wait, daemon=True))
+    return reserve(*arguments, **options)
+
+ModelManager.reserve = start_a_thread_and_reserve
+"""
+
+
+@pytest.mark.usefixtures("start")
+@pytest.mark.parametrize("threads", ["of mpmm", "of libraries"])
+def test_a_signal_reaches_the_program_and_no_thread_takes_it(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    new_manager()
+    patches = TOLD_TO_END
+    if threads == "of mpmm":
+        patches += STARTS_A_THREAD
+        # NumPy, which this script imports too early, starts none.
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    done = run_patched(namespace, patches, "sh", "-c", "while :; do sleep 0.01; done")
+    assert done.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.usefixtures("start")
+def test_a_program_that_ends_unnoticed_because_a_thread_has_taken_the_signal_is_seen_soon(
+    namespace: str, new_manager: NewManager
+) -> None:
+    new_manager()
+    patches = """
+class Popen(subprocess.Popen):
+    has_ended = False
+
+    def poll(self):
+        if self.has_ended:
+            return super().poll()
+        # It ends just after this look, and a thread takes the signal that says so.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        signal.sigwait({signal.SIGCHLD})
+        self.has_ended = True
+
+subprocess.Popen = Popen
+"""
+    assert run_patched(namespace, patches, "sh", "-c", "exit 7").returncode == 7
 
 
 def test_memory_that_is_not_to_be_had_is_said_and_nothing_runs(

@@ -43,6 +43,7 @@ from mpmm.multi_process_shared.server_process import (
     _Server,
     _Signals,
 )
+from mpmm.shared_state.liveness import pid_namespace
 from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.runtime_dir import SERVERS_LOG
 
@@ -1269,8 +1270,27 @@ def test_a_process_is_killed_until_it_is_not_the_one_that_is_meant(monkeypatch: 
         stop_server.kill_process(17, lambda: True, "it")
     assert (caught.value.server_pid, caught.value.tag) == (17, "it")
     assert now[0] - began == pytest.approx(stop_server.KILL_TIMEOUT_S, abs=0.03)
-    monkeypatch.setattr(stop_server, "KILL_TIMEOUT_S", 0.0)
     sent.clear()
+    with pytest.raises(ModelServerError, match="still there and runs in another pid namespace"):
+        stop_server.kill_process(17, lambda: True, "it", lambda: False)
+    assert sent == []
+    monkeypatch.setattr(stop_server, "KILL_TIMEOUT_S", 0.0)
     with pytest.raises(ModelServerError):
         stop_server.kill_process(17, lambda: True, "it")
     assert sent == []
+
+
+def test_a_server_of_another_container_is_sent_no_signal_and_counts_as_running_while_it_has_its_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
+    # The process that has its number here even started in the same tick of the clock.
+    started = start_time_of(os.getpid()) or 0.0
+    for pids_of, is_here in ((0, True), (pid_namespace(), True), (pid_namespace() + 1, False)):
+        record = replace(RECORD, start_time=started, pids_of=pids_of)
+        registry: Any = SimpleNamespace(look=lambda tag, record=record: (True, record))
+        assert record.is_running() and record.has_ended() is not is_here
+        sent.clear()
+        stop_server._signal(registry, record, signal.SIGKILL)
+        assert sent == ([(os.getpid(), signal.SIGKILL)] if is_here else [])

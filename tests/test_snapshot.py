@@ -25,6 +25,7 @@ from mpmm.shared_state.columns import DeviceColumns, InstanceColumns, ModelColum
 from mpmm.shared_state.durations import LONGEST_NS
 from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.layout import Device, Event, Header, Instance, Member, Model, Observation, Pin, Ticket
+from mpmm.shared_state.liveness import pid_namespace
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.reads.queue import CAN_READ_UNLOCKED
 from mpmm.shared_state.rows import DeviceRow, HeaderRow, InstanceRow, MemberRow, ModelRow, Row, TicketRow
@@ -608,9 +609,13 @@ def test_the_holder_of_the_lock_is_shown_as_stopped_if_it_has_the_lock_and_is(
     outcome: Any = [status]
     with closing(made), mock.patch("psutil.Process") as process:
         process.return_value.status.side_effect = outcome
-        found = decoded(made, {Header.LOCK_HOLDER: 4321}, held=held).lock
+        words = {Header.LOCK_HOLDER: 4321, Header.PID_NAMESPACE: pid_namespace()}
+        found = decoded(made, words, held=held).lock
         assert (found.holder_stopped, found.held) == (stopped, held)
         assert process.mock_calls[:1] == ([mock.call(4321)] if held else [])
+        # In another container it may be the number of another process.
+        for other in (0, pid_namespace() + 1):
+            assert not decoded(made, {**words, Header.PID_NAMESPACE: other}, held=held).lock.holder_stopped
 
 
 def test_a_waiters_time_left_ends_with_its_deadline() -> None:

@@ -139,6 +139,8 @@ def _add_run(commands: Commands) -> None:
         "run",
         help="run a program on a lease of memory, once that much is free",
         usage="%(prog)s --mb SIZE [OPTION ...] -- PROGRAM [ARGUMENT ...]",
+        epilog="The lease ends with the program. If `mpmm run` is killed by `kill -9`, the kernel kills the program, "
+        "but not the processes that it has started: these may keep memory without a lease. SIGTERM is passed on.",
     )
     run.add_argument(
         "--mb",

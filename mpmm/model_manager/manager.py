@@ -277,8 +277,9 @@ class ModelManager(BeamNames):
     def release_model(self, tag: str, instance: Any) -> None:
         """Give back what `acquire_model` returned.
 
-        A wrong tag with the right instance is accepted, and logged. Raises NotAcquiredError if this process does not
-        hold the instance, NamespaceResetError if a reset took it away meanwhile.
+        A wrong tag with the right instance is accepted, and logged. A second release of one hold ends another hold of
+        this process on the same object or an equal handle, if there is one. Raises NotAcquiredError if this process
+        does not hold the instance, NamespaceResetError if a reset took it away meanwhile.
         """
         release(self._connected(), tag, instance)
 

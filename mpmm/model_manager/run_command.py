@@ -8,13 +8,17 @@ environment also says which share of the memory it has, see `Lease.environment`,
 
 This process waits its turn, stays in the namespace as long as the program runs, and ends as the program does.
 
-Whichever of the two is killed, the lease lasts exactly as long as the program:
+Whichever of the two is killed, the lease lasts as long as the program:
 
-- The program ends or dies: this process gives the lease back and leaves.
+- The program ends or dies: this process gives the lease back and leaves. Child processes that the program leaves behind
+  are no longer counted.
 - This process dies, by `kill -9` say: the kernel kills the program as well (Linux: PR_SET_PDEATHSIG), and the other
-  members take the lease back once the program is gone. The kernel may not support that, the program may take its time
-  to die, or it may leave children behind. But all of these have inherited the descriptor of the lock that tells other
-  members that this one is alive, so no process is given memory that is still in use.
+  members take the lease back once the program is gone. The kernel may not support that, the program may have changed
+  its user or taken its time to die, or left children behind. A process that has inherited the descriptor of the lock
+  that tells other members that this one is alive keeps the lease. But a program that closes descriptors when it starts
+  a child, as Python's `subprocess` does by default, starts one that does not: that child lives on, and the memory that
+  it takes is given to others, because no process is left that could kill it. Memory sources that measure see it as
+  memory of an unrelated program.
 
 This process passes on signals that are sent to it. Signals from keys, which a terminal sends to the whole group, reach
 the program directly. While this process waits for its turn, a signal ends it as usual. On a terminal it prints what it
@@ -34,11 +38,13 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from mpmm.interpreter.thread_starts import kept_from_new_threads
 from mpmm.memory.placement import with_share
-from mpmm.model_manager.lease import Lease
-from mpmm.model_manager.manager import ModelManager
-from mpmm.model_manager.waits import say_at_terminal
+
+if TYPE_CHECKING:
+    from mpmm.model_manager.lease import Lease
 
 __all__ = ["EXIT_CANNOT_RUN", "EXIT_NOT_FOUND", "run_on_lease"]
 
@@ -52,6 +58,8 @@ _PASSED_ON = frozenset((*_ENDING, signal.SIGUSR1, signal.SIGUSR2))
 _FROM_KEYS = (signal.SIGINT, signal.SIGQUIT)
 _WATCHED = _PASSED_ON | {signal.SIGCHLD}
 _PR_SET_PDEATHSIG = 1
+# How often this process looks whether its program has ended, should another thread have taken the signal that says so.
+_LOOK_S = 1.0
 
 
 def run_on_lease(
@@ -80,9 +88,13 @@ def run_on_lease(
     # when the program ends.
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
+        # Imported here, because NumPy's libraries start threads, too.
+        from mpmm.model_manager.manager import ModelManager
+        from mpmm.model_manager.waits import say_at_terminal
+
         with ModelManager(namespace=namespace, runtime_root=root) as manager:
             say_at_terminal(manager, says)
-            with _ended_by_signals(mask):
+            with _ended_by_signals(mask), kept_from_new_threads(_WATCHED):
                 lease = manager.reserve(
                     mb, name=name, timeout_seconds=wait_seconds, priority=priority, steady=steady_seconds > 0
                 )
@@ -126,7 +138,7 @@ def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
     lease.used_by(program.pid)
     while (status := program.poll()) is None:
         received, from_key = _next_signal()
-        if received != signal.SIGCHLD and not from_key:
+        if received not in (None, signal.SIGCHLD) and not from_key:
             program.send_signal(received)
     return status if status >= 0 else EXIT_BY_SIGNAL - status
 
@@ -147,10 +159,15 @@ def _prepare_child(parent: int, mask: Collection[int]) -> Callable[[], None]:
     return prepare
 
 
-def _next_signal() -> tuple[int, bool]:
-    """Wait for one of the watched signals; return it, and whether a key caused it, so that the whole group got it."""
+def _next_signal() -> tuple[int | None, bool]:
+    """Wait for one of the watched signals; return it, and whether a key caused it, so that the whole group got it.
+
+    On Linux, return None after `_LOOK_S`: a thread of a library or driver may have taken the signal.
+    """
     if sys.platform == "linux":
-        info = signal.sigwaitinfo(_WATCHED)
+        info = signal.sigtimedwait(_WATCHED, _LOOK_S)
+        if info is None:
+            return None, False
         # Above 0 it is from the kernel. The kernel also sends the SIGHUP of a lost terminal, but not to both of us.
         return info.si_signo, info.si_code > 0 and info.si_signo in _FROM_KEYS
     return signal.sigwait(_WATCHED), False

@@ -32,6 +32,7 @@ from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.layout import Instance, Member, Model, device_rows
+from mpmm.shared_state.liveness import is_member_here
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 from mpmm.suspend.suspender import Suspender
@@ -381,7 +382,10 @@ class Unloads:
             multi_process_shared.unload(handle, timeout_seconds=limit_s, pid=server_pid)
         if slot is not None and server_pid is not None:
             # Its files may be gone or unreadable, but the namespace knows whether it lives.
-            kill_process(server_pid, lambda: self._serves(slot, server_pid), handle)
+            tables = self._namespace.tables
+            kill_process(
+                server_pid, lambda: self._serves(slot, server_pid), handle, lambda: is_member_here(tables, slot)
+            )
 
     def _serves(self, slot: int, pid: int) -> bool:
         """Tell whether a model server is a living member in this slot; takes no lock."""

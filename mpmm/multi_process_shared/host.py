@@ -42,6 +42,7 @@ from mpmm.multi_process_shared.registry import (
 )
 from mpmm.multi_process_shared.rpc import pickling, protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
+from mpmm.shared_state.liveness import pid_namespace
 from mpmm.text.arguments import checked_number
 from mpmm.text.printable import printable_logger
 
@@ -529,6 +530,7 @@ def new_record(registry: ServerRegistry, tag: str, *, spawned: bool, ready: bool
         socket_name=registry.socket_name(tag, incarnation),
         spawned=spawned,
         ready=ready,
+        pids_of=pid_namespace(),
     )
 
 

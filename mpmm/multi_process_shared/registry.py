@@ -46,6 +46,7 @@ from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.life import LifeLock, address_for, wait_for_answer
 from mpmm.shared_state.file_errors import told_by_file
+from mpmm.shared_state.liveness import pid_namespace
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.shared_state.runtime_dir import (
     REGISTRY_FOLDER,
@@ -112,9 +113,21 @@ class ServerRecord:
     sleeps: bool = False
     # The memory that its object says it takes, see `host.declared_mb`; None if it gives no usable figure.
     expect_mb: float | None = None
+    # The pid namespace in which `pid` is its number, see `pid_namespace`; 0 if unknown.
+    pids_of: int = 0
+
+    @property
+    def is_here(self) -> bool:
+        """Tell whether `pid` is its number here: in another container that is another process, or none."""
+        return 0 in (self.pids_of, pid_namespace()) or self.pids_of == pid_namespace()
 
     def is_running(self) -> bool:
-        """Tell whether this very process (not another one with its pid) is running and not about to end."""
+        """Tell whether this very process (not another one with its pid) is running and not about to end.
+
+        True for a process of another pid namespace, of which the life lock alone is known here.
+        """
+        if not self.is_here:
+            return True
         try:
             if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
                 return False
@@ -129,6 +142,9 @@ class ServerRecord:
 
         A zombie main thread does not mean that: until the other threads have ended, they keep memory and descriptors.
         """
+        if not self.is_here:
+            # Nothing is known but that it has released its lock.
+            return True
         if not hasattr(os, "pidfd_open"):
             return not self.is_running()
         try:

@@ -5,8 +5,16 @@
     model.predict(batch)          # runs in the process that has the model
     handle.release(model)
 
+    with handle.using() as model:     # the same for the length of a block
+        model.predict(batch)
+
 The first process that acquires the tag makes the object: in its own process or, with `spawn_process`, in a new one that
 outlives it. Other processes find the object's process through the registry below `path`.
+
+The object stays until each use of it was released. As in Beam, a proxy that is garbage-collected, or whose process
+ends, does not give its use back. A loader that returns a handle relies on that: it acquires the object and never
+releases it, so that the object stays until the manager ends its server. Code that borrows the handle releases what it
+acquires, or the server keeps a note of each use.
 """
 
 from __future__ import annotations
@@ -15,8 +23,8 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -83,6 +91,7 @@ class MultiProcessShared(Generic[T]):
     def acquire(self) -> T:
         """Return a new proxy of the object; if there is none, make it, which takes as long as its constructor.
 
+        The use lasts until `release`, even if the proxy is collected, as in Beam; `using` releases it by itself.
         An object whose type sets `attach_in_place` is returned itself, and each process makes its own.
         Raises what the constructor raises if it runs in this process; ServerStartError with the traceback if it runs
         in another one, and at once in a server that is still importing the main module; ModelServerError if servers
@@ -105,6 +114,15 @@ class MultiProcessShared(Generic[T]):
             obj._mpmm_use.release()
         elif not _attached.release(registry_for(self._path), self._tag, obj):
             raise NotAcquiredError(f"{obj!r} was not acquired as {self._tag!r} by this process", tag=self._tag)
+
+    @contextmanager
+    def using(self) -> Iterator[T]:
+        """Acquire the object for the length of a `with` block. Raises what `acquire` raises."""
+        shared = self.acquire()
+        try:
+            yield shared
+        finally:
+            self.release(shared)
 
     def unsafe_hard_delete(self) -> None:
         """Delete the object even while it is in use; its users' proxies raise from now on. A spawned server ends.

@@ -73,8 +73,9 @@ def end_server(
             )
         _signal(registry, record, signal.SIGKILL)
         if not _wait_until_gone(registry, record, time.monotonic() + KILL_TIMEOUT_S):
+            why = "after SIGKILL" if record.is_here else "and runs in another pid namespace, out of reach"
             raise ModelServerError(
-                f"the server of the shared object {tag!r} (pid {record.pid}) is still there after SIGKILL",
+                f"the server of the shared object {tag!r} (pid {record.pid}) is still there {why}",
                 tag=tag,
                 server_pid=record.pid,
             )
@@ -82,21 +83,25 @@ def end_server(
     return True
 
 
-def kill_process(pid: int, is_it: Callable[[], bool], tag: str) -> None:
+def kill_process(pid: int, is_it: Callable[[], bool], tag: str, is_here: Callable[[], bool] = lambda: True) -> None:
     """Kill the server of a tag until `is_it` no longer says that it lives and has this pid.
+
+    is_here: tells whether the pid is its number here. If not, it runs in another container, and this only waits for its
+    end, because the number may be another process's.
 
     Raises ModelServerError if it survives.
     """
     deadline, pause = time.monotonic() + KILL_TIMEOUT_S, FIRST_PAUSE_S
     while is_it():
+        here = is_here()
         if time.monotonic() >= deadline:
+            why = "after SIGKILL" if here else "and runs in another pid namespace, out of reach"
             raise ModelServerError(
-                f"the server of the shared object {tag!r} (pid {pid}) is still there after SIGKILL",
-                tag=tag,
-                server_pid=pid,
+                f"the server of the shared object {tag!r} (pid {pid}) is still there {why}", tag=tag, server_pid=pid
             )
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        if here:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(pause)
         pause = min(pause * 2, LONGEST_PAUSE_S)
 
@@ -113,9 +118,9 @@ def _ask(registry: ServerRegistry, record: ServerRecord, key: bytes) -> None:
 
 
 def _signal(registry: ServerRegistry, record: ServerRecord, number: int) -> None:
-    """Send a signal to the process of a record if the same server still runs in it."""
+    """Send a signal to the process of a record if the same server still runs in it, in this pid namespace."""
     _, now = registry.look(record.tag)
-    if now is not None and now.incarnation == record.incarnation and record.is_running():
+    if record.is_here and now is not None and now.incarnation == record.incarnation and record.is_running():
         with suppress(ProcessLookupError):
             os.kill(record.pid, number)
 

@@ -33,9 +33,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from mpmm.errors import SuspendError
+from mpmm.errors import ModelServerError, SuspendError
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.rpc import sockets
+from mpmm.shared_state.liveness import pid_namespace
 from mpmm.shared_state.lock_file import LockFile, is_locked
 from mpmm.sources.process_tree import is_stopped
 from mpmm.suspend.driver import OUT_OF_MEMORY, CheckpointDriver, DriverError
@@ -65,14 +66,15 @@ _started: list[subprocess.Popen[bytes]] = []
 def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, shown: str | None = None) -> None:
     """Have the helper of a namespace's folder `suspend` or `resume` a process; start a helper if there is none.
 
-    shown: the tag as people see it. Raises SuspendError with the driver's message, from a MemoryError if the device has
-    no room for a resume; TimeoutError if no helper could be asked within `limit_s`; what `sockets.dial` raises for a
-    folder that is gone.
+    pid: as numbered in this process's pid namespace. shown: the tag as people see it. Raises SuspendError with the
+    driver's message, from a MemoryError if the device has no room for a resume; ModelServerError if the helper is in
+    another pid namespace, where the pid may be that of another process; TimeoutError if no helper could be asked
+    within `limit_s`; what `sockets.dial` raises for a folder that is gone.
     """
     deadline = time.monotonic() + limit_s
     subject = f"{what} {shown if shown and shown != tag else repr(tag)} (pid {pid})"
     key = (folder / "token").read_bytes()
-    request = json.dumps({"what": what, "pid": pid, "limit_s": limit_s}).encode()
+    request = json.dumps({"what": what, "pid": pid, "limit_s": limit_s, "pids_of": pid_namespace()}).encode()
     for tried in range(1, TRIES + 1):
         try:
             with closing(_connected(folder, key, deadline)) as connection:
@@ -85,6 +87,8 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, show
             if tried == TRIES:
                 raise SuspendError(f"{subject}: {TRIES} helpers have died while doing it", tag=tag) from error
             continue
+        if answer.get("elsewhere"):
+            raise ModelServerError(f"{subject}: {answer['error']}", tag=tag, server_pid=pid)
         if answer["error"] is not None:
             cause = MemoryError() if answer.get("no_room") else None
             raise SuspendError(f"{subject}: {answer['error']}", tag=tag) from cause
@@ -239,6 +243,8 @@ class _Helper:
         is_wanted: tells whether the requester is still there.
         """
         pid, limit_s = request["pid"], request["limit_s"]
+        if request.get("pids_of", 0) not in (0, pid_namespace()):
+            return {"error": "the helper is in another pid namespace", "elsewhere": True}
         with self._mutex:
             turn = self._turns.setdefault(pid, new_lock())
         if not turn.acquire(timeout=limit_s):

@@ -25,6 +25,7 @@ from mpmm.policy.view import Reason
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Instance, device_rows
+from mpmm.shared_state.liveness import is_member_here
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.rows import InstanceRow
 from mpmm.shared_state.settings import ALWAYS, NEVER
@@ -317,6 +318,8 @@ class Suspender:
             return
         if driver_branch() not in HAZARDOUS_BRANCHES:
             return
+        if not is_member_here(tables, server):
+            return
         pid, limit = tables.members[server].pid, limit_s(instance.mb)
         folder, tag = self._namespace.runtime.path, tables.tag_of(instance.model)
         try:
@@ -364,7 +367,7 @@ class Suspender:
         """Tell whether a copy waits for a stopped process, which says nothing about its model."""
         members, instance = self._namespace.tables.members, self._namespace.tables.instances[row]
         slots = [slot for slot in (instance.holder, instance.server) if slot is not None]
-        return any(is_stopped(members[slot].pid) for slot in slots)
+        return any(is_stopped(members[slot].pid) and is_member_here(self._namespace.tables, slot) for slot in slots)
 
     def heed_host_memory(self) -> None:
         """Drop the copy that was suspended longest ago if the host has hardly any memory left, whatever took it.
@@ -430,7 +433,7 @@ class Suspender:
         A stopped helper is killed, and another one takes its place.
         """
         by_helper = task.way == Way.CHECKPOINT and kill_stopped_helper(self._namespace.runtime.path)
-        return by_helper or (task.server_pid is not None and is_stopped(task.server_pid))
+        return by_helper or (task.server_pid is not None and is_stopped(task.server_pid) and self._is_here(task))
 
     def _is_dying(self, task: _Task) -> bool:
         """Tell whether the model server is dead, or dies within a moment.
@@ -442,10 +445,14 @@ class Suspender:
             return False
 
         def goes() -> bool:
-            return is_ending(pid) or not self._namespace.member_is_alive(server)
+            return (is_ending(pid) and self._is_here(task)) or not self._namespace.member_is_alive(server)
 
         self._await(goes, DYING_S)
         return goes()
+
+    def _is_here(self, task: _Task) -> bool:
+        """Tell whether the pid of a copy's server is its number here, and not another process's."""
+        return task.server is None or is_member_here(self._namespace.tables, task.server)
 
     def _say(self, level: int, task: _Task, request: str, error: BaseException) -> None:
         text = "mpmm %s: pid %d could not have %s %s, so it is unloaded instead: %s: %s"
@@ -457,6 +464,9 @@ class Suspender:
         if task.way == Way.CHECKPOINT:
             if task.server_pid is None:
                 raise ModelServerError(f"the server of {task.handle!r} is gone", tag=task.handle, server_pid=None)
+            if not self._is_here(task):
+                text = f"the server of {task.handle!r} runs in another pid namespace"
+                raise ModelServerError(text, tag=task.handle, server_pid=task.server_pid)
             what, folder = "suspend" if request == protocol.SLEEP else "resume", self._namespace.runtime.path
             ask_helper(folder, what, task.server_pid, limit_s(task.mb), task.tag, task.shown)
         elif task.value is None:

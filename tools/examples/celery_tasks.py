@@ -71,6 +71,6 @@ def leave(**_: Any) -> None:
 @app.task
 def reverse(text: str) -> dict[str, str | int]:
     """Borrow the copy, use it, give it back."""
-    with manager.model("reverser", load) as handle:
-        answer, server = shared(handle).acquire().predict(text)
+    with manager.model("reverser", load) as handle, shared(handle).using() as model:
+        answer, server = model.predict(text)
     return {"answer": answer, "worker": os.getpid(), "server": server}

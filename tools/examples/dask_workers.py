@@ -50,8 +50,8 @@ class Models(WorkerPlugin):
 
 def double(number: int) -> tuple[int, int, int]:
     """Run in a worker: borrow the copy, use it, give it back."""
-    with get_worker().models.model("doubler", load) as handle:
-        doubled, server = shared(handle).acquire().predict(number)
+    with get_worker().models.model("doubler", load) as handle, shared(handle).using() as model:
+        doubled, server = model.predict(number)
     return doubled, server, os.getpid()
 
 

@@ -52,6 +52,6 @@ app = FastAPI(lifespan=lifespan)
 @app.get("/predict")
 def predict(text: str) -> dict[str, str | int]:
     """Answer with the prediction; FastAPI runs this in a thread, which may wait for a copy."""
-    with app.state.manager.model("reverser", load) as handle:
-        answer, server = shared(handle).acquire().predict(text)
+    with app.state.manager.model("reverser", load) as handle, shared(handle).using() as model:
+        answer, server = model.predict(text)
     return {"answer": answer, "worker": os.getpid(), "server": server}

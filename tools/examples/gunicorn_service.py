@@ -44,8 +44,8 @@ def make_app() -> Callable[..., Iterable[bytes]]:
 
     def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
         text = parse_qs(environ["QUERY_STRING"])["text"][0]
-        with manager.model("reverser", load) as handle:
-            answer, server = shared(handle).acquire().predict(text)
+        with manager.model("reverser", load) as handle, shared(handle).using() as model:
+            answer, server = model.predict(text)
         start_response("200 OK", [("Content-Type", "application/json")])
         return [json.dumps({"answer": answer, "worker": os.getpid(), "server": server}).encode()]
 

@@ -35,8 +35,9 @@ def load() -> str:
 def double(manager: ModelManager, number: int) -> tuple[int, int, int]:
     """Run in a worker: borrow a copy, use it, give it back."""
     with manager.model("doubler", load) as handle:
-        model = MultiProcessShared(Doubler, tag=handle, always_proxy=True, spawn_process=True).acquire()
-        doubled, server = model.predict(number)
+        shared = MultiProcessShared(Doubler, tag=handle, always_proxy=True, spawn_process=True)
+        with shared.using() as model:
+            doubled, server = model.predict(number)
     return doubled, server, os.getpid()
 
 

@@ -40,9 +40,10 @@ manager: ModelManager
 def count(text: str) -> dict[str, int]:
     """Run in a worker: borrow a copy, use it, give it back."""
     with manager.model("counter", load) as handle:
-        counter = MultiProcessShared(WordCounter, tag=handle, always_proxy=True, spawn_process=True).acquire()
-        found: dict[str, int] = counter.predict(text)
-        return found
+        shared = MultiProcessShared(WordCounter, tag=handle, always_proxy=True, spawn_process=True)
+        with shared.using() as counter:
+            found: dict[str, int] = counter.predict(text)
+            return found
 
 
 def join(namespace: str) -> None:

@@ -31,8 +31,9 @@ class Counting:
     def count(self, text: str) -> tuple[int, int]:
         """Return the number of words, and this actor's pid."""
         with self._manager.model("counter", load) as handle:
-            counter = MultiProcessShared(WordCounter, tag=handle, always_proxy=True, spawn_process=True).acquire()
-            return sum(counter.predict(text).values()), os.getpid()
+            shared = MultiProcessShared(WordCounter, tag=handle, always_proxy=True, spawn_process=True)
+            with shared.using() as counter:
+                return sum(counter.predict(text).values()), os.getpid()
 
     def leave(self) -> None:
         """Release the models: Ray ends actors by a signal."""

@@ -55,8 +55,8 @@ class Worker:
 
     def reverse(self, text: str) -> tuple[str, int]:
         """Borrow the copy of this host, use it, give it back."""
-        with self._manager.model("reverser", load) as handle:
-            answer: tuple[str, int] = shared(handle).acquire().predict(text)
+        with self._manager.model("reverser", load) as handle, shared(handle).using() as model:
+            answer: tuple[str, int] = model.predict(text)
             return answer
 
     def leave(self) -> None:

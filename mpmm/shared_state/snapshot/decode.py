@@ -30,6 +30,7 @@ from mpmm.shared_state.layout import (
     Ticket,
     device_rows,
 )
+from mpmm.shared_state.liveness import pid_namespace
 from mpmm.shared_state.settings import Settings
 from mpmm.shared_state.snapshot.kinds import READ, Rows
 from mpmm.shared_state.snapshot.records import (
@@ -201,14 +202,15 @@ class _Decoder:
 
     def _lock(self, header: Rows, held: bool | None) -> LockInfo:
         stopped = False
-        if held:
+        # In another pid namespace, the holder's pid may be that of another process.
+        if held and self._words[Header.PID_NAMESPACE] == pid_namespace():
             # Imported only if the lock is held: the import takes longer than the rest of a snapshot.
             import psutil
 
             try:
                 status = psutil.Process(self._words[Header.LOCK_HOLDER]).status()
                 stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-            # It may have ended since, be in another pid namespace, or the word may be junk: then nothing is known.
+            # It may have ended since, or the word may be junk: then nothing is known.
             except (psutil.Error, ValueError, OverflowError):
                 stopped = False
         return _records(LockInfo, header, held=(held,), holder_stopped=(stopped,))[0]
