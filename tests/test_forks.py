@@ -311,3 +311,133 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "ValueError"])
+def test_a_signal_handler_that_raises_in_a_child_keeps_no_hook_from_running_to_its_end(raised: str) -> None:
+    code = f"""
+import os, signal
+from mpmm.interpreter.fork_hooks import ChildStep, close_in_children, in_forked_child
+ran = []
+class Thing:
+    def close(self):
+        signal.raise_signal(signal.SIGUSR1)
+        ran.append("closed")
+def on_signal(number, frame):
+    ran.append("handled")
+    raise {raised}
+def is_interrupted():
+    signal.raise_signal(signal.SIGUSR1)
+    ran.append("worker")
+thing = close_in_children(Thing())
+in_forked_child(is_interrupted, ChildStep.WORKER)
+in_forked_child(lambda: ran.append("servers"), ChildStep.SERVERS)
+signal.signal(signal.SIGUSR1, on_signal)
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGUSR2}})
+child = os.fork()
+is_as_before = signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {{signal.SIGUSR2}}
+if child == 0:
+    print(ran, is_as_before, flush=True)
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or not is_as_before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "['closed', 'worker', 'servers', 'handled'] True\n"), done.stderr
+    # It does not get lost without a word.
+    assert raised in done.stderr
+
+
+def test_a_fork_whose_wait_for_the_guard_is_interrupted_goes_on_waiting() -> None:
+    code = f"""
+import os, signal, threading
+from functools import partial
+from mpmm.interpreter.fork_hooks import fork_guard
+main = threading.main_thread().ident
+taken, raised, forked = threading.Event(), threading.Event(), threading.Event()
+is_held = False
+reader, writer = os.pipe()
+
+def on_signal(number, frame):
+    # No function is to be interrupted before its first step.
+    if not raised.is_set() and frame.f_lineno != frame.f_code.co_firstlineno:
+        raised.set()
+        raise KeyboardInterrupt
+
+def hold():
+    global is_held
+    with fork_guard:
+        is_held = True
+        taken.set()
+        os.read(reader, 1)
+        while not raised.wait(0.01):
+            signal.pthread_kill(main, signal.SIGUSR1)
+        # The fork happens now, unless it waits.
+        forked.wait({MOMENT_S})
+        is_held = False
+
+signal.signal(signal.SIGUSR1, on_signal)
+# A function in C, which runs just before this process takes the guard.
+os.register_at_fork(before=partial(os.write, writer, b"!"))
+threading.Thread(target=hold).start()
+taken.wait()
+child = os.fork()
+if child == 0:
+    os._exit(1 if is_held or not fork_guard.acquire(timeout={DEADLINE_S / 4}) else 0)
+forked.set()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("KeyboardInterrupt") == 1, done.stderr
+    assert "RuntimeError" not in done.stderr
+
+
+def test_a_child_can_take_the_guard_though_its_parent_could_not_before_the_fork() -> None:
+    code = f"""
+import _thread, os, signal, sys, threading
+from functools import partial
+from mpmm.interpreter.fork_hooks import ChildStep, fork_guard, in_forked_child
+main = threading.main_thread().ident
+ran = []
+taken, raised, forked = threading.Event(), threading.Event(), threading.Event()
+reader, writer = os.pipe()
+
+def on_signal(number, frame):
+    if number == signal.SIGUSR1:
+        raised.set()
+    raise KeyboardInterrupt
+
+def hold():
+    with fork_guard:
+        taken.set()
+        os.read(reader, 1)
+        while not raised.wait(0.01):
+            signal.pthread_kill(main, signal.SIGUSR1)
+        forked.wait({MOMENT_S})
+
+def take():
+    with fork_guard:
+        ran.append("hook")
+
+# A child that waits for ever is to end.
+in_forked_child(partial(signal.alarm, {int(DEADLINE_S / 4)}), ChildStep.SEGMENT)
+in_forked_child(take)
+os.register_at_fork(before=partial(os.write, writer, b"!"))
+signal.signal(signal.SIGUSR1, on_signal)
+# The first handler ends the wait for the guard, and the second one what comes next, before its first step. In between
+# Python reports the first, by a function in C, too.
+signal.signal(signal.SIGUSR2, on_signal)
+os.register_at_fork(before=partial(_thread.interrupt_main, signal.SIGUSR2))
+unraisable = []
+sys.unraisablehook = unraisable.append
+threading.Thread(target=hold).start()
+taken.wait()
+child = os.fork()
+if child == 0:
+    print([type(one.exc_value).__name__ for one in unraisable], ran, flush=True)
+    os._exit(0 if fork_guard.acquire(blocking=False) else 1)
+forked.set()
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=DEADLINE_S, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "['KeyboardInterrupt', 'KeyboardInterrupt'] ['hook']\n"), done.stderr

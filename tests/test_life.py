@@ -230,3 +230,38 @@ def test_who_cannot_answer_says_so_unless_there_is_nobody_left_to_wait_for(life:
     with life.answering():
         pass
     listener.close()
+
+
+class StopsMeanwhile(LifeLock):
+    """A life lock that another thread stops listening with right after this one has looked for the listener."""
+
+    stops = False
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name == "_listener" and found is not None and self.stops:
+            super().__setattr__("_listener", None)
+            found.close()
+        return found
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_thread_that_stops_listening_does_not_end_the_one_that_answers(
+    tmp_path: Path, address: bytes, is_asked: bool
+) -> None:
+    life = StopsMeanwhile(tmp_path / "it.life")
+    life.listen_at(address)
+    with socket.socket(socket.AF_UNIX) as one:
+        if is_asked:
+            one.connect(address)
+        life.stops = True
+        with life.answering():
+            pass
+        assert life.listeners == []
+        life.stops = False
+        life.listen_at(address)
+        life.stops = True
+        [listener] = life.listeners
+        # `wait` refuses it with the ValueError that its caller expects.
+        assert listener.fileno() < 0
+    life.close()

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import importlib.util
 import mmap
+import multiprocessing
 import os
 import pickle
 import socket
@@ -662,6 +663,33 @@ def test_what_arrives_in_parts_is_put_together(monkeypatch: pytest.MonkeyPatch) 
         gone: Any = Peer(b"ab")
         with pytest.raises(EOFError):
             receive(gone, 5)
+
+
+def test_a_message_is_read_in_steps_whatever_its_size() -> None:
+    large = os.urandom(3 * sockets.MOST_AT_ONCE_BYTES + 1)
+    found: list[bytes] = []
+    ours, theirs = multiprocessing.Pipe()
+
+    def send() -> None:
+        for message in (b"", b"small", large):
+            theirs.send_bytes(message)
+        # As a message of more than 2 GiB begins.
+        os.write(theirs.fileno(), struct.pack("!iQ", -1, 5) + b"after")
+
+    def collect() -> Generator[None, None, None]:
+        found.append((yield from sockets.message_in_steps(ours)))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for _ in range(4):
+        for _ in collect():
+            assert ours.poll(DEADLINE_S), "there is more to read"
+    sender.join()
+    assert found == [b"", b"small", large, b"after"]
+    theirs.close()
+    with pytest.raises(EOFError):
+        list(sockets.message_in_steps(ours))
+    ours.close()
 
 
 def test_who_is_at_the_other_end_is_known_as_far_as_the_kernel_tells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pickle
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -409,7 +410,7 @@ def test_a_stopped_zygote_delays_a_start_but_does_not_prevent_it(path: str, monk
         os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize(("stopped", "says"), [(1, "nothing"), (3, "who it is")])
+@pytest.mark.parametrize(("stopped", "says"), [(1, "nothing"), (3, "who it is"), (3, "half its order")])
 def test_a_requester_that_is_stopped_before_it_has_given_its_order_holds_up_no_other(
     path: str, monkeypatch: pytest.MonkeyPatch, stopped: int, says: str
 ) -> None:
@@ -424,7 +425,12 @@ def test_a_requester_that_is_stopped_before_it_has_given_its_order_holds_up_no_o
                 with sockets._short_address(place.parent, place.name) as address:
                     silent.connect(address)
             else:
-                stack.enter_context(sockets.dial(place.parent, place.name, registry.key()))
+                requester = stack.enter_context(sockets.dial(place.parent, place.name, registry.key()))
+                if says == "half its order":
+                    # Less than one read of a message may take.
+                    monkeypatch.setattr(forkserver_client, "ANSWER_TIMEOUT_S", 4.0)
+                    # The size of the whole, and as much as fits into the socket, say.
+                    os.write(requester.fileno(), struct.pack("!i", 1_000_000) + bytes(500))
         # Had that taken too long, it would have been spawned by this process.
         assert parent_of(shared(path, "second").pid()) != os.getpid()
 
@@ -552,7 +558,18 @@ def test_a_zygote_has_so_many_templates_and_ends_the_one_that_has_been_idle_for_
     assert [template for template in zygote.templates if template.retired] == [idle]
 
 
-@pytest.mark.parametrize("order", [b"no pickle", pickle.dumps(None)[:-1]], ids=["junk", "half"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param(b"no pickle", id="junk"),
+        pytest.param(pickle.dumps(None)[:-1], id="half"),
+        # As of another version of mpmm.
+        pytest.param(pickle.dumps(None), id="something else"),
+        pytest.param(b"cmpmm.errors\nNewError\n.", id="unknown class"),
+        pytest.param(b"cmpmm.new\nOrder\n.", id="unknown module"),
+        pytest.param(b"cmpmm.errors\nModelServerError\n(tR.", id="other arguments"),
+    ],
+)
 def test_a_zygote_that_does_not_understand_an_order_hangs_up_and_keeps_nothing_of_it(
     tmp_path: Path, order: bytes
 ) -> None:

@@ -11,7 +11,10 @@ In a forked child, in this order whatever the order of imports:
 1. every registered descriptor is closed (by its `forget_after_fork` if it has one, else by `close`);
 2. the hooks of `in_forked_child` run, by their `ChildStep`, and within a step in the order of registration.
 
-An exception in a hook is logged, and the other hooks still run.
+An exception in a hook is logged, and the other hooks still run. The child's signals wait until the last hook has run: a
+handler of the program that raises an exception (KeyboardInterrupt, say) would end a hook in the middle, and the child
+would keep descriptors of its parent. Python reports what a handler raises then, or while a fork waits for the guard,
+but cannot pass it to the program that forks.
 
 Hooks for the end of a process are registered with `multiprocessing.util.Finalize` and not with `atexit`: children
 that `multiprocessing` forks end without running `atexit`, but they do run finalizers, and they run
@@ -21,12 +24,14 @@ them before they wait for their own children.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum, unique
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from mpmm.interpreter.thread_locks import new_rlock
@@ -45,6 +50,10 @@ fork_guard = new_rlock()
 _descriptors: weakref.WeakSet[Any] = weakref.WeakSet()
 _child_hooks: list[tuple[int, Callable[[], None]]] = []
 _exit_hooks: set[Callable[[], None]] = set()
+# While hooks run in a child. The signal of a fault cannot: it would end the child without a word of `faulthandler`.
+_CAN_WAIT = signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+# The signals that the thread that forks lets wait itself. Guarded by `fork_guard`.
+_mask: Iterable[int] = ()
 
 
 @unique
@@ -120,7 +129,25 @@ def end_forked_child(error: BaseException | None) -> NoReturn:
         os._exit(status & 0xFF)
 
 
+def _make_sure_of_guard() -> None:
+    """Take the guard if a signal handler's exception has ended the wait for it: Python forks all the same."""
+    global _mask
+    try:
+        if not fork_guard._is_owned():  # type: ignore[attr-defined]  # typeshed leaves it out
+            # The step of the loop takes it. The interpreter does not check for signals between that and `break`.
+            for _ in iter(fork_guard.acquire, None):
+                break
+        _mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    except BaseException:
+        _make_sure_of_guard()
+        raise
+
+
 def _start_over_in_child() -> None:
+    if not fork_guard._is_owned():  # type: ignore[attr-defined]  # typeshed leaves it out
+        # `_make_sure_of_guard` was interrupted before its first step, and the thread that has the guard is not here.
+        fork_guard._at_fork_reinit()  # type: ignore[attr-defined]  # typeshed leaves it out
+        fork_guard.acquire()
     try:
         for thing in list(_descriptors):
             # A lock is closed, not unlocked: unlocking would end the parent's lock, which is the same one.
@@ -130,14 +157,23 @@ def _start_over_in_child() -> None:
         for _, hook in _child_hooks:
             _guarded(hook)
     finally:
+        mask = _mask
         fork_guard.release()
+        # Handlers of signals that have waited run now.
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _guarded(hook: Callable[[], None]) -> None:
     try:
         hook()
-    except Exception:
+    # Not only Exception, because any other would keep the next hooks from running, too.
+    except BaseException:
         _LOG.exception("mpmm: a hook for forked children failed")
 
 
+# Python calls hooks for before a fork in the reverse order. Two hooks are in C, where a handler that raises before the
+# first step of a function would leave the guard taken for good, or keep descriptors of the parent open in the child.
+os.register_at_fork(
+    before=_make_sure_of_guard, after_in_child=partial(signal.pthread_sigmask, signal.SIG_BLOCK, _CAN_WAIT)
+)
 os.register_at_fork(before=fork_guard.acquire, after_in_parent=fork_guard.release, after_in_child=_start_over_in_child)

@@ -1,7 +1,8 @@
 """A thread pool that keeps working when the main thread has ended and others have not.
 
 The interpreter closes all pools of `concurrent.futures` as soon as the main thread ends, although it then waits for
-other threads, such as one that runs an event loop.
+other threads, such as one that runs an event loop. The main thread counts as alive until what runs in those pools has
+ended.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class ThreadPool:
 
         Raises RuntimeError if no thread can be started.
         """
-        if threading.main_thread().is_alive():
+        if not _has_main_thread_ended():
             try:
                 return self._executor().submit(function, *args, **kwargs)
             except RuntimeError:
-                if threading.main_thread().is_alive():
+                if not _has_main_thread_ended():
                     raise
         future: Future[T] = Future()
 
@@ -60,6 +61,12 @@ class ThreadPool:
 
             self._pool = ThreadPoolExecutor(self._threads, self._name)
         return self._pool
+
+
+def _has_main_thread_ended() -> bool:
+    """Tell whether the main thread has run the program to its end, after which the pools are closed."""
+    # The interpreter sets the variable before it closes them, and forgets the thread only after that.
+    return threading._SHUTTING_DOWN or not threading.main_thread().is_alive()  # type: ignore[attr-defined]  # not in typeshed
 
 
 def _fulfil(future: Future[T], function: Callable[..., T], *args: Any, **kwargs: Any) -> None:

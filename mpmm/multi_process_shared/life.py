@@ -46,7 +46,9 @@ class LifeLock(LockFile):
     @property
     def listeners(self) -> list[ForkSafeSocket]:
         """What is readable when a process does not find the file: one socket or none."""
-        return [] if self._listener is None else [self._listener]
+        # Read once, because another thread may close it.
+        listener = self._listener
+        return [] if listener is None else [listener]
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -62,15 +64,16 @@ class LifeLock(LockFile):
 
     def _next_line(self) -> ForkSafeSocket | None:
         with fork_guard:
-            try:
-                if self._listener is not None:
-                    return close_in_children(ForkSafeSocket(fileno=self._listener.accept()[0].detach()))
-            except BlockingIOError:
-                pass
-            except OSError:
-                # Another thread may have closed it.
-                if self._listener is not None:
-                    raise
+            # Read once, because another thread may close it.
+            listener = self._listener
+            if listener is not None:
+                try:
+                    return close_in_children(ForkSafeSocket(fileno=listener.accept()[0].detach()))
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    if self._listener is listener:
+                        raise
         return None
 
     def stop_listening(self) -> None:

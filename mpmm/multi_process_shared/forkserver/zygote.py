@@ -34,14 +34,13 @@ import contextlib
 import gc
 import json
 import os
-import pickle
 import signal
 import socket
 import sys
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import replace
-from multiprocessing import AuthenticationError, Pipe
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NoReturn
@@ -198,12 +197,13 @@ class _Zygote(ForkParent):
         try:
             sockets.set_timeouts(requester, CONVERSATION_TIMEOUT_S)
             yield from sockets.handshake(requester, self.registry.key())
-            yield
-            message = requester.recv_bytes()
+            message = yield from sockets.message_in_steps(requester)
             yield
             descriptors = receive_descriptors(requester, 3)
             self.place(Order(message, requester, descriptors))
-        except (EOFError, OSError, AuthenticationError, ValueError, pickle.UnpicklingError):
+        # An order of another version of mpmm, which was installed meanwhile, may raise anything as it is unpickled or
+        # looked at. Its requester spawns the server instead, and the others keep this process.
+        except Exception:
             requester.close()
             for descriptor in descriptors:
                 descriptor.close()

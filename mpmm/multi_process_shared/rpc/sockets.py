@@ -39,7 +39,7 @@ from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 
 __all__ = [
     *("NO_SIGNAL", "ForkSafeSocket", "accept", "authenticate_client", "dial", "dial_socket", "handshake", "listen"),
-    *("listen_at", "peer_pid", "peer_uid", "pid_at", "set_timeouts"),
+    *("listen_at", "message_in_steps", "peer_pid", "peer_uid", "pid_at", "set_timeouts"),
 ]
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, with a final zero.
@@ -50,6 +50,10 @@ NONCE_BYTES = 32
 PROTOCOL_VERSION = 2
 _VERSION = struct.Struct(">H")
 PROOF_BYTES = 32
+# How `multiprocessing` begins a message: with its size, or, from 2 GiB on, with -1 and then the size.
+_SIZE, _LARGE_SIZE = struct.Struct("!i"), struct.Struct("!Q")
+# A peer that says that a message is large has not sent it yet.
+MOST_AT_ONCE_BYTES = 1 << 20
 # A client proves that it knows the key in a millisecond, unless it is stopped, or the machine has no processor for it.
 HANDSHAKE_TIMEOUT_S = 30.0
 # With it, sending to a peer that is gone is an error and no SIGPIPE, which ends programs that have its default action.
@@ -257,16 +261,28 @@ def _receive(peer: socket.socket, count: int) -> bytes:
     return received
 
 
+def message_in_steps(connection: Connection) -> Generator[None, None, bytes]:
+    """Do what `Connection.recv_bytes` does, in steps: the caller resumes it each time that there is more to read.
+
+    Raises EOFError, OSError.
+    """
+    with duplicate(connection.fileno()) as peer:
+        (size,) = _SIZE.unpack((yield from _receive_in_steps(peer, _SIZE.size)))
+        if size == -1:
+            (size,) = _LARGE_SIZE.unpack((yield from _receive_in_steps(peer, _LARGE_SIZE.size)))
+        return (yield from _receive_in_steps(peer, size))
+
+
 def _receive_in_steps(peer: socket.socket, count: int) -> Generator[None, None, bytes]:
     """Do what `_receive` does; yields before each part is read."""
-    received = b""
+    received = bytearray()
     while len(received) < count:
         yield
-        part = peer.recv(count - len(received))
+        part = peer.recv(min(count - len(received), MOST_AT_ONCE_BYTES))
         if not part:
             raise EOFError
         received += part
-    return received
+    return bytes(received)
 
 
 def set_timeouts(connection: Connection | socket.socket, timeout_seconds: float) -> None:
