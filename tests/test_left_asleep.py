@@ -291,6 +291,28 @@ def test_what_an_exception_keeps_from_being_done_after_a_transaction_is_done_at_
     assert (made, lock.may_be_abandoned) == (["wake-up"], False)
 
 
+def test_calls_after_a_transaction_are_not_made_before_it_is_committed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, end, made = lab.namespace.lock, transaction.Transaction._end, list[str]()
+
+    def look_end_and_interrupt(t: transaction.Transaction, committed: bool) -> None:
+        # The thread is stopped here, for longer than the background thread waits between two looks.
+        for _ in range(3):
+            lock.finish_calls()
+        assert not made
+        end(t, committed)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transaction.Transaction, "_end", look_end_and_interrupt)
+        with pytest.raises(KeyboardInterrupt), lab.namespace.transaction() as t:
+            t.after.append(lambda: made.append("wake-up"))
+    for _ in range(2):
+        lock.finish_calls()
+    assert made == ["wake-up"]
+
+
 def test_calls_after_a_transaction_are_forgotten_once_they_are_made_or_it_is_undone(lab: Lab) -> None:
     lock, made = lab.namespace.lock, list[str]()
     with pytest.raises(KeyError), lab.namespace.transaction() as t:

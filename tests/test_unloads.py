@@ -37,6 +37,7 @@ from mpmm.model_manager.background import Jobs
 from mpmm.model_manager.unload import Unloads, _AtIt
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.shared_state.transaction import Transaction
 
 LIMIT_S = 0.6
 SOON_S = 2.0
@@ -396,4 +397,34 @@ def test_objects_are_unloaded_one_after_another_unless_one_hangs(
     go.set()
     wait_until(lambda: not read_snapshot(namespace).instances, "all are unloaded", SOON_S)
     assert sorted(most) == ([1, 2, 2] if hangs else [1, 1, 1])
+    assert problems(namespace) == []
+
+
+def test_an_unload_whose_end_an_exception_has_undone_is_not_forgotten(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
+    with manager.model("a", Loads("a")):
+        pass
+    session = manager._connected()
+    state, unloads = session.namespace, session.unloads
+    # Which finds it, too, but only every `poll_interval`.
+    monkeypatch.setattr(Jobs, "look_around", lambda self: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Unloads, "unload_in_thread", lambda self: None)
+        state.reset()
+        ((row, _),) = unloads._assigned()
+
+        def interrupt(self: Transaction, committed: bool) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), state.transaction() as t:
+            state.transitions.unloads.end(t, row)
+            patch.setattr(Transaction, "_end", interrupt)
+    unloads.may_be_left = True
+    unloads.take_up_what_is_left()
+    wait_until(lambda: not read_snapshot(namespace).instances, "it is unloaded", SOON_S)
+    with state.transaction():
+        pass
+    wait_until(lambda: not read_snapshot(namespace).instances, "it is unloaded", SOON_S)
     assert problems(namespace) == []

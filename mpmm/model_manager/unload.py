@@ -168,11 +168,20 @@ class Unloads:
                 start_thread(threading.Thread(target=self._unload_here, name="mpmm-unload", daemon=True))
 
     def take_up_what_is_left(self) -> None:
-        """Do in a thread the unloads that an exception from a signal handler has interrupted, if there are any."""
+        """Do in a thread the unloads that an exception from a signal handler has interrupted, if there are any.
+
+        Raises LockTimeoutError, ClosedError.
+        """
         if self.may_be_left and not self.is_busy:
-            # Cleared before the check: an unload that begins after it sets it again.
-            self.may_be_left = False
-            self.unload_in_thread()
+            # With the lock, because the exception may have come in the transaction that frees the row: until the next
+            # one undoes that, the row seems to be free.
+            with self._namespace.transaction():
+                # Cleared before the look: an unload that begins after it sets it again.
+                self.may_be_left = False
+                if self._assigned():
+                    self.may_be_left = True
+            if self.may_be_left:
+                self.unload_in_thread()
 
     def _unload_here(self) -> None:
         with self._reporting_trouble(), self._waiting():

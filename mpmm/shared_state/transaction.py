@@ -330,6 +330,11 @@ class TransactionLock:
         """
         if self._calls or self._calls_seen:
             left = dict(self._calls)
+            # Not those of a transaction that has yet to be committed: what they look for is not there yet, and if an
+            # exception came after the commit, nobody would make them again. Read before the frame.
+            after = self._transaction.after
+            if self._frame is not None:
+                left.pop(id(after), None)
             for key in left.keys() & self._calls_seen.keys():
                 _call_all(self._calls.pop(key, ()))
             self._calls_seen = left
