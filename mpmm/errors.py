@@ -325,6 +325,8 @@ class NoEventLoopError(MpmmError, RuntimeError):
 class ReentrantCallError(MpmmError, RuntimeError):
     """A finalizer or signal handler made a call that cannot run in the middle of a transaction of its own thread.
 
+    Also: one, or a constructor, acquired a shared object in the middle of an acquire of the same tag.
+
     What to do: only give things back there (`release_model`, `unpin`, `Lease.release`, `shutdown`), and make other
     calls elsewhere.
     """

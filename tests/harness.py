@@ -94,6 +94,28 @@ def know(manager: ModelManager, **estimates_mb: float) -> None:
     learn(Seat(manager), **estimates_mb)
 
 
+@contextlib.contextmanager
+def held_by_a_thread(*locks: Any) -> Iterator[None]:
+    """Have another thread hold locks for the block."""
+    taken, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            taken.set()
+            over.wait(DEADLINE_S)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert taken.wait(DEADLINE_S), "it cannot take them"
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     """Run a call in a thread; its outcome, or exception, appears in the list."""
     outcome: list[Any] = []

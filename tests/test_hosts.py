@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import in_child, open_descriptors, wait_until
+from harness import held_by_a_thread, in_child, open_descriptors, wait_until
 from patience import DEADLINE_S
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
@@ -427,12 +427,11 @@ def test_a_forked_child_has_no_part_in_its_parents_host(host: Host) -> None:
 
     def look() -> tuple[Any, ...]:
         found = (host.inherited, hosted.find_host(host.registry, "it"), len(hosted._inherited), host._connections)
-        for lock in (host._lock, host._sleep_lock, host._connections_lock, hosted._mutex):
+        for lock in (host._lock, host._sleep_lock, host._connections_lock):
             assert lock.acquire(timeout=DEADLINE_S)
         return found
 
-    # Another thread holds them at the fork.
-    with host._lock, host._sleep_lock, host._connections_lock, hosted._mutex:
+    with held_by_a_thread(host._lock, host._sleep_lock, host._connections_lock):
         assert in_child(look) == (True, None, 1, set())
     assert (host.inherited, hosted.every_host()) == (False, [host])
 

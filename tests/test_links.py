@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import in_child
+from harness import held_by_a_thread, in_child
 
 from mpmm.errors import (
     InvalidArgumentError,
@@ -650,7 +650,7 @@ def test_attached_objects_are_counted_and_those_of_a_parent_are_kept_but_not_use
     assert objects.acquire(where, "it") is None
     assert [one.shared for one in objects._inherited] == [first]
     shared._attached.add(where, "of a parent", first)
-    with shared._attached._mutex:
+    with held_by_a_thread(shared._attached._mutex):
         assert in_child(lambda: shared._attached.acquire(where, "of a parent")) is None
     shared._attached.drop(where, "of a parent")
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import psutil
 import pytest
-from harness import in_child
+from harness import held_by_a_thread, in_child
 
 from mpmm.errors import LockTimeoutError
 from mpmm.multi_process_shared import registry as registry_module
@@ -513,13 +513,8 @@ def test_a_forked_child_is_no_client_until_it_joins(registry: ServerRegistry) ->
     registered = {"here": registry}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(registry_module, "_registries", registered)
-        with registry._mutex, registry_module._registries_mutex:
-
-            def look_and_take() -> tuple[Any, ...]:
-                assert registry_module._registries_mutex.acquire(timeout=1.0)
-                return look()
-
-            assert in_child(look_and_take) == (None, True)
+        with held_by_a_thread(registry._mutex):
+            assert in_child(look) == (None, True)
     assert registry._alive is not None
 
 

@@ -1,7 +1,8 @@
 """The process that has the object: the object's users, and the threads that answer them.
 
 A host serves one tag. It keeps the object while it has users (tokens, one for each acquire), and the constructor to
-make the object again for later users. `Host._lock` guards object and tokens; calls run outside of it.
+make the object again for later users. `Host._lock` guards object and tokens; calls run outside of it. It is reentrant,
+because a signal handler or finalizer may acquire or release in the middle of an acquire or release of its thread.
 A hard delete ends the host: a spawned server's process ends with it, any other process just stops serving the tag.
 
 The threads are a leader-follower pool: the leader waits for the next connection, lets the follower lead, and answers
@@ -24,7 +25,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
+from mpmm.errors import ModelServerError, ReentrantCallError, RemoteCallError, SharedObjectReleasedError
 from mpmm.interpreter.fork_hooks import call_once_at_exit, end_forked_child
 from mpmm.interpreter.thread_locks import new_lock, new_rlock
 from mpmm.interpreter.thread_starts import start_thread
@@ -46,7 +47,7 @@ from mpmm.shared_state.liveness import pid_namespace
 from mpmm.text.arguments import checked_number
 from mpmm.text.printable import printable_logger
 
-__all__ = ["Host", "can_sleep", "declared_mb", "host_object", "public_methods"]
+__all__ = ["Host", "can_sleep", "declared_mb", "host_object", "in_own_acquire", "public_methods"]
 
 logger = printable_logger(__name__)
 # How long a client must be quiet before a follower is started; between two quick requests, that would cost some 50 µs.
@@ -83,16 +84,17 @@ class Host:
         self._look_due = time.monotonic() + LOOK_S
         self._has_complained = False
         self._at_hard_delete = at_hard_delete
-        self._lock = new_lock()
+        self._lock = new_rlock()
         self._shared: Any = shared
         self._has_object = True
+        self._is_making = False
         self._sleep_lock = new_lock()
         self._asleep = False
         self._users: dict[int, Any] = {}
         self._tokens = itertools.count(1)
         self._ended = False
         self._connections: set[Connection | Channel] = set()
-        self._connections_lock = new_lock()
+        self._connections_lock = new_rlock()
         self._leads_next = threading.Semaphore(0)
         self._has_follower = False
         self._follower_lock = new_lock()
@@ -108,32 +110,62 @@ class Host:
     def acquire(self) -> int:
         """Add a user and return its token; make the object again if it was dropped. Raises what the constructor raises.
 
-        Raises ModelServerError after a hard delete.
+        Raises ModelServerError after a hard delete; ReentrantCallError while the same thread makes the object.
         """
         with self._lock:
             if self._ended or self.inherited:
                 raise self._gone()
-            if not self._has_object:
-                with attaching_to(self.tag, self.registry.root):
-                    self._shared = self._constructor()
-                self.methods = public_methods(self._shared)
-                self._has_object = True
+            if self._is_making:
+                raise in_own_acquire(self.tag)
             token = next(self._tokens)
-            self._users[token] = self._shared
+            # A user from now on: otherwise a signal handler that releases might drop the object meanwhile.
+            self._users[token] = None
+            try:
+                if not self._has_object:
+                    self._make()
+                self._users[token] = self._shared
+                if self._ended:
+                    # A signal handler has deleted the object.
+                    raise self._gone()
+            except BaseException:
+                self._remove_user(token)
+                raise
             return token
+
+    def _make(self) -> None:
+        """Make the object again. Hold the lock. Raises what the constructor raises."""
+        try:
+            self._is_making = True
+            with attaching_to(self.tag, self.registry.root):
+                shared = self._constructor()
+            self.methods = public_methods(shared)
+            self._shared = shared
+            self._has_object = True
+        finally:
+            self._is_making = False
 
     def release(self, token: int) -> None:
         """Remove a user, and the object with the last one. Raises SharedObjectReleasedError."""
-        # Bound here so that the object is destroyed after the lock is free: its destructor may call this host again.
-        last = None
+        # Bound here so that the object is destroyed after the lock is free: its destructor may take long.
         with self._lock:
             self.object_for(token)
-            del self._users[token]
-            if not self._users:
-                last, self._shared, self._has_object = self._shared, None, False
-                # The next object is awake.
-                self._asleep = False
+            last = self._remove_user(token)
         del last
+
+    def _remove_user(self, token: int) -> Any:
+        """Remove a user, and the object with the last one; return what is to be destroyed. Hold the lock."""
+        self._users.pop(token, None)
+        if self._users or not self._has_object:
+            return None
+        last, self._has_object = self._shared, False
+        self._shared = None
+        if self._users:
+            # A signal handler has acquired in between, this object or, as it found none, another.
+            self._shared, self._has_object = next(iter(self._users.values())), True
+        else:
+            # The next object is awake.
+            self._asleep = False
+        return last
 
     def object_for(self, token: int) -> Any:
         """Return the object for a user. Raises SharedObjectReleasedError; ModelServerError once the host has ended."""
@@ -458,11 +490,20 @@ class Host:
         The object's copy stays referenced, because destroying it may touch what it shares with the parent's object.
         """
         self.inherited = True
-        self._lock = new_lock()
+        self._lock = new_rlock()
+        self._is_making = False
         self._sleep_lock = new_lock()
         self._files_lock = new_rlock()
-        self._connections_lock = new_lock()
+        self._connections_lock = new_rlock()
         self._connections = set()
+
+
+def in_own_acquire(tag: str) -> ReentrantCallError:
+    """Return the error of an acquire in the middle of one of the same tag and thread, for which it cannot wait."""
+    return ReentrantCallError(
+        f"a finalizer, signal handler or constructor asked for the shared object {tag!r} while its own thread makes it "
+        "or looks for its server; it may only release what it has: let it set a flag, or leave the rest to a thread"
+    )
 
 
 def public_methods(shared: Any) -> frozenset[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpmm.interpreter.fork_hooks import in_forked_child
-from mpmm.interpreter.thread_locks import new_lock
 
 if TYPE_CHECKING:
     from mpmm.multi_process_shared.host import Host
@@ -16,9 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add", "every_host", "find_host", "remove"]
 
+# Read and changed by single steps only, which need no lock: a signal handler might wait for it in its own thread.
 _hosts: dict[tuple[ServerRegistry, str], Host] = {}
 _inherited: list[Host] = []
-_mutex = new_lock()
 
 
 def find_host(registry: ServerRegistry, tag: str) -> Host | None:
@@ -28,14 +27,12 @@ def find_host(registry: ServerRegistry, tag: str) -> Host | None:
 
 def add(host: Host) -> None:
     """Note that a host now serves its tag."""
-    with _mutex:
-        _hosts[host.registry, host.tag] = host
+    _hosts[host.registry, host.tag] = host
 
 
 def remove(host: Host) -> None:
     """Forget a host that no longer serves its tag."""
-    with _mutex:
-        _hosts.pop((host.registry, host.tag), None)
+    _hosts.pop((host.registry, host.tag), None)
 
 
 def every_host() -> list[Host]:
@@ -45,8 +42,6 @@ def every_host() -> list[Host]:
 
 def _start_over_in_child() -> None:
     """Forget the parent's hosts but keep the copies referenced: destroying them would touch what both share."""
-    global _mutex
-    _mutex = new_lock()
     for host in _hosts.values():
         host.forget_after_fork()
         _inherited.append(host)

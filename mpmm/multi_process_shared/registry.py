@@ -43,7 +43,7 @@ from typing import Any
 import psutil
 
 from mpmm.interpreter.fork_hooks import call_once_at_exit, in_forked_child
-from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.life import LifeLock, address_for, wait_for_answer
 from mpmm.shared_state.file_errors import told_by_file
 from mpmm.shared_state.liveness import pid_namespace
@@ -219,7 +219,8 @@ class ServerRegistry:
         self.directory = RuntimeDirectory(REGISTRY_FOLDER, root)
         # As text, see `RuntimeDirectory`.
         self.folder = self.directory.text
-        self._mutex = new_lock()
+        # Reentrant, because a signal handler or finalizer may use a shared object while its thread joins.
+        self._mutex = new_rlock()
         self._alive: LockFile | None = None
 
     def __repr__(self) -> str:
@@ -293,7 +294,9 @@ class ServerRegistry:
             if before is not None and before.is_current():
                 return
             call_once_at_exit(leave_all_registries, LEAVE_PRIORITY)
-            self._alive = self._lock(self.alive_path, lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
+            joined = self._lock(self.alive_path, lambda lock: lock.shared(ALIVE_LOCK_TIMEOUT_S))
+            # Not `before`, if a signal handler has joined in between.
+            before, self._alive = self._alive, joined
             if before is not None:
                 # Only now: a server that finds no client in between would end.
                 before.close()
@@ -324,7 +327,7 @@ class ServerRegistry:
 
     def forget_after_fork(self) -> None:
         """Start without the alive lock in a forked child; the inherited descriptor has been closed."""
-        self._mutex = new_lock()
+        self._mutex = new_rlock()
         self._alive = None
 
     def claim_if_abandoned(self) -> LockFile | None:
@@ -558,7 +561,6 @@ def digest_of(tag: str) -> str:
 
 
 _registries: dict[str, ServerRegistry] = {}
-_registries_mutex = new_lock()
 # Results of `registry_for`, by its argument, the setting and the user (`setuid` changes it): taking paths apart would
 # cost more than a call.
 _registries_by_argument: dict[tuple[str | None, str | None, int], ServerRegistry] = {}
@@ -567,11 +569,9 @@ _registries_by_argument: dict[tuple[str | None, str | None, int], ServerRegistry
 def registry_at(root: str | Path) -> ServerRegistry:
     """Return this process's one object for the registry below `root`."""
     root = absolute(root)
-    with _registries_mutex:
-        registry = _registries.get(root)
-        if registry is None:
-            registry = _registries[root] = ServerRegistry(root)
-        return registry
+    registry = _registries.get(root)
+    # A single step instead of a lock, for which a signal handler might wait in its own thread.
+    return _registries.setdefault(root, ServerRegistry(root)) if registry is None else registry
 
 
 def registry_for(path: str | None) -> ServerRegistry:
@@ -601,8 +601,6 @@ def leave_all_registries() -> None:
 
 
 def _forget_registries_after_fork() -> None:
-    global _registries_mutex
-    _registries_mutex = new_lock()
     for registry in _registries.values():
         registry.forget_after_fork()
 

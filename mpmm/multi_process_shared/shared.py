@@ -21,12 +21,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 
 import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent at import than in the first acquire
@@ -34,10 +37,11 @@ import filelock  # noqa: F401  # `LockFile` needs it; its 10 ms are better spent
 from mpmm.errors import InvalidArgumentError, ModelServerError, NotAcquiredError, SharedObjectReleasedError
 from mpmm.interpreter.fork_hooks import in_forked_child
 from mpmm.interpreter.green_threads import expect_real_threads
-from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_frames import is_on_stack
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.client import ServerLink, forget_link, known_link, link_to, remember_link
 from mpmm.multi_process_shared.context import attaching_to, served_namespaces
-from mpmm.multi_process_shared.host import Host, host_object, new_record
+from mpmm.multi_process_shared.host import Host, host_object, in_own_acquire, new_record
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.identity import check_identity, name_of_constructor, names_of_types
 from mpmm.multi_process_shared.main_import import refuse_while_importing_main
@@ -96,7 +100,8 @@ class MultiProcessShared(Generic[T]):
         Raises what the constructor raises if it runs in this process; ServerStartError with the traceback if it runs
         in another one, and at once in a server that is still importing the main module; ModelServerError if servers
         die faster than they can be reached, or if the tag is a manager's handle whose server is gone;
-        InvalidArgumentError if the tag is known to stand for something else, see `identity`.
+        InvalidArgumentError if the tag is known to stand for something else, see `identity`; ReentrantCallError if a
+        signal handler, finalizer or constructor calls this in the middle of an acquire of the same tag and thread.
         """
         shared = self._acquire(registry_for(self._path))
         if self._spawn_process:
@@ -163,7 +168,7 @@ class MultiProcessShared(Generic[T]):
             with suppress(ModelServerError):
                 return self._use(registry, record)
         refuse_while_importing_main("acquire the shared object", self._tag)
-        with registry.tag_lock(self._tag):
+        with _only_once_in_thread(registry, self._tag, sys._getframe()), registry.tag_lock(self._tag):
             failures = itertools.count(1)
             while True:
                 lives, record = registry.find(self._tag, math.inf)
@@ -457,28 +462,64 @@ def _connect_again(root: str, record: ServerRecord, token: int, methods: frozens
     return SharedProxy(_RemoteUse(link_to(registry_at(Path(root)), record), token, methods))
 
 
+# The acquires in progress that look for a server or start one, by registry, tag and thread: where each runs.
+_looking: dict[tuple[ServerRegistry, str, int], FrameType] = {}
+in_forked_child(_looking.clear)
+
+
+@contextmanager
+def _only_once_in_thread(registry: ServerRegistry, tag: str, frame: FrameType) -> Iterator[None]:
+    """Raise ReentrantCallError if this thread is in such a block of the tag: it would wait for itself for ever.
+
+    frame: of the block.
+    """
+    looking = registry, tag, threading.get_ident()
+    before = _looking.get(looking)
+    # A signal handler's exception may have ended that acquire before its block began.
+    if before is not None and is_on_stack(before, frame):
+        raise in_own_acquire(tag)
+    try:
+        _looking[looking] = frame
+        yield
+    finally:
+        _looking.pop(looking, None)
+
+
 class _Attached:
     """One object that this process has attached, with the number of its acquires."""
 
     def __init__(self, shared: Any) -> None:
         self.shared = shared
-        self.users = 1
+        # One None for each, because a list grows and shrinks in a single step.
+        self._users = [None]
+
+    @property
+    def users(self) -> int:
+        return len(self._users)
+
+    def add_user(self) -> None:
+        self._users.append(None)
+
+    def remove_user(self) -> None:
+        self._users.pop()
 
 
 class _AttachedObjects:
-    """The attached objects of this process, by registry and tag. Thread-safe."""
+    """The attached objects of this process, by registry and tag. Thread-safe, and for signal handlers, too."""
 
     def __init__(self) -> None:
-        self._mutex = new_lock()
+        self._mutex = new_rlock()
         self._by_tag: dict[tuple[ServerRegistry, str], _Attached] = {}
         self._inherited: list[_Attached] = []
 
     def acquire(self, registry: ServerRegistry, tag: str) -> _Attached | None:
         """Add a user of the object, if there is one."""
         with self._mutex:
-            attached = self._by_tag.get((registry, tag))
-            if attached is not None:
-                attached.users += 1
+            while (attached := self._by_tag.get((registry, tag))) is not None:
+                attached.add_user()
+                if self._by_tag.get((registry, tag)) is attached:
+                    break
+                # In between, a signal handler has released it as its last user.
             return attached
 
     def add(self, registry: ServerRegistry, tag: str, shared: Any) -> Any:
@@ -491,11 +532,14 @@ class _AttachedObjects:
         """Remove a user, and the object with the last one; False if it is not the tag's object."""
         with self._mutex:
             attached = self._by_tag.get((registry, tag))
-            if attached is None or attached.shared is not shared:
+            if attached is None or attached.shared is not shared or not attached.users:
                 return False
-            attached.users -= 1
-            if attached.users == 0:
-                del self._by_tag[registry, tag]
+            attached.remove_user()
+            if not attached.users:
+                self._by_tag.pop((registry, tag), None)
+                if attached.users:
+                    # A signal handler has acquired it in between.
+                    self._by_tag.setdefault((registry, tag), attached)
             return True
 
     def drop(self, registry: ServerRegistry, tag: str) -> None:
@@ -505,7 +549,7 @@ class _AttachedObjects:
 
     def start_over_in_child(self) -> None:
         """Forget all objects but keep the copies referenced: finalizing them here would end what the parent uses."""
-        self._mutex = new_lock()
+        self._mutex = new_rlock()
         self._inherited.extend(self._by_tag.values())
         self._by_tag.clear()
 

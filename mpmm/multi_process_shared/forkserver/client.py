@@ -26,7 +26,7 @@ from typing import Any
 
 import mpmm
 from mpmm.errors import LockTimeoutError
-from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.registry import LIVES_BY_VARIABLE, ServerRegistry, open_lock
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.multi_process_shared.server_process import ServerPlan
@@ -125,7 +125,7 @@ class _ForkedPopen:
         self.pid = pid
         self.returncode: int | None = None
         self._connection = connection
-        self._lock = new_lock()
+        self._lock = new_rlock()
         self.sentinel = os.pidfd_open(pid)
         # Polled at each acquire of any tag, of whose time `wait` would take a tenth.
         self._ended = select.poll()
@@ -134,6 +134,9 @@ class _ForkedPopen:
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         """Return the exit code, or None while the server runs."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # typeshed leaves it out
+            # A signal handler asks, in the middle of a poll of its thread.
+            return self.returncode
         with self._lock:
             if self.returncode is None and self._ended.poll(0 if flag == os.WNOHANG else None):
                 self.returncode = self._exit_code()
