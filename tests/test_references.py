@@ -9,11 +9,12 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
-from harness import NOBODYS_PID, Process, Seat, wait_until
+from harness import NOBODYS_PID, Process, Seat, in_thread, wait_until
+from patience import DEADLINE_S
 from session_stand_in import Session
 
 from mpmm.errors import ModelServerError, SharedObjectReleasedError
@@ -198,3 +199,26 @@ def test_what_a_process_had_that_is_just_dying_is_kept_no_longer(
     monkeypatch.setattr(references, "_is_gone", lambda pid, started: next(looks))
     kept.client_hung_up(os.getpid())
     assert len(kept) == 0
+
+
+def test_a_finalizer_may_drop_something_while_its_thread_looks_for_the_dead(tmp_path: Path) -> None:
+    record = ServerRecord("tag", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True)
+    kept = References(tmp_path, record)
+    for _ in range(3):
+        kept.portable(lambda: None, os.getpid())
+
+    class Finalizes(NamedTuple):
+        thing: object = None
+        started: float | None = None
+
+        @property
+        def pid(self) -> int | None:
+            # As if the collector came by here.
+            kept.drop([1])
+            return None
+
+    kept._lent[2] = Finalizes()  # type: ignore[assignment]  # it has the same attributes
+    looking, _ = in_thread(kept.forget_dead)
+    looking.join(DEADLINE_S)
+    assert not looking.is_alive()
+    assert sorted(kept._lent) == [2, 3]

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from mpmm.errors import SharedObjectReleasedError
-from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.registry import registry_at, start_time_of
 from mpmm.multi_process_shared.rpc import pickling, protocol
@@ -60,11 +59,11 @@ class _Lent(NamedTuple):
 
 
 class References:
-    """The objects that a server has lent, by number. Thread-safe."""
+    """The objects that a server has lent, by number. Thread-safe, and for finalizers, too, which may drop some."""
 
     def __init__(self, root: Path, record: ServerRecord) -> None:
         self._place = root, record
-        self._mutex = new_lock()
+        # Read and changed by single steps only, which need no lock: a finalizer might wait for it in its own thread.
         self._lent: dict[int, _Lent] = {}
         self._numbers = itertools.count(1)
 
@@ -85,8 +84,7 @@ class References:
     def _lend(self, thing: Any, pid: int | None) -> _Ticket:
         self.forget_dead()
         number = next(self._numbers)
-        with self._mutex:
-            self._lent[number] = _Lent(thing, pid, None if pid is None else start_time_of(pid))
+        self._lent[number] = _Lent(thing, pid, None if pid is None else start_time_of(pid))
         kind = f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
         protocols = tuple(name for name in PROTOCOLS if _follows(type(thing), name))
         return _Ticket((*self._place, number, kind, protocols))
@@ -119,31 +117,24 @@ class References:
 
     def drop(self, numbers: Collection[int]) -> None:
         """Stop keeping these objects."""
-        with self._mutex:
-            gone = [self._lent.pop(number, None) for number in numbers]
-        # Outside the lock: a destructor may take long, or call this object again.
-        del gone
+        for number in numbers:
+            self._lent.pop(number, None)
 
     def forget_dead(self) -> None:
         """Drop the objects kept for processes that are gone."""
-        with self._mutex:
-            clients = {(lent.pid, lent.started) for lent in self._lent.values() if lent.pid and lent.started}
+        clients = {(lent.pid, lent.started) for lent in self._lent.copy().values() if lent.pid and lent.started}
         dead = {(pid, started) for pid, started in clients if _is_gone(pid, started)}
         if dead:
-            with self._mutex:
-                numbers = [number for number, lent in self._lent.items() if (lent.pid, lent.started) in dead]
-            self.drop(numbers)
+            self.drop([number for number, lent in self._lent.copy().items() if (lent.pid, lent.started) in dead])
 
     def client_hung_up(self, pid: int | None) -> None:
         """Drop a client's objects if its connection ended because it is dying; wait a moment until it is seen dead."""
         deadline = time.monotonic() + DYING_S
-        while pid is not None and any(lent.pid == pid for lent in self._copied()) and time.monotonic() < deadline:
+        while pid is not None and time.monotonic() < deadline:
+            if all(lent.pid != pid for lent in self._lent.copy().values()):
+                return
             self.forget_dead()
             time.sleep(DYING_LOOK_S)
-
-    def _copied(self) -> list[_Lent]:
-        with self._mutex:
-            return list(self._lent.values())
 
 
 def _is_gone(pid: int, started: float) -> bool:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from mpmm.errors import SegmentAllocationError, SegmentLostError
 from mpmm.interpreter.process_limits import limit_behind
-from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.shared_state.file_errors import file_error
 from mpmm.shared_state.layout import LAYOUT_VERSION, MAGIC, Capacities, Header, Layout, Table
 from mpmm.shared_state.lock_file import LockFile, identity_of
@@ -56,7 +56,8 @@ __all__ = [
 SHARED_MEMORY = "/dev/shm"
 # Part of a segment's name while it is removed; `prune.py` removes it if the process dies then.
 GONE = ".gone."
-_tracker_patch = new_lock()
+# Reentrant, because a signal handler may open a segment while its thread opens one.
+_tracker_patch = new_rlock()
 
 
 class SegmentProblem(Exception):
@@ -456,4 +457,4 @@ else:
 def reset_after_fork() -> None:
     """Give the child a new lock, because a thread of the parent may have held the old one."""
     global _tracker_patch
-    _tracker_patch = new_lock()
+    _tracker_patch = new_rlock()
