@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from mpmm.errors import MpmmError
 from mpmm.interpreter.latch import Latch
 from mpmm.interpreter.thread_locks import new_lock
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.observability.event_reader import LONGEST_PAUSE_S, EventReader
 from mpmm.observability.histograms import Histograms
 from mpmm.observability.prometheus import Family, families, text
@@ -74,8 +75,9 @@ class Exporter:
         with self._mutex:
             found = families(self._look())
             if self._follow and self._thread is None and not self._closing.is_set:
-                self._thread = threading.Thread(target=self._run, name="mpmm-metrics", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="mpmm-metrics", daemon=True)
+                start_thread(thread)
+                self._thread = thread
         return found
 
     def text(self, *, openmetrics: bool = False) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from mpmm.interpreter.thread_starts import start_thread
+
 __all__ = ["LOAD_AHEAD_VARIABLE", "load_ahead"]
 
 #: If it is 0, the first batches load the models.
@@ -31,7 +33,7 @@ def load_ahead(manager: Any, tag: str, loader: Callable[[], Any]) -> None:
         return
     # If no thread can be started, the first batch loads the model.
     with suppress(RuntimeError):
-        threading.Thread(target=_load, args=(manager, tag, loader), name="mpmm-load-ahead", daemon=True).start()
+        start_thread(threading.Thread(target=_load, args=(manager, tag, loader), name="mpmm-load-ahead", daemon=True))
 
 
 def _load(manager: Any, tag: str, loader: Callable[[], Any]) -> None:

@@ -34,6 +34,7 @@ from mpmm.errors import ClosedError, LockTimeoutError, MpmmError
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
 from mpmm.interpreter.thread_locks import new_lock, new_rlock
 from mpmm.interpreter.thread_pools import ThreadPool
+from mpmm.interpreter.thread_starts import start_thread
 from mpmm.model_manager.acquire import load_booked, take_before_queueing
 from mpmm.model_manager.acquisition import Booking
 from mpmm.model_manager.load import give_up_booking
@@ -373,7 +374,7 @@ class Watcher:
             if self._thread is None or not self._thread.is_alive():
                 # It waits for the mutex. If it cannot be started, nothing has been recorded yet.
                 thread = threading.Thread(target=self._run, name="mpmm-watcher", daemon=True)
-                thread.start()
+                start_thread(thread)
                 self._thread = thread
             stale = self._watched.pop(row, None)
             if stale is not None:
