@@ -69,11 +69,14 @@ class Interrupted(Exception):
 def ways_out(code: CodeType) -> frozenset[int]:
     """Return the offsets of the instructions that call `__exit__` at the normal end of `with` blocks.
 
-    The offsets of NOPs, as for `try`, are included: they, too, may be outside the block in which they stand. And so are
+    The offsets of NOPs, as for `try`, are included: they, too, may be outside the block in which they stand. So are
+    those at the beginnings and ends of `except` clauses, where the interpreter would get the exceptions mixed up that
+    it handles, or go on for ever to handle one. And so are
     those of an `__enter__` of `thread_locks` after the step of its `for` loop, which takes the lock.
     """
     instructions = list(dis.get_instructions(code))
-    offsets = {instruction.offset for instruction in instructions if instruction.opname == "NOP"}
+    never = ("NOP", "PUSH_EXC_INFO", "POP_EXCEPT")
+    offsets = {instruction.offset for instruction in instructions if instruction.opname in never}
     if code.co_name == "__enter__" and code.co_filename == thread_locks.__file__:
         takes = next(instruction.offset for instruction in instructions if instruction.opname == "FOR_ITER")
         offsets.update(instruction.offset for instruction in instructions if instruction.offset > takes)
@@ -211,6 +214,30 @@ class Interruption(Tracer):
             raise self.error
 
 
+class Handler(Interruption):
+    """Has a function called before a bytecode, as Python calls a signal handler or a finalizer.
+
+    failure: what the function has raised. A SystemExit is raised at the bytecode instead, as Python would.
+    """
+
+    def __init__(self, calls: int, steps: int, act: Callable[[], object]) -> None:
+        super().__init__(calls, steps, KeyboardInterrupt())
+        self._act = act
+        self.failure: BaseException | None = None
+
+    def _at(self, frame: FrameType) -> None:
+        try:
+            super()._at(frame)
+        except KeyboardInterrupt:
+            sys.settrace(None)
+            try:
+                self._act()
+            except SystemExit:
+                raise
+            except BaseException as error:
+                self.failure = error
+
+
 def points_of(
     operation: Callable[[], Any], prepare: Callable[[], Any], step: int, failures: list[str]
 ) -> Iterator[tuple[int, Interruption]]:
@@ -300,6 +327,8 @@ class Points:
 
     def _check(self, where: str, escaped: str) -> None:
         wrong = [f"raised {escaped}"] if escaped else []
+        if sys.exc_info()[1] is not None:
+            wrong.append("the interpreter still handles an exception")
         # Without a call, which would find and end what was left. What the call leaves is found after the next point.
         wrong += self._left_after_a_second()
         try:

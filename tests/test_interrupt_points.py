@@ -12,11 +12,12 @@ By default, the tests try every k-th point of each operation, from an offset tha
 
     MPMM_INTERRUPT_STEP=1 python -m pytest -s tests/test_interrupt_points.py
 
-The interpreter checks for signals only after calls, at the beginning of functions and at jumps backwards. So four kinds
+The interpreter checks for signals only after calls, at the beginning of functions and at jumps backwards. So five kinds
 of places where no handler ever runs are left out: the return from the package to its caller; a call that has just
 received the names of its arguments, which Python 3.11 would use for the next call; the way out of a `with` block up to
-the call of `__exit__`, where a lock would stay taken; and what `mpmm.interpreter.thread_locks` does once it has taken a
-lock.
+the call of `__exit__`, where a lock would stay taken; the beginning and the end of an `except` clause, where the
+interpreter would not notice that an exception has been handled; and what `mpmm.interpreter.thread_locks` does once it
+has taken a lock.
 """
 
 from __future__ import annotations

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 from harness import in_thread, returned_frame
-from interrupt_points import OFFSET, STEP, Interruption, Recording
+from interrupt_points import OFFSET, STEP, Handler, Recording
 from patience import DEADLINE_S
 from payload_store import Store
 
@@ -27,25 +25,6 @@ from mpmm.multi_process_shared.shared import _attached, _looking
 # A handler that waits for its own thread waits for ever.
 HANGS_AFTER_S = DEADLINE_S / 4
 ENOUGH_FAILURES = 2
-
-
-class Handler(Interruption):
-    """Has a function called before a bytecode, as Python calls a signal handler."""
-
-    def __init__(self, calls: int, steps: int, act: Callable[[], object]) -> None:
-        super().__init__(calls, steps, KeyboardInterrupt())
-        self._act = act
-        self.failure: BaseException | None = None
-
-    def _at(self, frame: FrameType) -> None:
-        try:
-            super()._at(frame)
-        except KeyboardInterrupt:
-            sys.settrace(None)
-            try:
-                self._act()
-            except BaseException as error:
-                self.failure = error
 
 
 class AttachedStore(Store):
