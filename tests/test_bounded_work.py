@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import threading
 
 import pytest
 from harness import NewManager, NewProcess, Seat, problems, wait_until
@@ -62,6 +63,33 @@ def test_what_a_killed_process_held_is_taken_back_however_much_it_is(
     holder.kill()
     wait_until(lambda: all(copy.state != "active" for copy in read_snapshot(namespace).instances), "it is reaped", 10)
     assert all(member.pid == os.getpid() for member in read_snapshot(namespace).members)
+    assert problems(namespace) == []
+
+
+def wait_many(seat: Seat, count: int) -> None:
+    """Begin to wait for `count` models, in a thread."""
+
+    async def wait() -> None:
+        blocks = [seat.manager.model_async(f"model-{number}", str) for number in range(count)]
+        await asyncio.gather(*(block.__aenter__() for block in blocks))
+
+    threading.Thread(target=lambda: asyncio.run(wait()), daemon=True).start()
+
+
+def test_a_killed_process_with_many_waiters_keeps_no_newcomer_out(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    settings = {"capacities": SHORT, "fallback_memory_mb": 2000.0, "slack_percentage": 0.0}
+    manager = new_manager(**settings)
+    lease = manager.reserve(2000)
+    crowd = new_process(**settings)
+    crowd.call(wait_many, 3 * MANY)
+    wait_until(lambda: read_snapshot(namespace).waiting == 3 * MANY, "all wait")
+    crowd.kill()
+    new_process(**settings)
+    wait_until(lambda: not read_snapshot(namespace).tickets, "they are taken out of the queue", 10)
+    lease.release()
+    assert all(member.pid != crowd.pid for member in read_snapshot(namespace).members)
     assert problems(namespace) == []
 
 

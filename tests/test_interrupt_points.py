@@ -266,6 +266,32 @@ def test_failing_load(sweep: Callable[..., Sweep]) -> None:
     one(load)
 
 
+def test_unload(sweep: Callable[..., Sweep]) -> None:
+    one = sweep(29)
+
+    def load() -> None:
+        with one.manager.model("a", Plain), one.manager.model("a", Plain):
+            pass
+
+    def unload() -> None:
+        one.manager.unload("a")
+
+    load()
+    one(unload, load)
+
+
+def test_load_in_loop(sweep: Callable[..., Sweep]) -> None:
+    # As in `test_load`.
+    one = sweep(19, fallback_memory_mb=200.0)
+    tags = iter(f"tag-{number}" for number in range(10**6))
+
+    def load() -> None:
+        in_loop(one, next(tags), "handle")()
+
+    load()
+    one(load)
+
+
 def test_lease(sweep: Callable[..., Sweep]) -> None:
     one = sweep(29)
 

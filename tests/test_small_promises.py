@@ -370,7 +370,8 @@ def _hold_and_forget(seat: Seat) -> None:
     seat.manager = None
 
 
-def _collect(seat: Seat) -> None:
+def _collect(_: Seat | None = None) -> None:
+    """Collect garbage, and wait until managers among it have left."""
     gc.collect()
     deadline = time.monotonic() + DEADLINE_S
     while any(thread.name == "mpmm-shutdown" for thread in threading.enumerate()) and time.monotonic() < deadline:
@@ -386,11 +387,11 @@ def _take_back(seat: Seat) -> int:
 def test_blocks_of_a_manager_that_only_they_refer_to(new_manager: NewManager) -> None:
     arguments: dict[str, Any] = {"namespace": "fleeting", "memory_source": "booked", "slack_percentage": 0.0}
     with ModelManager(**arguments).model("a", Thing):
-        gc.collect()
+        _collect()
         assert [copy.state for copy in read_snapshot("fleeting").instances] == ["active"]
     wait_until(lambda: "fleeting" not in find_namespaces(), "the manager is gone")
     with ModelManager(**arguments).reserve(900):
-        gc.collect()
+        _collect()
         assert [copy.state for copy in read_snapshot("fleeting").instances] == ["leased"]
     wait_until(lambda: "fleeting" not in find_namespaces(), "the manager is gone")
     asyncio.run(_hold_fleeting(arguments))
@@ -399,7 +400,7 @@ def test_blocks_of_a_manager_that_only_they_refer_to(new_manager: NewManager) ->
 
 async def _hold_fleeting(arguments: dict[str, Any]) -> None:
     async with ModelManager(**arguments).model_async("a", Thing):
-        gc.collect()
+        _collect()
         assert [copy.state for copy in read_snapshot("fleeting").instances] == ["active"]
 
 
