@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dis
+import itertools
 import os
 import sys
 import threading
@@ -77,6 +78,8 @@ def ways_out(code: CodeType) -> frozenset[int]:
     instructions = list(dis.get_instructions(code))
     never = ("NOP", "PUSH_EXC_INFO", "POP_EXCEPT")
     offsets = {instruction.offset for instruction in instructions if instruction.opname in never}
+    ends = itertools.pairwise(instructions)
+    offsets |= {copy.offset for copy, end in ends if (copy.opname, end.opname) == ("COPY", "POP_EXCEPT")}
     if code.co_name == "__enter__" and code.co_filename == thread_locks.__file__:
         takes = next(instruction.offset for instruction in instructions if instruction.opname == "FOR_ITER")
         offsets.update(instruction.offset for instruction in instructions if instruction.offset > takes)
