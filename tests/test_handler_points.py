@@ -103,11 +103,11 @@ class Lives:
 @pytest.mark.parametrize(
     ("operation", "joins", "step"),
     [
-        pytest.param(use, False, 61, id="block"),
-        pytest.param(lambda manager: use(manager, "b"), False, 211, id="load"),
-        pytest.param(lease, False, 127, id="lease"),
-        pytest.param(wait_for_memory, False, 307, id="wait"),
-        pytest.param(use, True, 307, id="join"),
+        pytest.param(use, False, 211, id="block"),
+        pytest.param(lambda manager: use(manager, "b"), False, 709, id="load"),
+        pytest.param(lease, False, 433, id="lease"),
+        pytest.param(wait_for_memory, False, 997, id="wait"),
+        pytest.param(use, True, 709, id="join"),
     ],
 )
 def test_a_handler_may_shut_down_at_any_point(
@@ -198,9 +198,9 @@ class GivesBack:
 @pytest.mark.parametrize(
     ("operation", "step"),
     [
-        pytest.param(use, 17, id="block"),
-        pytest.param(lambda manager: use(manager, "fails", fail), 131, id="failing load"),
-        pytest.param(lease, 37, id="lease"),
+        pytest.param(use, 53, id="block"),
+        pytest.param(lambda manager: use(manager, "fails", fail), 397, id="failing load"),
+        pytest.param(lease, 127, id="lease"),
     ],
 )
 def test_a_handler_may_give_something_back_at_any_point(

@@ -315,7 +315,8 @@ def test_what_a_server_says_after_its_starters_end_is_in_a_file_of_bounded_lengt
         proxy.say_much(2)
         # Between the two looks it may be given its other name.
         wait_until(lambda: bytes_of([log]) < output.LOG_BYTES and log.exists(), "a new file was begun")
-    assert bytes_of(client.path.glob("servers.log*")) < 4 * output.LOG_BYTES
+    # What it says just as it turns to the new file is in the old one: at most twice as much as at other times.
+    assert bytes_of(client.path.glob("servers.log*")) < 5 * output.LOG_BYTES
     proxy.say("the end")
     assert "the end\n" in log.read_text()
     unload("it")

@@ -151,6 +151,8 @@ class Sampler:
         with self._mutex:
             if self._thread is None:
                 self._thread = threading.current_thread()
+            # If this begins late, another thread may have heard the bell, and ended.
+            self._ring()
         while True:
             rung = self._bell.acquire(timeout=IDLE_S)
             with self._mutex:
