@@ -34,6 +34,7 @@ from patience import DEADLINE_S, Stopwatch
 
 from mpmm import cli, multi_process_shared
 from mpmm.model_manager.background import Jobs
+from mpmm.model_manager.session import Session
 from mpmm.model_manager.unload import Unloads, _AtIt
 from mpmm.multi_process_shared import MultiProcessShared
 from mpmm.shared_state.snapshot import read_snapshot
@@ -303,16 +304,20 @@ def test_what_an_exception_has_kept_from_being_unloaded_is_unloaded_all_the_same
     assert problems(namespace) == []
 
 
-def test_an_unload_that_begins_while_the_background_thread_looks_for_unfinished_ones_is_not_forgotten(
-    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def idle_copy_that_is_seldom_looked_at(new_manager: NewManager, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """Load `a`, and have no look that comes every `poll_interval` find an unload that was forgotten."""
     manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
     with manager.model("a", Loads("a")):
         pass
-    session = manager._connected()
-    unloads, looks, look = session.unloads, itertools.count(), Unloads.unload_in_thread
-    # Which finds it, too, but only every `poll_interval`.
     monkeypatch.setattr(Jobs, "look_around", lambda self: None)
+    return manager._connected()
+
+
+def test_an_unload_that_begins_while_the_background_thread_looks_for_unfinished_ones_is_not_forgotten(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = idle_copy_that_is_seldom_looked_at(new_manager, monkeypatch)
+    unloads, looks, look = session.unloads, itertools.count(), Unloads.unload_in_thread
     with monkeypatch.context() as patch:
         # Nobody unloads it before the thread below is said to.
         patch.setattr(Unloads, "unload_in_thread", lambda self: None)
@@ -340,12 +345,8 @@ def test_an_unload_that_begins_while_the_background_thread_looks_for_unfinished_
 def test_an_unload_whose_thread_could_not_be_seen_at_the_look_after_a_ring_is_not_forgotten(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
-    with manager.model("a", Loads("a")):
-        pass
-    session, rung, is_at = manager._connected(), threading.Event(), Unloads.is_at
-    # Which finds it, too, but only every `poll_interval`.
-    monkeypatch.setattr(Jobs, "look_around", lambda self: None)
+    session = idle_copy_that_is_seldom_looked_at(new_manager, monkeypatch)
+    rung, is_at = threading.Event(), Unloads.is_at
 
     def not_seen_at_first(self: Unloads, row: int) -> bool:
         if threading.current_thread().name.startswith("mpmm-background") and not rung.is_set():
@@ -403,13 +404,8 @@ def test_objects_are_unloaded_one_after_another_unless_one_hangs(
 def test_an_unload_whose_end_an_exception_has_undone_is_not_forgotten(
     namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager = new_manager(fallback_memory_mb=1000, poll_interval=30.0)
-    with manager.model("a", Loads("a")):
-        pass
-    session = manager._connected()
+    session = idle_copy_that_is_seldom_looked_at(new_manager, monkeypatch)
     state, unloads = session.namespace, session.unloads
-    # Which finds it, too, but only every `poll_interval`.
-    monkeypatch.setattr(Jobs, "look_around", lambda self: None)
     with monkeypatch.context() as patch:
         patch.setattr(Unloads, "unload_in_thread", lambda self: None)
         state.reset()

@@ -175,7 +175,8 @@ class Sampler:
                 self._do(job)
             with self._mutex:
                 self._busy_since = None
-                for ended, number in list(self._waiting.items()):
+                # A copy, made in one step: callers that have waited long enough leave without the lock.
+                for ended, number in self._waiting.copy().items():
                     if number <= self._begun:
                         ended.set()
 

@@ -254,7 +254,7 @@ class Unloads:
     def _is_at_an_object(self) -> bool:
         """Tell whether a thread of this process unloads an object now, and is not late. Needs the lock."""
         instances, late = self._namespace.tables.instances, time.monotonic() - ENDS_WITHIN_S
-        at_it = [one for row, one in list(self._in_progress.items()) if instances[row].owner is not None]
+        at_it = [one for row, one in self._in_progress.copy().items() if instances[row].owner is not None]
         return any(one.since > late and one.is_there for one in at_it)
 
     def _unload_all(self, copies: Sequence[tuple[int, int]]) -> None:
