@@ -193,6 +193,8 @@ class Interruption(Tracer):
     def forget(self) -> None:
         """Let the exception go, since the frames of its traceback keep their objects alive."""
         self.error.__traceback__ = None
+        # Raised in an `except` clause, it has that of the clause's exception, too.
+        self.error.__context__ = None
         self.error = KeyboardInterrupt()
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
@@ -411,7 +413,7 @@ def sweep(
     made: list[Sweep] = []
     bystanders: list[Process] = []
 
-    def make(step: int, **arguments: Any) -> Sweep:
+    def make(step: int, kind: type[Sweep] = Sweep, **arguments: Any) -> Sweep:
         # Small tables, because each look decodes all of them.
         # A leader and two deputies, so that this process seldom checks the namespace, and does not by chance repair
         # what an exception has left.
@@ -419,7 +421,7 @@ def sweep(
             bystander = new_process(capacities=SMALL_TABLES, **arguments)
         bystander.call(stand_by)
         bystanders.append(bystander)
-        made.append(Sweep(new_manager(capacities=SMALL_TABLES, **arguments), step))
+        made.append(kind(new_manager(capacities=SMALL_TABLES, **arguments), step))
         return made[-1]
 
     yield make
