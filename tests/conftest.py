@@ -56,6 +56,7 @@ TAKE_LONGEST = (
     "test_beam_pipeline",
     "test_workload",
     "test_interrupt_points",
+    "test_life_interrupt_points",
     "test_simulator",
     "test_crash_points",
     "test_bad_ground",

@@ -47,7 +47,7 @@ from stressing.suspension_victims import AT_REST, ROLES, STEPS
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 NAMESPACE = "stress"
-INTERRUPT_TESTS = (TESTS / "test_interrupt_points.py", TESTS / "test_shared_interrupt_points.py")
+INTERRUPT_TESTS = tuple(TESTS / f"test_{what}interrupt_points.py" for what in ("", "life_", "shared_", "server_"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,6 +52,8 @@ from mpmm.text.printable import printable_logger
 __all__ = ["Attachment", "JoinsWith", "closed_by_shutdown", "root_and_name"]
 
 _LOG = printable_logger("mpmm")
+# The name of threads that leave a namespace all of whose managers were dropped.
+FORGOTTEN = "mpmm-forgotten"
 _Key = tuple[Path, str]
 Method = TypeVar("Method", bound=Callable[..., Any])
 _sessions: dict[_Key, Session] = {}
@@ -218,7 +220,7 @@ class Attachment:
             _sessions[key] = session
             del _joining[key]
         self.session = session
-        session.manager_ids.add(id(self))
+        session.add_manager(self)
         return session
 
     def connected_in_time(self, tag: str) -> Session:
@@ -311,6 +313,10 @@ class Attachment:
         except BaseException:
             namespace.leave(timeout_s=_left_s(deadline))
             raise
+        # Before the background thread starts, which would otherwise take the session for forgotten.
+        session.add_manager(self)
+        key = (self.root, self.name)
+        session.leave_when_forgotten = functools.partial(_leave_in_thread, session, key, told.monitor)
         made.append(session)
         with namespace.lock.give_up_at(deadline):
             try:
@@ -349,43 +355,28 @@ class Attachment:
             _shut_down_in_thread(self.shutdown)
             return
         with _guard:
-            session.manager_ids.discard(id(self))
+            session.take_off_manager(self)
             if session.managers:
                 self.session = None
                 return
-            key = (self.root, self.name)
-            _leaving[session] = key
-            if _sessions.get(key) is session:
-                del _sessions[key]
+            _begin_to_leave(session, (self.root, self.name))
         session.close()
         _forget_if_left(session)
         self.session = None
-        monitor = self.joins_with.monitor
-        if _is_ours(monitor):
-            monitor.stop()
-        elif monitor is not None:
-            MonitorSource(monitor).stop()
+        _stop_monitor(self.joins_with.monitor)
 
     def __del__(self) -> None:
         # Beam promises this. In a thread, because the collector can run while this one holds a lock that is needed,
         # or is in the middle of a shutdown. At exit `run_at_exit` has left by now, and threads no longer start.
+        # An exception that a signal handler raises here is lost to the program, and with it this shutdown. The
+        # background thread makes up for it.
         session = self.session
         if session is None or session.closing or not session.namespace.is_usable or sys.is_finalizing():
             return
-        _shut_down_in_thread(self._forgotten)
-
-    def _forgotten(self) -> None:
-        """Shut down, unless this process holds instances: those are still in use, and are kept until the process ends.
-
-        Another manager of the namespace can give them back; when that one shuts down, this process leaves.
-        """
-        session = self.session
-        with _guard:
-            if session is not None and session.manager_ids == {id(self)} and session.held.has_any:
-                session.manager_ids.clear()
-                self.closed = True
-                return
-        self.shutdown()
+        session.take_off_manager(self)
+        # Without a reference to this object: `threading` keeps a thread whose start an exception has ended.
+        leave = functools.partial(_leave_if_forgotten, session, (self.root, self.name), self.joins_with.monitor)
+        _shut_down_in_thread(leave)
 
 
 def closed_by_shutdown(method: Method) -> Method:
@@ -444,11 +435,54 @@ def _make_monitor(namespace: Namespace, told: JoinsWith) -> GPUMonitor:
     return GPUMonitor(settings.fallback_memory_mb, settings.poll_interval, settings.peak_window_seconds, source=source)
 
 
-def _shut_down_in_thread(target: Callable[[], None]) -> None:
-    thread = threading.Thread(target=target, name="mpmm-shutdown")
+def _shut_down_in_thread(target: Callable[[], None], name: str = "mpmm-shutdown") -> None:
+    thread = threading.Thread(target=target, name=name)
     with suppress(RuntimeError):
         start_thread(thread)
         _shutting_down.append(thread)
+
+
+def _leave_in_thread(session: Session, key: _Key, monitor: object) -> None:
+    """Have a thread leave the namespace, all of whose managers in this process were dropped; for the background thread.
+
+    monitor: the argument of the manager that has joined.
+    """
+    if sys.is_finalizing() or any(thread.name == FORGOTTEN and thread.is_alive() for thread in list(_shutting_down)):
+        # The background thread comes back to it.
+        return
+    _shut_down_in_thread(functools.partial(_leave_if_forgotten, session, key, monitor), FORGOTTEN)
+
+
+def _leave_if_forgotten(session: Session, key: _Key, monitor: object) -> None:
+    """Leave, unless this process holds instances: those are still in use, and are kept until the process ends.
+
+    Another manager of the namespace can give them back; then this process leaves once that one is dropped or shut down.
+    """
+    with _guard:
+        # Another thread may have made a manager meanwhile.
+        if not session.is_forgotten or session.closing or not session.namespace.is_usable:
+            return
+        _begin_to_leave(session, key)
+        # If an exception has ended the join, this is what it has made, and nothing else will need it.
+        if session in _joining.get(key, ()):
+            del _joining[key]
+    session.close()
+    _forget_if_left(session)
+    _stop_monitor(monitor)
+
+
+def _begin_to_leave(session: Session, key: _Key) -> None:
+    """Have the next manager join anew. Needs `_guard`."""
+    _leaving[session] = key
+    if _sessions.get(key) is session:
+        del _sessions[key]
+
+
+def _stop_monitor(monitor: object) -> None:
+    if _is_ours(monitor):
+        monitor.stop()
+    elif monitor is not None:
+        MonitorSource(cast(MonitorProtocol, monitor)).stop()
 
 
 def _left_s(deadline: float) -> float:

@@ -45,6 +45,7 @@ class Jobs:
     """The jobs of one process. A job returns at once if it has nothing to do.
 
     reconcile_due: when to look for calls that an exception has ended, while there are calls to watch.
+    leave_if_forgotten: has a thread leave the namespace if all managers of this process were dropped.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Jobs:
         self._sleeps_seen = 0
         self._answered: int | None = None
         self.leader = leader
+        self.leave_if_forgotten: Callable[[], None] = lambda: None
 
     def do_what_came_up(self, rung: int) -> None:
         """Do what others have left to this thread, or rung for; called whenever it wakes up.
@@ -90,6 +92,7 @@ class Jobs:
         self.leader.elect()
         self.leader.do_for_everybody()
         reap_ended_helpers()
+        self.leave_if_forgotten()
 
     @property
     def has_deferred(self) -> bool:

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from types import FrameType
 
 from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
@@ -102,7 +103,10 @@ class Session:
         self.monitor = monitor
         self.warn_after_s: tuple[float, ...] = WARN_AFTER_S
         # By identity, so that a manager is counted, and taken off, once, even if an exception makes a call run twice.
-        self.manager_ids: set[int] = set()
+        # Weakly, because an exception may end the finalizer that would take off a manager that is dropped.
+        self._managers: dict[int, weakref.ref[object]] = {}
+        # What makes this process leave once all managers were dropped; called by the background thread.
+        self.leave_when_forgotten: Callable[[], object] = lambda: None
         # An RLock, because a finalizer or signal handler may need it while its own thread has it.
         self._mutex = new_rlock()
         # Threads in the queue; `close` sends them away before the segment is unmapped under them.
@@ -136,6 +140,7 @@ class Session:
             *(LateUnloads(namespace, scheduler, self.unloads), self.suspender, self.keep_estimates, doorbell),
         )
         jobs = Jobs(namespace, self.deferred, self.reconciler, self.held, self.unloads, self.leader, self.operations)
+        jobs.leave_if_forgotten = self._leave_if_forgotten
         self.background = BackgroundThread(namespace, doorbell, jobs)
         monitor.bind(samples, self.leader.note_sample)
         _sessions.add(self)
@@ -143,7 +148,24 @@ class Session:
     @property
     def managers(self) -> int:
         """How many managers share this session."""
-        return len(self.manager_ids)
+        return sum(manager() is not None for manager in list(self._managers.values()))
+
+    def add_manager(self, manager: object) -> None:
+        """Count a manager among those that share this session, until it is taken off or collected."""
+        self._managers[id(manager)] = weakref.ref(manager)
+
+    def take_off_manager(self, manager: object) -> None:
+        """Undo `add_manager`; a second call does nothing."""
+        self._managers.pop(id(manager), None)
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Tell whether no manager shares this session any more, and this process holds nothing that is still in use."""
+        return not self.managers and not self.held.has_any
+
+    def _leave_if_forgotten(self) -> None:
+        if self.is_forgotten and not self.closing:
+            self.leave_when_forgotten()
 
     @property
     def is_left_behind(self) -> bool:
