@@ -14,6 +14,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -24,6 +25,7 @@ from typing import Any
 
 import pytest
 from harness import FORK_POINTS, NewProcess, files_in
+from interrupt_points import PACKAGE
 from loaders import Loads
 from patience import DEADLINE_S
 
@@ -31,6 +33,8 @@ from mpmm.errors import SuspendError
 from mpmm.interpreter import fork_hooks
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared
+from mpmm.multi_process_shared.forkserver.client import SWITCH_VARIABLE
+from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.lock_file import is_locked
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.removal import remove_deserted
@@ -158,7 +162,9 @@ def _callers(frame: Any) -> str:
     """Return the files of the functions that have led here, the nearest ones."""
     names: list[str] = []
     while frame is not None and len(names) < 12:
-        names.append(frame.f_code.co_filename.rpartition("site-packages")[2])
+        name = frame.f_code.co_filename.rpartition("site-packages")[2]
+        # Whatever folder of it, and wherever the package is.
+        names.append(f"mpmm{os.sep}file{os.sep}" if frame.f_code.co_filename.startswith(PACKAGE) else name)
         frame = frame.f_back
     return " ".join(os.sep.join(name.split(os.sep)[-3:-1]) or name for name in names)
 
@@ -196,6 +202,27 @@ def use_server(tag: str, spawns: bool) -> None:
     proxy.unsafe_hard_delete()
 
 
+def answer_client(folder: Path, listener: socket.socket) -> None:
+    """Accept a client, as the process does that has an object, exchange a message, and hang up."""
+    key = bytes(32)
+
+    def call() -> None:
+        with sockets.dial(folder, "it.sock", key, DEADLINE_S) as ours:
+            ours.send_bytes(b"request")
+            assert ours.recv_bytes() == b"answer"
+
+    client = threading.Thread(target=call)
+    client.start()
+    assert select.select([listener], [], [], DEADLINE_S)[0]
+    accepted = sockets.accept(listener)
+    assert accepted is not None
+    with accepted:
+        sockets.authenticate_client(accepted, key)
+        assert accepted.recv_bytes() == b"request"
+        accepted.send_bytes(b"answer")
+    client.join()
+
+
 def use_helper(folder: Path) -> None:
     """Ask the process that calls the CUDA driver, which there is none of here, and look whether it is stopped."""
     with pytest.raises(SuspendError):
@@ -211,7 +238,20 @@ def put_files_back(namespace: Namespace) -> None:
 
 @pytest.mark.parametrize(
     "operation",
-    ["join and leave", "look", "acquire", "async", "lease", "put back", "helper", "remove", "server", "host"],
+    [
+        "join and leave",
+        "look",
+        "acquire",
+        "async",
+        "lease",
+        "put back",
+        "helper",
+        "remove",
+        "server",
+        "spawned server",
+        "host",
+        "accept",
+    ],
 )
 def test_a_fork_at_any_call_to_the_kernel_gives_the_child_no_lock(
     namespace: str,
@@ -219,13 +259,20 @@ def test_a_fork_at_any_call_to_the_kernel_gives_the_child_no_lock(
     new_process: NewProcess,
     record_property: Callable[[str, object], None],
     operation: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forks = ForksAtEveryCall()
     if operation == "remove":
         new_process().kill()
         forks.run(lambda: remove_deserted(runtime_root, namespace))
-    elif operation in ("server", "host"):
-        forks.run(lambda: use_server(f"{namespace} {operation}", operation == "server"))
+    elif operation == "accept":
+        with closing(sockets.listen(runtime_root, "it.sock")) as listener:
+            forks.run(lambda: answer_client(runtime_root, listener))
+        (runtime_root / "it.sock").unlink()
+    elif operation in ("server", "spawned server", "host"):
+        if operation == "spawned server":
+            monkeypatch.setenv(SWITCH_VARIABLE, "0")
+        forks.run(lambda: use_server(f"{namespace} {operation}", operation != "host"))
     else:
         made: list[ModelManager] = []
 
