@@ -15,6 +15,7 @@ from interrupt_points import HEALS_WITHIN_S, SMALL_TABLES, STEP, Interrupted, po
 
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.lock_file import is_locked
 from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -28,13 +29,13 @@ def sweep_whole_life(
     begin: Callable[[], ModelManager | None] = lambda: None,
     stays: Callable[[], bool] = lambda: False,
     again: bool = True,
-    alone: bool = False,
+    has_left: Callable[[], bool] = lambda: True,
 ) -> int:
     """Try the points of an operation after which the namespace is left each time; return how many there were.
 
     begin: makes what `operate` is given. operate: returns what is to be shut down after it. again: shut down after it
     what `begin` has made, too. After each point another manager can come and go, and nothing is left behind but what
-    `stays` says is another process's. alone: nothing is left before that, either.
+    `stays` says is another process's. has_left: becomes true before that.
     """
     root = Path(os.environ[RUNTIME_DIR_VARIABLE])
     failures: list[str] = []
@@ -63,8 +64,7 @@ def sweep_whole_life(
         # A manager that is dropped, or whose `__init__` was interrupted, is part of a cycle. It leaves once collected.
         gc.collect()
         try:
-            if alone:
-                wait_until(lambda: not (segments_of(root) or files_in(root)), "it is left", HEALS_WITHIN_S)
+            wait_until(has_left, "the process has left by itself", HEALS_WITHIN_S)
             after = ModelManager(namespace="whole", capacities=SMALL_TABLES, **{**SMALL, "lock_timeout_seconds": 10.0})
             with after.model("a", lambda: "handle"):
                 pass
@@ -120,12 +120,19 @@ def test_manager_that_is_dropped(runtime_root: Path) -> None:
         dropped.clear()
         gc.collect()
 
-    print(sweep_whole_life(17, operate, begin, alone=True), "points")
+    def is_removed() -> bool:
+        return not segments_of(runtime_root) and not files_in(runtime_root)
+
+    print(sweep_whole_life(17, operate, begin, has_left=is_removed), "points")
 
 
 @pytest.mark.usefixtures("impatient")
 def test_join_of_new_namespace(runtime_root: Path) -> None:
-    print(sweep_whole_life(113, join), "points")
+    def is_deserted() -> bool:
+        # The next process that joins removes the files of an interrupted join.
+        return not is_locked(runtime_root / "whole" / "alive.lock")
+
+    print(sweep_whole_life(113, join, has_left=is_deserted), "points")
 
 
 @pytest.mark.usefixtures("impatient")
