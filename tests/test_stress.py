@@ -86,13 +86,16 @@ def test_short_run_is_clean_on_each_source(source: str) -> None:
     assert result["counts"]["loads"] > 0, output
 
 
-@pytest.mark.parametrize("options", [("--interrupt-rate", "60", "--optimized"), ("--remove-rate", "1")], ids=" ".join)
-def test_short_run_with_interrupted_calls_or_vanishing_files_is_clean(options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options", [("--interrupt-rate", "60", "--optimized"), ("--remove-rate", "1", "--full-tables")], ids=" ".join
+)
+def test_short_run_with_interrupted_calls_or_vanishing_files_and_full_tables_is_clean(options: tuple[str, ...]) -> None:
     run = stress("--processes", "4", "--seconds", str(scaled(4)), "--seed", "14", "--servers", "0", *options)
     output, result = outcome(run, 100)
     assert result["violations"] == 0, output
     assert result["left_behind"] == 0, output
     assert result["counts"].get("removals" if "--remove-rate" in options else "interrupted", 0) > 0, output
+    assert bool(result["full_tables"]) == ("--full-tables" in options), output
 
 
 def test_short_run_with_kills_at_steps_of_suspending_and_resuming_is_clean() -> None:

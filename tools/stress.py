@@ -4,6 +4,7 @@
     python tools/stress.py --processes 8 --seconds 20 --seed 5      a short run, repeated by the same seed
     python tools/stress.py --source nvml                            on a simulated GPU, measured through NVML
     python tools/stress.py --interrupt-rate 20 --remove-rate 1      exceptions from signal handlers, and a cleaner
+    python tools/stress.py --full-tables                            so few rows that all tables are full at times
     python tools/stress.py --suspensions 10000                      kills at each step of suspending and resuming
     python tools/stress.py --interrupt-points 1                     an exception at every bytecode of each call
 
@@ -12,7 +13,7 @@ of them: handles of real model servers, handles without a server, and objects th
 conductor (stressing/conductor.py) starts the processes, and kills and stops them (stressing/disturbances.py), sometimes
 in the middle of a transaction; workers (stressing/worker.py) fork children at any time. On request, the conductor
 sends signals whose handlers raise an exception in the middle of a call, and removes lock files or their folder, as
-cleaners do.
+cleaners do. With `--full-tables` calls may fail with `TableFullError`, which is counted, not a violation.
 
 Two independent checks notice double use of a copy: one reads the state and its events (stressing/checks.py), and the
 other is a file lock per copy that its user takes (stressing/models.py).
@@ -94,6 +95,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         help="removals per second of a lock file, the token, or the namespace's whole folder (default 0)",
+    )
+    parser.add_argument(
+        "--full-tables",
+        action="store_true",
+        help="give the namespace so few rows that its tables are full at times, and count the calls that fail of that",
     )
     parser.add_argument("--optimized", action="store_true", help="run under python -O, without assertions")
     parser.add_argument("--pace", type=float, default=100.0, help="attempts to acquire per second, over all processes")
@@ -178,6 +184,7 @@ def make_plan(options: argparse.Namespace, folder: str) -> Plan:
         lock_timeout_s=options.lock_timeout,
         poll_interval_s=options.poll_interval,
         source=options.source,
+        full_tables=options.full_tables,
         conductor_pid=os.getpid(),
     )
 
@@ -196,6 +203,7 @@ def print_table(result: Result) -> None:
         ("stops", _listed(result.stops)),
         ("forks", str(counts["forks"])),
         ("interrupted calls, removals", f"{counts['interrupted']}, {counts['removals']}"),
+        ("calls that failed of a full table", _listed(_full_tables(counts))),
         ("recoveries", _percentiles(result.recoveries_s)),
         ("… while the lock's holder was stopped", _percentiles(result.stalled_recoveries_s)),
         ("rollbacks, leaders", f"{result.rollbacks}, {result.leaders}"),
@@ -285,6 +293,7 @@ def as_json(result: Result, source: str) -> dict[str, object]:
         "recovery_max_stopped_lock_s": round(max(result.stalled_recoveries_s, default=0.0), 4),
         "operations": result.counts["operations"],
         "counts": dict(result.counts),
+        "full_tables": dict(_full_tables(result.counts)),
         "kills": sum(result.kills.values()),
         "kills_by_kind": dict(result.kills),
         "stops": sum(result.stops.values()),
@@ -303,6 +312,12 @@ def say(text: str) -> None:
 def _listed(counts: collections.Counter[str]) -> str:
     parts = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     return f"{sum(counts.values())}" + (f" ({parts})" if parts else "")
+
+
+def _full_tables(counts: collections.Counter[str]) -> collections.Counter[str]:
+    """Return how many calls failed because a table was full, by table."""
+    full = {what.removeprefix("full "): count for what, count in counts.items() if what.startswith("full ")}
+    return collections.Counter(full)
 
 
 def _percentiles(seconds: list[float]) -> str:

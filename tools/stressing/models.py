@@ -50,6 +50,7 @@ class Plan:
 
     Rates, and pace for attempts to acquire, are events per second over all processes.
     source: one of `SOURCES`. per_process: the device measures single processes; only for the source `simulated`.
+    full_tables: the namespace has so few rows that its tables are full again and again.
     conductor_pid: the process to which simulated GPUs attribute `file` memory.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     lock_timeout_s: float
     poll_interval_s: float
     source: str
+    full_tables: bool
     conductor_pid: int
 
     def device(self) -> SimulatedDevice:

@@ -13,7 +13,7 @@ from functools import partial
 from stressing.mailbox import Mailbox
 from stressing.models import is_dying
 from stressing.run import Run
-from stressing.worker import LEAVE, RUN, be_worker
+from stressing.worker import CANNOT_JOIN, LEAVE, RUN, be_worker
 
 __all__ = ["Processes", "RunningWorker"]
 
@@ -77,7 +77,7 @@ class Processes:
                 if worker is None:
                     continue
                 code = os.waitstatus_to_exitcode(status)
-                if self.phases[0] < LEAVE and pid not in killed and code != 4:
+                if self.phases[0] < LEAVE and pid not in killed and code != CANNOT_JOIN:
                     violations.add("died", f"worker {worker.index} (pid {pid}) ended by itself: {code}")
                 elif code and self.phases[0] >= LEAVE and pid not in killed:
                     violations.add("died", f"worker {worker.index} (pid {pid}) left with exit code {code}")

@@ -24,7 +24,14 @@ from collections.abc import Callable, Iterator
 from multiprocessing import util
 from typing import Any, NoReturn
 
-from mpmm.errors import AcquireTimeoutError, LockTimeoutError, ModelServerError, NotAcquiredError, ServerStartError
+from mpmm.errors import (
+    AcquireTimeoutError,
+    LockTimeoutError,
+    ModelServerError,
+    NotAcquiredError,
+    ServerStartError,
+    TableFullError,
+)
 from mpmm.interpreter.thread_frames import innermost_frame
 from mpmm.model_manager import ModelManager
 from mpmm.multi_process_shared import MultiProcessShared, server_pid
@@ -52,6 +59,35 @@ CAPACITIES = Capacities(
     members=512, models=128, instances=512, tickets=1024, devices=2, observations=64, events=2048, undo=8192
 )
 _PR_SET_PDEATHSIG = 1
+# The workers that cannot join, because of a stopped process or a full table, are replaced like those that are killed.
+CANNOT_JOIN = 4
+
+
+def capacities(plan: Plan) -> Capacities:
+    """Return how many rows the tables have: more than the run needs, or with `full_tables` fewer."""
+    if not plan.full_tables:
+        return CAPACITIES
+    return Capacities(
+        # All workers can attach, but their forked children and the model servers compete for what is left.
+        members=plan.processes + 2,
+        # Fewer than there are usual models and leases at a time.
+        models=9,
+        instances=max(4, plan.processes),
+        tickets=max(2, plan.processes // 2),
+        pins=2,
+        devices=2,
+        observations=4,
+        events=CAPACITIES.events,
+    )
+
+
+def full_table(error: BaseException) -> str | None:
+    """Return which table was full if that is what an error says, of this process or of a model server that it began."""
+    if isinstance(error, TableFullError):
+        return error.table
+    if isinstance(error, ServerStartError) and "the members table of namespace" in str(error):
+        return "members"
+    return None
 
 
 class LoaderFailedError(Exception):
@@ -240,7 +276,7 @@ class WorkerProcess:
             eviction_cooldown_seconds=0.5,
             max_overtake_seconds=0.5,
             memory_return_seconds=0.25,
-            capacities=CAPACITIES,
+            capacities=capacities(self.plan),
             **self.plan.manager_options(),
         )
 
@@ -394,10 +430,12 @@ class WorkerProcess:
         began = time.monotonic()
         try:
             manager.pin(tag)
-            self._release(manager, tag, manager.acquire_model(tag, loader))
-            # Another thread's unpin may have ended this pin, too.
-            with contextlib.suppress(NotAcquiredError):
-                manager.unpin(tag)
+            try:
+                self._release(manager, tag, manager.acquire_model(tag, loader))
+            finally:
+                # Another thread's unpin may have ended this pin, too.
+                with contextlib.suppress(NotAcquiredError):
+                    manager.unpin(tag)
         except BaseException as error:
             self._judge_error(error, tag, began, loader)
         else:
@@ -464,6 +502,8 @@ class WorkerProcess:
 
         if isinstance(error, AcquireTimeoutError):
             self.report.count("timeouts")
+        elif self.plan.full_tables and (table := full_table(error)) not in (None, "undo"):
+            self.report.count(f"full {table}")
         elif isinstance(error, LoaderFailedError) or (
             isinstance(error, ServerStartError) and loader is not None and loader.fails
         ):
@@ -559,8 +599,13 @@ def be_worker(plan: Plan, index: int, incarnation: str, report_fd: int, phases: 
         WorkerProcess(plan, index, incarnation, report_fd, phases).run()
     except LockTimeoutError as error:
         reporter.claim("lock_timeout", began, 0.0, traceback.format_exc(), holder=error.holder_pid)
-        code = 4
-    except BaseException:
-        reporter.claim("unexpected", began, 0.0, traceback.format_exc())
-        code = 1
+        code = CANNOT_JOIN
+    except BaseException as error:
+        if plan.full_tables and full_table(error) == "members":
+            reporter.count("full members")
+            reporter.flush()
+            code = CANNOT_JOIN
+        else:
+            reporter.claim("unexpected", began, 0.0, traceback.format_exc())
+            code = 1
     leave_process(code)
