@@ -105,8 +105,8 @@ def run_in_child(action: Callable[[], object]) -> int:
 class Lab:
     """A namespace whose state can be saved, restored and compared, and in which children die."""
 
-    def __init__(self, name: str) -> None:
-        self.namespace = Namespace.join(name, capacities=SMALL, settings=Settings(memory_return_seconds=0.0))
+    def __init__(self, name: str, capacities: Capacities = SMALL) -> None:
+        self.namespace = Namespace.join(name, capacities=capacities, settings=Settings(memory_return_seconds=0.0))
         self.segment = self.namespace.segment
         self.words = self.segment.words
         self.layout = self.segment.layout

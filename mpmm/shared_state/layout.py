@@ -58,8 +58,8 @@ MOST_UNDO = 1 << 28
 MOST_DEVICES = 64
 # Devices that one copy can span.
 MOST_SPANNED = 8
-# Users that one copy can have at a time. One transaction makes all their seats, in 2 * STEP_WORDS where the handle is
-# as long as it can be.
+# Users that one copy can have at a time. One transaction makes all their seats: 132 words for each where the handle is
+# as long as it can be, for which 2 * STEP_WORDS and what their rows add to the undo log suffice.
 MOST_USERS = 128
 
 
