@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import threading
 
 import pytest
 from harness import NewManager, NewProcess, Seat, problems, wait_until
 
-from mpmm import Capacities, InvalidArgumentError, ModelManager
+from mpmm import Capacities, InvalidArgumentError, LoadTimeoutError, ModelManager, MpmmError, NamespaceResetError
 from mpmm.shared_state.layout import STEP_WORDS
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -100,6 +101,44 @@ def test_a_reset_of_many_copies_takes_as_many_transactions_as_it_needs(namespace
         manager.acquire_model(f"model-{number}", lambda number=number: f"handle-{number}")  # type: ignore[misc]  # mypy has no type for a lambda's default
     manager.force_reset()
     assert read_snapshot(namespace).instances == ()
+    assert problems(namespace) == []
+
+
+def test_many_loads_past_their_time_limit_are_given_up(
+    namespace: str, new_manager: NewManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = new_manager(
+        capacities=SHORT,
+        fallback_memory_mb=2000.0,
+        default_estimate_mb=1.0,
+        poll_interval=0.05,
+        load_timeout_seconds=600.0,
+    )
+    go, begun, errors = threading.Event(), list[int](), list[MpmmError]()
+
+    def load(number: int) -> None:
+        def loader() -> bool:
+            begun.append(number)
+            return go.wait()
+
+        try:
+            manager.acquire_model(f"model-{number}", loader)
+        except (LoadTimeoutError, NamespaceResetError) as error:
+            # With so many threads that end at once, some do not learn which of the two it was.
+            errors.append(error)
+
+    threads = [threading.Thread(target=load, args=(number,), daemon=True) for number in range(2 * MANY)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(begun) == 2 * MANY, "all load")
+    # Only now, so that the time of all of them is over at once.
+    manager.update_settings(load_timeout_seconds=0.01)
+    wait_until(lambda: not read_snapshot(namespace).loading, "they are given up")
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 2 * MANY
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
     assert problems(namespace) == []
 
 

@@ -396,6 +396,9 @@ class Leader:
             return
         tables, layout = namespace.tables, namespace.segment.layout
         for row in tables.rows_where(layout.instances, Instance.STATE, Instance.LOADING):
+            if t.is_long:
+                # The next poll gives up the rest.
+                return
             taken = (time.monotonic_ns() - tables.instances[row].since) / 1e9
             if taken > limit:
                 namespace.transitions.models.note_failure(t, tables.instances[row].model)
