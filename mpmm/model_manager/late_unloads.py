@@ -40,6 +40,9 @@ class LateUnloads:
         said: dict[tuple[int, int], list[str]] = defaultdict(list)
         with namespace.transaction() as t:
             for row, late in list(self._overdue(t.now)):
+                if t.is_long:
+                    # The next poll finds the rest.
+                    break
                 instance = tables.instances[row]
                 # An instance in mid-unload has a holder.
                 holder, shown = instance.holder or 0, tables.shown(instance.model)

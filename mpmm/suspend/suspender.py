@@ -346,6 +346,9 @@ class Suspender:
         namespace = self._namespace
         with namespace.transaction() as t:
             for row, _ in self._overdue() & ended:
+                if t.is_long:
+                    # The next look finds the rest.
+                    break
                 why = None if self._is_held_up(row) else Unsuspendable.TIMED_OUT
                 namespace.transitions.suspensions.fail(t, row, why, namespace.reference)
             self._scheduler.advance(t)
