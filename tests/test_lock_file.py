@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import select
 import signal
@@ -268,7 +269,8 @@ def test_one_that_waits_for_a_lock_looks_less_and_less_often_until_its_time_is_o
     other.exclusive(0.0)
     with pytest.raises(LockTimeoutError, match=f"the lock {path} was not free within 1 s") as caught:
         WAIT[wait](lock, 1.0)
-    assert (caught.value.path, caught.value.timeout_seconds, caught.value.holder_pid) == (str(path), 1.0, None)
+    found = (caught.value.path, caught.value.timeout_seconds, caught.value.holder_pid)
+    assert found == (str(path), 1.0, os.getpid() if other.holders() else None)
     assert 0 <= clock.now - 1001.0 <= 0.01
     first, *later = clock.pauses
     assert first < 50e-6, "the kernel's timers are no more exact"
@@ -287,6 +289,89 @@ def test_one_that_may_not_wait_looks_once(path: Path, clock: Clock, wait: str) -
     other.close()
     WAIT[wait](lock, 0.0)
     assert is_locked(path) is (wait == "exclusive")
+    lock.close()
+
+
+@pytest.fixture
+def new_holder(path: Path) -> Iterator[Callable[[str], int]]:
+    """Starts processes that take a lock on the file and keep it until the test ends; returns the pid of each."""
+    pids: list[int] = []
+
+    def start(how: str) -> int:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                lock = LockFile(path)
+                os.write(writer, b"y" if TAKE[how](lock) else b"n")
+                signal.pause()
+            finally:
+                os._exit(1)
+        pids.append(pid)
+        os.close(writer)
+        assert os.read(reader, 1) == b"y"
+        os.close(reader)
+        return pid
+
+    yield start
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+LISTED = pytest.mark.skipif(not Path("/proc/locks").exists(), reason="this kernel lists no locks")
+
+
+@LISTED
+@pytest.mark.parametrize(("wait", "how"), [("exclusive", "exclusive"), ("shared", "quickly"), ("exclusive", "shared")])
+def test_one_that_waits_in_vain_names_the_process_that_holds_the_lock(
+    path: Path, new_holder: Callable[[str], int], wait: str, how: str
+) -> None:
+    holder = new_holder(how)
+    lock = LockFile(path)
+    # It has locked another file, and has this one open.
+    Path(f"{path}.other").touch()
+    own = LockFile(f"{path}.other")
+    assert own.try_exclusive()
+    with pytest.raises(
+        LockTimeoutError, match=rf"{path} was not free within 0 s; process {holder} holds it \("
+    ) as caught:
+        WAIT[wait](lock, 0.0)
+    assert caught.value.holder_pid == holder
+    own.close()
+    lock.close()
+
+
+@LISTED
+def test_one_that_waits_for_several_names_them(path: Path, new_holder: Callable[[str], int]) -> None:
+    pids = sorted(new_holder("shared") for _ in range(lock_file.PROCESSES_NAMED + 1))
+    lock = LockFile(path)
+    assert lock.holders() == pids
+    with pytest.raises(LockTimeoutError) as caught:
+        lock.exclusive(0.0)
+    named = ", ".join(map(str, pids[:-1]))
+    assert str(caught.value).endswith(f"; processes {named}, ... hold it (are they stopped?)")
+    assert caught.value.holder_pid == pids[0]
+    lock.close()
+
+
+@pytest.mark.parametrize("text", ["", "1: POSIX  ADVISORY  WRITE 7 00:01:1 0 EOF\n", "1: FLOCK\n", "junk"])
+def test_one_that_waits_names_nobody_where_the_kernel_does_not_tell(
+    path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    other, lock = LockFile(path), LockFile(path)
+    assert other.try_exclusive()
+
+    def listed(*_: object, **__: object) -> io.StringIO:
+        if not text:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return io.StringIO(text)
+
+    monkeypatch.setattr(lock_file, "open", listed, raising=False)
+    with pytest.raises(LockTimeoutError, match=r"was not free within 0 s$") as caught:
+        lock.exclusive(0.0)
+    assert caught.value.holder_pid is None
+    other.close()
     lock.close()
 
 

@@ -45,7 +45,7 @@ from mpmm.errors import (
     NamespaceResetError,
     NotAcquiredError,
 )
-from mpmm.model_manager import ModelManager
+from mpmm.model_manager import ModelManager, attachment
 from mpmm.model_manager.attachment import Attachment, JoinsWith
 from mpmm.model_manager.session import Session
 from mpmm.policy import eviction
@@ -376,8 +376,8 @@ def test_a_join_that_is_too_late_is_given_up_in_time_though_others_have_the_lock
 
     with monkeypatch.context() as patched:
         patched.setattr(Session, "start", start_too_late)
-        attachment = Attachment(runtime_root, namespace, Settings(), TOLD_NOTHING)
-        joining, outcome = in_thread(lambda: attachment.connected(0.2))
+        joins = Attachment(runtime_root, namespace, Settings(), TOLD_NOTHING)
+        joining, outcome = in_thread(lambda: joins.connected(0.2))
         joining.join(DEADLINE_S)
         in_time = not joining.is_alive()
         for lock in others:
@@ -387,6 +387,16 @@ def test_a_join_that_is_too_late_is_given_up_in_time_though_others_have_the_lock
     # It could not know whether it was the last, so the next one clears away what it has left.
     new_manager()
     assert [member.pid for member in read_snapshot(namespace).members] == [os.getpid()]
+
+
+def test_a_join_that_waits_in_vain_for_another_thread_names_its_own_process(runtime_root: Path, namespace: str) -> None:
+    joins = Attachment(runtime_root, namespace, Settings(), TOLD_NOTHING)
+    with attachment._guard:
+        joining, outcome = in_thread(lambda: joins.connected(0.1))
+        joining.join(DEADLINE_S)
+    assert isinstance(outcome[0], LockTimeoutError)
+    assert outcome[0].holder_pid == os.getpid()
+    assert f"another thread of pid {os.getpid()} has been joining" in str(outcome[0])
 
 
 JOINS_IN_A_CHILD = """

@@ -167,6 +167,8 @@ def test_one_that_joins_waits_for_the_locks_of_others_as_long_as_it_may(
     with pytest.raises(LockTimeoutError) as caught:
         Namespace.join(namespace, timeout_s=timeout_s)
     assert caught.value.timeout_seconds == waits_s
+    # None where the kernel lists no locks.
+    assert caught.value.holder_pid == next(iter(other.holders()), None)
     assert waits_s <= sum(clock.pauses) <= waits_s + 0.01
     # The error keeps all variables of the functions.
     mine = [one for one in open_descriptors() if namespace in one]

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,13 +30,15 @@ from harness import (
     waiting,
 )
 from loaders import Gate, LoadFails, Loads
-from patience import Stopwatch
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm import cli
 from mpmm.errors import ClosedError, LockTimeoutError, NotAcquiredError
 from mpmm.model_manager import leader as leader_module
 from mpmm.model_manager.leader import DEPUTIES
 from mpmm.shared_state.layout import Header
+from mpmm.shared_state.lock_file import LockFile
+from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
 
@@ -73,6 +75,39 @@ def test_a_stopped_holder_of_the_lock_is_named_and_everything_goes_on_after_it(
     sleeper.resume()
     sleeper.result()
     assert other.call(acquire, "a")
+
+
+def stop_with_lifecycle_lock(seat: Seat, folder: Path) -> None:
+    """Be stopped as a process that joins or leaves."""
+    lock = LockFile(folder / "lifecycle.lock")
+    lock.exclusive(DEADLINE_S)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    lock.close()
+
+
+def stop_before_first_store(seat: Seat) -> None:
+    """Be stopped with the lock of the segment, before this process can write into it that it has it."""
+    segment = seat.manager._connected().namespace.segment
+    lock = segment.lock_file()
+    lock.exclusive(DEADLINE_S)
+    segment.words[Header.LOCK_HOLDER] = os.getppid()  # the process that had it before
+    os.kill(os.getpid(), signal.SIGSTOP)
+    lock.close()
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="this kernel lists no locks")
+@pytest.mark.parametrize("stop", [stop_with_lifecycle_lock, stop_before_first_store])
+def test_one_that_joins_names_a_stopped_holder_of_either_lock(
+    namespace: str, runtime_root: Path, new_process: NewProcess, stop: Callable[..., None]
+) -> None:
+    sleeper = new_process()
+    sleeper.send(stop, *([runtime_root / namespace] if stop is stop_with_lifecycle_lock else []))
+    sleeper.wait_until_stopped()
+    with pytest.raises(LockTimeoutError, match=f"process {sleeper.pid} holds it") as caught:
+        Namespace.join(namespace, timeout_s=0.3)
+    assert caught.value.holder_pid == sleeper.pid
+    sleeper.resume()
+    sleeper.result()
     assert not read_snapshot(namespace).lock.holder_stopped
     assert problems(namespace) == []
 

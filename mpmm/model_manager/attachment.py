@@ -193,7 +193,7 @@ class Attachment:
             f"another thread of pid {os.getpid()} has been joining or leaving a namespace for {timeout_s:g} s",
             path=str(self.root / self.name),
             timeout_seconds=timeout_s,
-            holder_pid=None,
+            holder_pid=os.getpid(),
         )
 
     def _joined_locked(self, deadline: float) -> Session:

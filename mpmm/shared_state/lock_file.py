@@ -24,7 +24,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,13 +33,16 @@ from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_g
 from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 from mpmm.shared_state.file_errors import told_by_file
 
-__all__ = ["LockFile", "identity_of", "is_locked", "is_locked_as", "is_open_anywhere", "write_once"]
+__all__ = [
+    *("LockFile", "identity_of", "is_locked", "is_locked_as", "is_open_anywhere", "say_who_holds", "write_once"),
+]
 
 # Locks that are waited for here are held for milliseconds, by processes that join or leave. The first pause is below
 # the kernel's timer slack; the last one keeps a crowd of joiners from taking the processors from busy processes.
 FIRST_PAUSE_S = 0.000_02
 LONGEST_PAUSE_S = 0.01
-
+# The error of a lock that many share does not name all of them.
+PROCESSES_NAMED = 5
 
 # Errors of file systems without flock: NFS and Lustre with some mount options, some FUSE file systems.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -148,6 +151,23 @@ class LockFile:
             _raise_what_it_means(error, self._at)
         return found.st_dev, found.st_ino
 
+    def holders(self) -> list[int]:
+        """Return the pids of the processes that have taken a lock on the file; empty if that is unknown.
+
+        The kernel lists for each lock the process that took it: this one may have ended, if another one has inherited
+        the descriptor. It leaves out processes of containers that it does not show here. Some sandboxes have no such
+        list; and for a file on overlayfs it may have other numbers than `fstat`.
+        """
+        device, inode = self.identity
+        file = f"{os.major(device):02x}:{os.minor(device):02x}:{inode}"
+        try:
+            # 3: FLOCK  ADVISORY  WRITE 4711 fe:00:2318703 0 EOF; an attempt that waits has an arrow before FLOCK.
+            with open("/proc/locks", encoding="ascii") as locks:
+                entries = [line.split() for line in locks]
+            return sorted({int(entry[4]) for entry in entries if entry[1] == "FLOCK" and entry[5] == file})
+        except (OSError, ValueError, IndexError):
+            return []
+
     def is_current(self) -> bool:
         """Tell whether the path still leads to the open file, and not to another one or none."""
         return identity_of(self._at) == self.identity
@@ -223,14 +243,23 @@ class LockFile:
         pause = FIRST_PAUSE_S
         while not attempt():
             if time.monotonic() >= deadline:
+                holders = self.holders()
                 raise LockTimeoutError(
-                    f"the lock {self.path} was not free within {timeout_seconds:g} s",
+                    f"the lock {self.path} was not free within {timeout_seconds:g} s{say_who_holds(holders)}",
                     path=str(self.path),
                     timeout_seconds=timeout_seconds,
-                    holder_pid=None,
+                    holder_pid=holders[0] if holders else None,
                 )
             time.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_S)
+
+
+def say_who_holds(pids: Sequence[int]) -> str:
+    """Return the end of an error's text, about the processes that hold a lock; empty if there are none."""
+    if len(pids) < 2:
+        return "".join(f"; process {pid} holds it (is it stopped?)" for pid in pids)
+    named = ", ".join(map(str, pids[:PROCESSES_NAMED])) + (", ..." if len(pids) > PROCESSES_NAMED else "")
+    return f"; processes {named} hold it (are they stopped?)"
 
 
 def is_locked(path: str | Path) -> bool:

@@ -83,6 +83,7 @@ CORE_TURN = 128
 # For how many turns a process that has met others at the lock expects them; one that is alone never yields.
 CROWDED_TURNS = 20
 LONGEST_SLEEP_S = 0.01
+ASKS_KERNEL_AFTER_S = 0.2
 # If 64 processes want the lock for 2 ms each, ten times a second, and eight more keep 2 processors busy, the longest
 # wait is 0.4 s, without claims 1.5 s. If all starving processes tried again every 2 ms, it would be 1.6 s: that many
 # attempts leave the holder no processor, and the crowd never thins out.
@@ -467,7 +468,7 @@ class TransactionLock:
             if (starves or not claimed or left <= 0) and self._file.try_exclusive():
                 break
             if left <= 0:
-                raise self._timed_out(int(words[Header.LOCK_HOLDER]), timeout_s)
+                raise self._timed_out(self._holder(timeout_s), timeout_s)
             if starves:
                 self._sleep(Header.STARVING, lapses, min(left, STARVING_SLEEP_S))
             else:
@@ -478,6 +479,13 @@ class TransactionLock:
 
     def _sleep(self, word: int, seen: int, seconds: float) -> None:
         wait_for_change(lambda: int(self.segment.words[word]), self.segment.address + 8 * word, seen, seconds)
+
+    def _holder(self, waited_s: float) -> int:
+        """Return the pid of the process that holds the file lock, after a wait of this length."""
+        # The word names an earlier holder if the present one was stopped before it could write its own pid. Not after
+        # the short waits of calls that try again, because to ask the kernel takes up to a millisecond.
+        holders = self._file.holders() if waited_s >= ASKS_KERNEL_AFTER_S else []
+        return holders[0] if holders else int(self.segment.words[Header.LOCK_HOLDER])
 
     def _timed_out(self, pid: int, timeout_s: float) -> LockTimeoutError:
         return LockTimeoutError(
