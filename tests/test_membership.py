@@ -997,13 +997,3 @@ def test_a_child_is_no_member_and_leaves_its_parent_one(joined: Namespace) -> No
     assert is_locked(joined.member_lock_path(0))
     with joined.transaction():
         pass
-
-
-def test_calls_at_the_end_of_the_process_can_be_made_early_or_cancelled() -> None:
-    called: list[int] = []
-    now = namespace_module.run_at_exit(lambda: called.append(1))
-    never: Any = namespace_module.run_at_exit(lambda: called.append(2))
-    assert callable(now)
-    now()
-    never.cancel()
-    assert called == [1]

@@ -17,7 +17,7 @@ from mpmm.interpreter.fork_hooks import ChildStep, call_once_at_exit, in_forked_
 
 __all__ = ["is_last_to_run", "stand_still_in_daemon", "watch_for_end"]
 
-# Before the hooks that leave namespaces, which have 100.
+# Before the hooks that leave namespaces, see `attachment.LEAVES_PRIORITY`.
 _PRIORITY = 1000
 # Longer than most processes take to end once mpmm has left.
 _STAND_STILL_S = 5.0

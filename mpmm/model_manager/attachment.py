@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
 from mpmm.errors import ClosedError, InvalidArgumentError, LockTimeoutError, MpmmError, ProcessLimitError
-from mpmm.interpreter.fork_hooks import ChildStep, in_forked_child
+from mpmm.interpreter.fork_hooks import ChildStep, call_once_at_exit, in_forked_child
 from mpmm.interpreter.green_threads import expect_real_threads
 from mpmm.interpreter.process_end import is_last_to_run, stand_still_in_daemon, watch_for_end
 from mpmm.interpreter.process_limits import limit_behind
@@ -40,7 +40,7 @@ from mpmm.model_manager.session import Session
 from mpmm.multi_process_shared.context import attach_namespace
 from mpmm.multi_process_shared.registry import is_server_process
 from mpmm.shared_state.layout import Capacities, Header, Member
-from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace, run_at_exit
+from mpmm.shared_state.namespace import LIFECYCLE_TIMEOUT_S, Namespace
 from mpmm.shared_state.removal import remove_deserted
 from mpmm.shared_state.runtime_dir import RuntimeDirectory, root_below
 from mpmm.shared_state.settings import CHECKPOINTS, Settings
@@ -64,6 +64,8 @@ _joining: dict[_Key, list[Namespace | Session]] = {}
 # Sessions that are being shut down. An exception may interrupt a shutdown; it is then completed later.
 _leaving: dict[Session, _Key] = {}
 _leaves_at_exit: set[_Key] = set()
+# Before the hooks that end hosts and leave registries, which unloading still needs.
+LEAVES_PRIORITY = 100
 # The last threads that shut forgotten managers down; the end of the process has to wait for them.
 _shutting_down: deque[threading.Thread] = deque(maxlen=64)
 
@@ -292,7 +294,7 @@ class Attachment:
         expect_real_threads(f"ModelManager(namespace={self.name!r})")
         watch_for_end()
         if (self.root, self.name) not in _leaves_at_exit:
-            run_at_exit(functools.partial(_close_at_exit, self.root, self.name))
+            call_once_at_exit(functools.partial(_close_at_exit, self.root, self.name), LEAVES_PRIORITY)
             _leaves_at_exit.add((self.root, self.name))
         told = self.joins_with
         source = "custom" if told.monitor is not None or not isinstance(told.memory_source, str) else told.memory_source
@@ -367,7 +369,7 @@ class Attachment:
 
     def __del__(self) -> None:
         # Beam promises this. In a thread, because the collector can run while this one holds a lock that is needed,
-        # or is in the middle of a shutdown. At exit `run_at_exit` has left by now, and threads no longer start.
+        # or is in the middle of a shutdown. At exit `_close_at_exit` has left by now, and threads no longer start.
         # An exception that a signal handler raises here is lost to the program, and with it this shutdown. The
         # background thread makes up for it.
         session = self.session

@@ -31,7 +31,6 @@ folders. So a path need not lead to the file that was opened there:
 from __future__ import annotations
 
 import contextlib
-import multiprocessing.util
 import os
 import sys
 import time
@@ -76,7 +75,6 @@ from mpmm.text.printable import printable_logger
 __all__ = [
     "LIFECYCLE_TIMEOUT_S",
     "Namespace",
-    "run_at_exit",
 ]
 
 _LOG = printable_logger("mpmm")
@@ -570,11 +568,3 @@ def _forget_all_after_fork() -> None:
 
 
 in_forked_child(_forget_all_after_fork, ChildStep.SEGMENT)
-
-
-def run_at_exit(leave: Callable[[], None]) -> object:
-    """Have `leave` called when this process exits normally, as a main program or a multiprocessing child.
-
-    `atexit` alone misses the latter. Return an object: calling it calls `leave` now, its `cancel()` prevents the call.
-    """
-    return multiprocessing.util.Finalize(None, leave, exitpriority=100)
