@@ -268,12 +268,12 @@ def _swap_everywhere(swaps: list[tuple[Any, Any]], changes: _Changes, prefix: st
     """
     wanted = {id(found): replacement for found, replacement in swaps}
     defining = {id(found) for found, _ in swaps}
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if not isinstance(module, ModuleType) or id(module) in defining:
             continue
         if not name.startswith(prefix) or name == "mpmm" or name.startswith("mpmm."):
             continue
-        for attribute, value in list(vars(module).items()):
+        for attribute, value in vars(module).copy().items():
             if id(value) in wanted:
                 changes.set_attribute(module, attribute, wanted[id(value)])
 

@@ -424,7 +424,7 @@ class Watcher:
         timeout_s = LINGER_S if not self._watched else float("inf")
         answers: list[tuple[_Watched, Outcome]] = []
         look_again: list[LookAgain] = []
-        for row, watched in list(self._watched.items()):
+        for row, watched in self._watched.copy().items():
             outcome, signal = _state(watched, now)
             if signal is None:
                 del self._watched[row]

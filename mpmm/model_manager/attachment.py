@@ -512,7 +512,7 @@ def _end_interrupted_shutdowns(key: _Key, deadline: float = math.inf) -> None:
 
     deadline: see `_end_interrupted_join`.
     """
-    for session in [one for one, left in list(_leaving.items()) if left == key]:
+    for session in [one for one, left in _leaving.copy().items() if left == key]:
         if session.namespace.is_usable:
             session.close(min(_left_s(deadline), LIFECYCLE_TIMEOUT_S))
         _forget_if_left(session)

@@ -50,6 +50,10 @@ class HeldInstances:
         # Where a value was last seen to be held; also without a mutex.
         self._held_at: dict[Hashable, tuple[int, int]] = {}
         # Row and number of tickets whose grants this process has acted on, see `take_granted`.
+        #
+        # Threads change these without a mutex, and so may finalizers and signal handlers of a thread that iterates. It
+        # iterates over a copy that is made in one step: `list` of keys or values, or `copy`. Not `list` of items, nor
+        # `tuple`: both make tuples as they go, so in Python 3.11 a garbage collection may run finalizers in between.
         self._taken_grants: set[tuple[int, int]] = set()
 
     def find_idle(self, tag: str, usable_on: int = 0) -> int | None:
@@ -216,7 +220,7 @@ class HeldInstances:
         """
         if not self._taken_grants:
             return
-        grants = tuple(self._taken_grants)
+        grants = list(self._taken_grants)
         for row, number in grants:
             # If not, another thread has just freed it, and is about to take it off the list.
             if self._queue.is_still(row, number):

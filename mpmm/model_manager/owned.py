@@ -39,7 +39,9 @@ class OwnedObjects:
         usable_on: see `HeldInstances.find_idle`.
         """
         for row in reversed(self.rows_of_model.get(model, ())):
-            if self._instances.is_idle(row, self.in_rows[row].generation, usable_on):
+            # A thread that unloads it may have struck it off since.
+            copy = self.in_rows.get(row)
+            if copy is not None and self._instances.is_idle(row, copy.generation, usable_on):
                 return row
         return None
 
@@ -74,7 +76,7 @@ class OwnedObjects:
 
     def all(self) -> list[LoadedInstance]:
         """Return the objects that this process has loaded, each once."""
-        return [copy for row, copy in list(self.in_rows.items()) if row not in self._seats]
+        return [copy for row, copy in self.in_rows.copy().items() if row not in self._seats]
 
     def value_of(self, row: int) -> Any:
         """Return the object or handle of a row if this process can know it, else None."""
@@ -92,13 +94,13 @@ class OwnedObjects:
 
     def _strike_off_seats(self, copy: LoadedInstance) -> None:
         """Strike off the seats of a copy whose rows are free by now, or belong to another copy."""
-        for other in [other for other in self.in_rows.values() if other.value is copy.value]:
+        for other in [other for other in list(self.in_rows.values()) if other.value is copy.value]:
             instance = self._namespace.tables.instances[other.row]
             if not instance.state or instance.generation != other.generation:
                 self._strike_off(other.row)
 
     def _strike_off(self, row: int) -> None:
-        for rows in self.rows_of_model.values():
+        for rows in list(self.rows_of_model.values()):
             if row in rows:
                 rows.remove(row)
         self.in_rows.pop(row, None)

@@ -169,7 +169,7 @@ def _become_server(
 def _report_imports(before: set[str], imported: Connection) -> None:
     """Report the modules imported since `before`, as far as an import by name would import them."""
     new = []
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         # Others are aliases, or were put there by hand.
         if name not in before and getattr(getattr(module, "__spec__", None), "name", None) == name:
             new.append(name)

@@ -90,7 +90,7 @@ class Watcher:
         for name in there:
             if name not in self._recorders:
                 self._recorders[name] = Recorder(name, self._root)
-        for name, recorder in list(self._recorders.items()):
+        for name, recorder in self._recorders.copy().items():
             self._look_at(recorder, name in there)
 
     def _look_at(self, recorder: Recorder, there: bool) -> None:
