@@ -124,29 +124,78 @@ def test_a_manager_at_module_level_does_not_keep_its_server_alive(
     wait_until(lambda: not files_in(runtime_root), "the server and its folder are gone", LAST_CLIENT_S)
 
 
+# In the program, and in its server, which imports it. `Guest.looks` tells how often the manager in the server has come
+# to the point at which a worker leads if no process does.
+LOOKS_FOR_LEADER = """
+    import os, time
+    from mpmm.model_manager import leader
+    from mpmm.shared_state.snapshot import read_snapshot
+
+    leader.DEPUTY_TICK_S = leader.DEPUTY_REST_S = leader.RESERVE_TICK_S = leader.RESERVE_REST_S = 0.02
+    looks, elect = [], leader.Leader.elect
+
+
+    def look(self):
+        elect(self)
+        looks.append(self)
+
+
+    leader.Leader.elect = look
+
+
+    class Guest(Detector):
+        def looks(self):
+            return len(looks)
+
+
+    def load():
+        MultiProcessShared(Guest, tag="detector", spawn_process=True, always_proxy=True).acquire()
+        return "detector"
+
+
+    def who_leads():
+        found = read_snapshot("test")
+        return [(member.kind, member.pid) for member in found.members if member.slot == found.leader]
+
+
+    def leads_after_looks(proxy):
+        '''Tell who leads once the guest has begun and ended ten looks from now on.'''
+        until = proxy.looks() + 11
+        while proxy.looks() < until:
+            time.sleep(0.005)
+        return who_leads()
+"""
+
+
 def test_a_manager_that_is_used_in_a_server_joins_but_neither_leads_nor_counts_as_a_worker(
     run_script: Callable[..., Any], start_method: str, runtime_root: Path
 ) -> None:
     done = run_script(
         MANAGER_AT_MODULE_LEVEL
+        + LOOKS_FOR_LEADER
         + """
-    from mpmm.shared_state.snapshot import read_snapshot
-
     if __name__ == "__main__":
         with manager.model("detector", load) as handle:
-            proxy = MultiProcessShared(Detector, tag=handle, always_proxy=True).acquire()
+            proxy = MultiProcessShared(Guest, tag=handle, always_proxy=True).acquire()
             print(proxy.joins())
-            found = read_snapshot("test")
-            print(sorted(member.kind for member in found.members))
+            print(sorted(member.kind for member in read_snapshot("test").members))
+            led = who_leads()
             # The leader gives up its place, which only a worker may take: there is none.
             manager._connected().background.stop()
-            import time
-            time.sleep(1.0)
-            leader = [member.kind for member in found.members if member.slot == found.leader]
-            print(proxy.joins(), leader, read_snapshot("test").leader in (None, found.leader))
+            print(led == leads_after_looks(proxy) == [("worker", manager._connected().namespace.pid)])
+            # But a worker that joins takes it at once.
+            child = os.fork()
+            if not child:
+                manager.all_models()
+                leads = who_leads() == [("worker", os.getpid())]
+                manager.shutdown()
+                os._exit(0 if leads else 1)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            # It has left, and again the place is free.
+            print(leads_after_looks(proxy), proxy.joins())
     """
     )
-    expected = "a handle\n['guest', 'server', 'worker']\na handle ['worker'] True\n"
+    expected = "a handle\n['guest', 'server', 'worker']\nTrue\n0\n[] a handle\n"
     assert (done.stdout, done.returncode) == (expected, 0), done.stderr
     wait_until(lambda: not files_in(runtime_root), "the server and its folder are gone", LAST_CLIENT_S)
 

@@ -105,10 +105,12 @@ def test_finalizers_may_change_what_is_copied(new_manager: NewManager) -> None:
         assert [copy for copy in found if copy is not late] == list(copies.values())
         grants.update((0, 2**40 + number) for number in range(MANY))
         try:
-            with session.namespace.transaction() as t:
-                with at_each_collection(lambda number: grants.add((0, number))) as collections:
-                    kept += [set() for _ in range(turn)]
-                    session.held.free_taken_tickets(t)
+            with (
+                session.namespace.transaction() as t,
+                at_each_collection(lambda number: grants.add((0, number))) as collections,
+            ):
+                kept += [set() for _ in range(turn)]
+                session.held.free_taken_tickets(t)
         finally:
             grants.clear()
         assert collections
