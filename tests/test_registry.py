@@ -43,7 +43,7 @@ from mpmm.multi_process_shared.registry import (
 )
 from mpmm.multi_process_shared.server_process import AliveLock
 from mpmm.shared_state.lock_file import LockFile, is_locked
-from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory
+from mpmm.shared_state.runtime_dir import RUNTIME_DIR_VARIABLE, RuntimeDirectory, default_root, root_below
 
 
 @pytest.fixture
@@ -788,6 +788,19 @@ def test_a_key_is_read_under_a_lock_only_until_it_is_there(
 
 
 # Which registry.
+
+
+def test_where_no_temporary_file_can_be_written_a_path_is_a_folder_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def finds_none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(registry_module, "_registries", {})
+    monkeypatch.setattr(registry_module, "_registries_by_argument", {})
+    monkeypatch.setattr(tempfile, "gettempdir", finds_none)
+    assert registry_module.registry_for(str(tmp_path)).root == Path(root_below(str(tmp_path)))
+    assert registry_module.registry_for(None).root == default_root()
 
 
 def test_a_process_has_one_object_for_each_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

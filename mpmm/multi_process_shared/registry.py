@@ -586,11 +586,19 @@ def registry_for(path: str | None) -> ServerRegistry:
     if registry is None:
         if path is not None:
             path = checked_path_text("path", path, "a folder")
-        root = default_root_text() if path is None or path == tempfile.gettempdir() else root_below(path)
+        root = default_root_text() if path is None or _is_for_temporary_files(path) else root_below(path)
         registry = registry_at(root)
         if os.path.isabs(root):
             _registries_by_argument[argument] = registry
     return registry
+
+
+def _is_for_temporary_files(path: str) -> bool:
+    try:
+        return path == tempfile.gettempdir()
+    except FileNotFoundError:
+        # This process can write into no such folder.
+        return False
 
 
 def leave_all_registries() -> None:

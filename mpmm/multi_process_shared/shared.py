@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,7 +68,7 @@ class MultiProcessShared(Generic[T]):
         constructor: Callable[[], T],
         tag: Any,
         *,
-        path: str = tempfile.gettempdir(),
+        path: str | None = None,
         always_proxy: bool | None = None,
         spawn_process: bool = False,
     ) -> None:
@@ -78,8 +77,8 @@ class MultiProcessShared(Generic[T]):
         constructor: called without arguments to make the object; ignored if the tag has an object already. To run in
             another process it is pickled, with cloudpickle if pickle refuses.
         tag: a string; equal tags below one `path` mean the same object.
-        path: folder with the registry by which processes find each other; the default means the user's runtime
-            directory.
+        path: folder with the registry by which processes find each other; the default, and the folder of
+            `tempfile.gettempdir()`, which is Beam's default, mean the user's runtime directory.
         always_proxy: go through a connection even in the process that has the object.
         spawn_process: make the object in a process of its own.
         Raises InvalidArgumentError.
