@@ -178,8 +178,12 @@ def children() -> set[psutil.Process]:
 
 
 def _background_threads() -> set[str]:
-    """Return the names of the background threads of this process's managers."""
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("mpmm-background")}
+    """Return the names of the background threads of this process's managers.
+
+    CPython lists a thread for ever that never began because an exception ended `Thread.start`.
+    """
+    threads = [thread for thread in threading.enumerate() if thread.ident is not None]
+    return {thread.name for thread in threads if thread.name.startswith("mpmm-background")}
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ all this, a process that takes the lock again and again always gets it within a 
 
 Functions of `threading` that mpmm calls are followed as well: some of them take locks in Python.
 
-By default, the tests try every k-th point of each operation, from an offset that changes daily, some 12 000 in all.
+By default, the tests try every k-th point of each operation, from an offset that changes daily, some 11 000 in all.
 `MPMM_INTERRUPT_STEP=1` tries every point, `MPMM_INTERRUPT_OFFSET` begins elsewhere:
 
     MPMM_INTERRUPT_STEP=1 python -m pytest -s tests/test_interrupt_points.py
@@ -119,7 +119,7 @@ class Plain:
 @pytest.mark.parametrize("what", ["handle", "object"])
 def test_load(sweep: Callable[..., Sweep], what: str) -> None:
     # Memory for two: the model loaded last is evicted for the next.
-    one = sweep(23, fallback_memory_mb=200.0)
+    one = sweep(47, fallback_memory_mb=200.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def load() -> None:
@@ -252,7 +252,7 @@ def test_wait_that_times_out(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_failing_load(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(23)
+    one = sweep(47)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def load() -> None:
@@ -416,7 +416,7 @@ def test_lease_that_waits(sweep: Callable[..., Sweep]) -> None:
 
 
 def test_reset(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(13)
+    one = sweep(29)
 
     def load() -> None:
         for tag in ("a", "b"):
@@ -488,7 +488,7 @@ def test_load_that_returns_handle_of_suspended_copy(sweep: Callable[..., Sweep])
 
 
 def test_booking_by_hand(sweep: Callable[..., Sweep]) -> None:
-    one = sweep(29, fallback_memory_mb=300.0)
+    one = sweep(61, fallback_memory_mb=300.0)
     tags = iter(f"tag-{number}" for number in range(10**6))
 
     def use(tag: str) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import nnls as scipy_nnls
 
 from mpmm.errors import InvalidArgumentError
 from mpmm.memory.beam_metrics import choose_autoscaling_metric, report_demand, report_estimate, report_model_count
@@ -37,6 +36,13 @@ configurations = st.dictionaries(
     min_size=4,
     max_size=12,
 )
+
+
+def scipy_nnls(rows: np.ndarray, readings: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return what scipy makes of it. Imported late, because all tests of this process fork more slowly from then on."""
+    from scipy.optimize import nnls
+
+    return nnls(rows, readings)  # type: ignore[no-any-return]  # scipy has no types
 
 
 def observations_of(history: dict[tuple[int, ...], list[float]]) -> list[Observation]:
