@@ -75,6 +75,8 @@ class LoadAttempt:
         self.places = acquisition.request.loadable_on or session.samples.visible_bits()
         self.again = False
         self._could_gain = False
+        # How many resets there had been when it began.
+        self._resets = 0
         self._session = session
         self._operation = acquisition.operation
         self._tag = acquisition.tag
@@ -91,7 +93,7 @@ class LoadAttempt:
         Raises what the loader raises, LoadTimeoutError, NamespaceResetError, ClosedError, LockTimeoutError.
         """
         session, booking = self._session, self._booking
-        began, resets = time.monotonic(), session.namespace.tables.header.resets
+        began, self._resets = time.monotonic(), session.namespace.tables.header.resets
         value: Any = None
         try:
             growth = self._begin()
@@ -122,8 +124,8 @@ class LoadAttempt:
             name, pid = session.namespace.name, session.namespace.pid
             shown = session.namespace.tables.shown_for(self._tag) if says_more(_LOG) else self._tag
             _LOG.info(text, name, pid, shown, seconds, type(error).__name__)
-            if not in_time:
-                self._expect_not_given_up(resets, error)
+            if not in_time and not isinstance(error, LoadTimeoutError):
+                self._expect_not_given_up(error)
             # Set only now: an exception from a signal handler until here ends the call, without another turn.
             self.again = self._could_gain
             raise
@@ -190,6 +192,7 @@ class LoadAttempt:
         way = session.suspender.way_of(value, row)
         with namespace.transaction() as t:
             if not _is_ours(session, self._booking):
+                self._expect_not_given_up()
                 raise taken_away(session, f"ended the load of {tables.called(tag)}", tag)
             instance = tables.instances[row]
             model, server = instance.model, 0 if instance.server is None else instance.server + 1
@@ -313,15 +316,17 @@ class LoadAttempt:
             return bool(namespace.transitions.twins.of(handle, self._booking.row))
         return False
 
-    def _expect_not_given_up(self, resets: int, error: BaseException) -> None:
-        """Raise LoadTimeoutError if the row was taken away, unless by a reset: nothing else takes it.
+    def _expect_not_given_up(self, error: BaseException | None = None) -> None:
+        """Raise LoadTimeoutError for a row that was taken away, unless by a reset or shutdown: nothing else takes it.
 
-        resets: how many there had been when the load began.
+        error: what the load has raised.
         """
-        namespace = self._session.namespace
+        session, namespace = self._session, self._session.namespace
         # The limit counts from when the load was granted, not from when the loader was called.
         limit_s = namespace.settings.load_timeout_seconds
-        if limit_s < math.inf and namespace.is_usable and namespace.tables.header.resets == resets:
+        if session.closing or not namespace.is_usable or namespace.tables.header.resets != self._resets:
+            return
+        if limit_s < math.inf:
             raise LoadTimeoutError(
                 f"the load of {namespace.tables.called(self._tag)} took longer than {limit_s:g} s and was given up; "
                 "load_timeout_seconds sets the limit",
