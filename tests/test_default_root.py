@@ -112,17 +112,18 @@ def test_a_host_without_a_folder_for_temporary_files_is_an_error_that_says_what_
     answer = run_unshared(
         ["--mount"],
         f"""
-        import os, subprocess, sys
+        import os, subprocess, sys, sysconfig
 
-        # The checkout may be below one of the folders that are to be hidden.
+        # The checkout and its virtual environment may be below one of the folders that are to be hidden.
         subprocess.run(["mount", "-t", "tmpfs", "none", "/mnt"], check=True)
-        os.mkdir("/mnt/mpmm")
-        subprocess.run(["mount", "--bind", "{CHECKOUT / "mpmm"}", "/mnt/mpmm"], check=True)
+        for source, name in (("{CHECKOUT / "mpmm"}", "mpmm"), (sysconfig.get_paths()["purelib"], "packages")):
+            os.mkdir(f"/mnt/{{name}}")
+            subprocess.run(["mount", "--bind", source, f"/mnt/{{name}}"], check=True)
         for folder in ("/tmp", "/var/tmp"):
             subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", folder], check=True)
         environment = {{key: value for key, value in os.environ.items() if key not in ("MPMM_RUNTIME_DIR", "TMPDIR")}}
-        environment.update(PYTHONPATH="/mnt", PYTHONDONTWRITEBYTECODE="1")
-        subprocess.run([sys.executable, "-c", {JOINS_AND_ACQUIRES!r}], cwd="/proc", env=environment)
+        environment.update(PYTHONPATH="/mnt:/mnt/packages", PYTHONDONTWRITEBYTECODE="1")
+        subprocess.run([sys._base_executable, "-c", {JOINS_AND_ACQUIRES!r}], cwd="/proc", env=environment)
         """,
     )
     root = root_below("/tmp")

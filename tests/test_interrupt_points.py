@@ -158,6 +158,11 @@ def in_loop(one: Sweep, tag: str, model: Any) -> Callable[[], None]:
     return run
 
 
+# An exception between the call of a coroutine function and its await leaves a coroutine that was never awaited.
+never_awaited = pytest.mark.filterwarnings("ignore:coroutine")
+
+
+@never_awaited
 def test_block_of_idle_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one = sweep(5)
     run = in_loop(one, "a", "handle")
@@ -165,8 +170,7 @@ def test_block_of_idle_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one(run)
 
 
-# An exception between the call of a coroutine function and its await leaves a coroutine that was never awaited.
-@pytest.mark.filterwarnings("ignore:coroutine")
+@never_awaited
 def test_wait_for_copy_in_loop(sweep: Callable[..., Sweep]) -> None:
     one = sweep(7, max_model_copies=1, wait_timeout_seconds=10.0)
     holder = OtherHolder(one)

@@ -138,16 +138,14 @@ def test_of_two_that_leave_at_the_same_time_one_removes_the_registry(
     assert not first.path.exists()
 
 
-@pytest.mark.parametrize("server", ["is leaving", "was killed", "has not said who it is"])
+@pytest.mark.parametrize("server", ["was killed", "has not said who it is"])
 def test_who_leaves_a_registry_last_waits_for_a_server_that_is_about_to_be_gone(
     registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch, server: str
 ) -> None:
     life = registry.take_life("it")
     assert life is not None
     record = new_record(registry, "it", spawned=True, ready=True)
-    if server == "is leaving":
-        write_record(life, replace(record, leaving=True))
-    elif server == "was killed":
+    if server == "was killed":
         write_record(life, replace(record, start_time=1.0))
     # While the client waits, the kernel closes the server's descriptors.
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: life.close())
@@ -606,7 +604,8 @@ def test_a_life_lock_stays_locked_if_a_process_that_runs_has_it(
     for text, running, stays, waited_s in (
         (record, True, True, 0.0),
         (record, False, True, DYING_TIMEOUT_S),
-        (replace(record, leaving=True), True, True, DYING_TIMEOUT_S),
+        (replace(record, leaving=True), True, True, 0.0),
+        (replace(record, leaving=True, has_looked=True), True, False, 0.0),
         (None, True, True, DYING_TIMEOUT_S),
     ):
         with monkeypatch.context() as patched:

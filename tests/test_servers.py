@@ -493,6 +493,22 @@ def test_sigterm_ends_a_server_whose_main_module_ignores_the_signal_while_its_ob
     assert "exit code 143" in done.stderr
 
 
+def test_servers_that_end_together_with_the_last_client_do_not_wait_for_each_other(runtime_root: Path) -> None:
+    tags = [f"server-{number}" for number in range(6)]
+    proxies: list[Any] = [MultiProcessShared(Cats, tag, spawn_process=True, always_proxy=True) for tag in tags]
+    for proxy in proxies:
+        proxy.acquire()
+    pids = [pid for tag in tags if (pid := server_pid(tag)) is not None]
+    assert len(pids) == len(tags)
+    watch = Stopwatch()
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    leave_all_registries()
+    # The registry's folder goes last. If each waited for the next one to end, this would take two seconds for each.
+    wait_until(lambda: not files_in(runtime_root), "the last one removed it")
+    assert watch.calm_s() < registry_module.DYING_TIMEOUT_S
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_arrives_as_the_main_thread_falls_asleep_ends_the_server(start_method: str, number: int) -> None:
     """Such a signal was lost: Python notes it after the last bytecode, and nothing interrupts the wait again."""

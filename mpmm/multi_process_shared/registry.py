@@ -95,6 +95,7 @@ class ServerRecord:
     """The text of a life file: the server that holds its lock.
 
     start_time belongs to pid, see start_time_of. ready: the server answers. leaving: it answers no more.
+    has_looked: and it has looked whether anybody still uses the registry, so that others need not expect it to.
     """
 
     tag: str
@@ -105,6 +106,7 @@ class ServerRecord:
     spawned: bool
     ready: bool
     leaving: bool = False
+    has_looked: bool = False
     # The namespaces whose loaders started the server, and its object's constructor and types, see `identity`.
     namespaces: tuple[str, ...] = ()
     constructor: str = ""
@@ -357,6 +359,7 @@ class ServerRegistry:
     def remove_if_unused(self, but: LockFile | None = None) -> None:
         """Remove the registry unless a server lives or is being started. Hold the alive lock exclusively.
 
+        A server that is leaving counts until it has looked, too: it looks as soon as the alive lock is free.
         but: the life lock of this process, which does not count because the process ends.
         """
         try:
@@ -539,12 +542,18 @@ def _read_record(path: str | Path) -> ServerRecord | None:
 
 
 def _will_stay_locked(life: Path) -> bool:
-    """Tell whether a life lock is held, after waiting for holders that are ending."""
+    """Tell whether a server's life lock is held, after waiting for one that was killed, or has not said who it is.
+
+    Never wait for a server that is leaving, because it may be waiting for this process.
+    """
     deadline = time.monotonic() + DYING_TIMEOUT_S
     with contextlib.suppress(FileNotFoundError):
         while is_locked(life):
             record = _read_record(life)
-            if (record is not None and not record.leaving and record.is_running()) or time.monotonic() >= deadline:
+            if record is not None and record.has_looked:
+                # Only the kernel is not done with it.
+                return False
+            if (record is not None and record.is_running()) or time.monotonic() >= deadline:
                 return True
             time.sleep(0.001)
     return False

@@ -302,10 +302,7 @@ class _Server:
                 if not keep_life and self.life.is_current():
                     self.life.path.unlink(missing_ok=True)
                 self.clean_up_after_clients()
-                # Kept in a variable, because a lock that nothing refers to is released.
-                claim = None if registry_is_ours else self.registry.claim_if_abandoned()
-                if registry_is_ours or claim is not None:
-                    self.registry.remove_if_unused(but=self.life)
+                self._leave_registry(self.life, replace(self.record, ready=False, leaving=True), registry_is_ours)
             for stream in (sys.stdout, sys.stderr):
                 # None if the server was started without it.
                 if stream is not None:
@@ -314,6 +311,20 @@ class _Server:
             traceback.print_exc()
         finally:
             os._exit(code)
+
+    def _leave_registry(self, life: LifeLock, record: ServerRecord, is_ours: bool) -> None:
+        """Remove the registry if no other process uses it. is_ours: its alive lock is held exclusively already."""
+        # Kept in a variable, because a lock that nothing refers to is released.
+        claim = None if is_ours else self.registry.claim_if_abandoned()
+        if is_ours or claim is not None:
+            self.registry.remove_if_unused(but=life)
+        # Before the lock is free: its next holder would otherwise expect that this process looks again.
+        write_record(life, replace(record, has_looked=True))
+        if not is_ours and claim is None:
+            # A client has just held the lock. If it has left before that line, it has left the removal to this process.
+            claim = self.registry.claim_if_abandoned()
+            if claim is not None:
+                self.registry.remove_if_unused(but=life)
 
     def clean_up_after_clients(self) -> None:
         """Call `on_last` of every context whose clients are all gone."""
