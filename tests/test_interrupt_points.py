@@ -281,6 +281,7 @@ def test_unload(sweep: Callable[..., Sweep]) -> None:
     one(unload, load)
 
 
+@never_awaited
 def test_load_in_loop(sweep: Callable[..., Sweep]) -> None:
     # As in `test_load`.
     one = sweep(19, fallback_memory_mb=200.0)

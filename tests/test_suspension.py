@@ -45,7 +45,7 @@ from mpmm.shared_state.layout import Instance, Model
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
 from mpmm.sources.host_memory import host_memory_mb
-from mpmm.suspend.suspender import HOST_RESERVE
+from mpmm.suspend.suspender import HOST_RESERVE, Suspender
 
 # As accounted: a load of it is worth a suspension of 600 MB.
 LONG_S = 20.0
@@ -405,6 +405,28 @@ def test_a_loader_that_returns_the_handle_of_a_suspended_copy_has_it_resumed(
         assert handle == "same"
         assert (steps(tmp_path, "sleep"), steps(tmp_path, "wake")) == (1, 1)
     assert states(manager.namespace, "a") == ["idle"]
+    assert problems(manager.namespace) == []
+
+
+def test_so_it_is_if_that_copy_is_suspended_just_before_the_load_ends(
+    manager: ModelManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, wake, moved = LoadsSleeper("same", MakesSleeper(tmp_path)), Suspender.wake, list[Any]()
+    use(manager, "a", loader)
+
+    def wake_and_have_it_suspended(self: Suspender, *arguments: Any) -> None:
+        wake(self, *arguments)
+        if not moved:
+            thread, outcome = in_thread(lambda: manager.suspend("a"))
+            thread.join()
+            moved.extend(outcome)
+
+    monkeypatch.setattr(Suspender, "wake", wake_and_have_it_suspended)
+    with manager.model("b", loader):
+        assert moved == [1]
+        # The first time, it has made room for the load.
+        assert (steps(tmp_path, "sleep"), steps(tmp_path, "wake")) == (2, 2)
+        assert states(manager.namespace, "a") == ["idle"]
     assert problems(manager.namespace) == []
 
 

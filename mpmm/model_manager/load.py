@@ -109,11 +109,13 @@ class LoadAttempt:
                     value = self._loader()
             finally:
                 session.thread.loads.remove((booking.row, booking.generation))
-            if isinstance(value, str):
-                self._wake(value)
-            # The load has taken seconds; giving up on a crowded lock after one second would waste them.
-            with session.namespace.lock.patient_here():
-                copy = self._book_in(value, growth)
+            copy = None
+            while copy is None:
+                if isinstance(value, str):
+                    self._wake(value)
+                # The load has taken seconds; giving up on a crowded lock after one second would waste them.
+                with session.namespace.lock.patient_here():
+                    copy = self._book_in(value, growth)
         except BaseException as error:
             in_time = self._give_up(error)
             if not self._others_have(value):
@@ -177,8 +179,11 @@ class LoadAttempt:
 
     # ---- after it has returned -----------------------------------------------------------------------------
 
-    def _book_in(self, value: Any, growth: Growth) -> LoadedInstance:
-        """Record the instance that the loader has made, and its size; this process holds it from then on."""
+    def _book_in(self, value: Any, growth: Growth) -> LoadedInstance | None:
+        """Record the instance that the loader has made, and its size; this process holds it from then on.
+
+        Return None, and record nothing, if another copy with its handle has been suspended since `_wake` looked.
+        """
         session, namespace, row, tag = self._session, self._session.namespace, self._booking.row, self._tag
         tables = namespace.tables
         handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
@@ -194,6 +199,8 @@ class LoadAttempt:
             if not _is_ours(session, self._booking):
                 self._expect_not_given_up()
                 raise taken_away(session, f"ended the load of {tables.called(tag)}", tag)
+            if handle and session.suspender.is_in_host(value):
+                return None
             instance = tables.instances[row]
             model, server = instance.model, 0 if instance.server is None else instance.server + 1
             if not server and server_pid == namespace.pid:

@@ -284,6 +284,10 @@ class Suspender:
             else:
                 time.sleep(LOOK_S)
 
+    def is_in_host(self, handle: str) -> bool:
+        """Tell whether the copy that has a handle is suspended, or on its way there or back. Needs the lock."""
+        return self._suspended_twin(handle) is not None
+
     def _wake_twin(self, row: int, generation: int, handle: str, tag: str) -> None:
         resumed = self.resume(row, generation)
         with self._namespace.transaction() as t:
