@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import Any
 
 import pytest
 from harness import (
@@ -21,6 +22,8 @@ from harness import (
 from loaders import Loads, LoadsObject, Weights
 
 from mpmm.cli import main
+from mpmm.model_manager import acquire as acquire_module
+from mpmm.model_manager import async_acquire
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
 
@@ -45,6 +48,38 @@ def test_a_model_outlives_the_setting_or_goes_before_it(namespace: str, new_mana
     wait_until(lambda: not copies_of(namespace, "short"), "its own time is over")
     assert [copy.state for copy in copies_of(namespace, "kept")] == ["idle"]
     assert sorted(expired(namespace)) == [("short", 0.01), ("usual", 0.15)]
+    assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_who_says_that_a_copy_is_not_kept_has_it_first(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, in_loop: bool
+) -> None:
+    manager = new_manager(poll_interval=3600)
+    with manager.model("a", Loads()) as first:
+        pass
+    session, take = manager._connected(), acquire_module.take_before_queueing
+
+    def poll_and_take(*arguments: Any) -> Any:
+        # As the leader does at each poll, in whatever process.
+        with session.namespace.transaction() as t:
+            session.leader._unload_expired(t)
+        return take(*arguments)
+
+    for module in (acquire_module, async_acquire):
+        monkeypatch.setattr(module, "take_before_queueing", poll_and_take)
+
+    async def use() -> Any:
+        async with manager.model_async("a", Loads(), keep_alive_seconds=0) as copy:
+            return copy
+
+    if in_loop:
+        assert asyncio.run(use()) == first
+    else:
+        with manager.model("a", Loads(), keep_alive_seconds=0) as copy:
+            assert copy == first
+    wait_until(lambda: not copies_of(namespace, "a"), "it goes once it is given back")
+    assert read_snapshot(namespace).loads == 1
     assert problems(namespace) == []
 
 

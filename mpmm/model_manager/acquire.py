@@ -81,8 +81,7 @@ def find(acquisition: Acquisition) -> LoadedInstance | Booking:
     """Return a live instance, which this process holds now, or the permission to load one."""
     session = acquisition.session
     try:
-        if acquisition.request.keep_alive:
-            acquisition.set_keep_alive(acquisition.left_s())
+        acquisition.note_keep_alive()
         while True:
             found = take_before_queueing(acquisition, acquisition.left_s()) or queue(acquisition)
             if isinstance(found, Booking):
@@ -107,7 +106,8 @@ def take_before_queueing(acquisition: Acquisition, timeout_s: float) -> LoadedIn
         return None
     if acquisition.request.is_plain and not session.held.may_find_idle(tag):
         return None
-    kept = None if acquisition.request.usable_on else session.held.take_kept(tag, acquisition.operation)
+    request = acquisition.request
+    kept = None if request.usable_on or request.keep_alive else session.held.take_kept(tag, acquisition.operation)
     return kept or acquisition.take_idle(timeout_s)
 
 

@@ -81,18 +81,15 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
 
     # ---- without a ticket ----------------------------------------------------------------------------------
 
-    def set_keep_alive(self, timeout_s: float | None = None) -> None:
-        """Record how long idle instances are kept, if the model has a row; otherwise the ticket records it."""
-        session, word = self.session, self.request.keep_alive
-        namespace, tables = session.namespace, session.namespace.tables
-        (session.unload_on_release.add if word == Model.AT_ONCE else session.unload_on_release.discard)(self.tag)
-        row = tables.model_row(self.tag)
-        if row is None or tables.models[row].keep_alive == word:
-            return
-        with namespace.transaction(timeout_s) as t:
-            row = tables.model_row(self.tag)
-            if row is not None:
-                namespace.transitions.models.keep_alive(t, row, word)
+    def note_keep_alive(self) -> None:
+        """Remember in this process whether instances are unloaded as soon as they are idle.
+
+        The transaction that takes an idle instance, or makes the ticket, records how long they are kept. If an earlier
+        one did, the leader could have the instance unloaded in between.
+        """
+        tags, word = self.session.unload_on_release, self.request.keep_alive
+        if word:
+            (tags.add if word == Model.AT_ONCE else tags.discard)(self.tag)
 
     def take_idle(self, timeout_s: float) -> LoadedInstance | None:
         """Take an idle instance, unless waiters come first or an instance runs alone on its devices.
@@ -111,6 +108,9 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         if scheduler.must_queue() and not (session.held.has_tenure(self.tag, row) or scheduler.may_take(row)):
             return None
         namespace.transitions.holds.take_idle(t, row, namespace.reference)
+        if self.request.keep_alive:
+            model = namespace.tables.instances[row].model
+            namespace.transitions.models.keep_alive(t, model, self.request.keep_alive)
         return session.held.add(row, self.tag, self.operation)
 
     # ---- to the ticket -------------------------------------------------------------------------------------

@@ -97,8 +97,7 @@ class AsyncAcquire:
         taken: the instance that its operation holds already, if any; its server may be gone.
         """
         acquisition, session = self._acquisition, self._session
-        if acquisition.request.keep_alive:
-            await self._in_thread(self._threads.transactions, acquisition.set_keep_alive)
+        acquisition.note_keep_alive()
         found: LoadedInstance | Booking | None = taken
         while True:
             found = found or self._take_before_queueing() or await self._queue()

@@ -28,8 +28,7 @@ __all__ = ["book", "preload", "resume_all"]
 def preload(acquisition: Acquisition, loader: Callable[[], Any]) -> int:
     """Load until there are `acquisition.preload` instances that this process can use; return how many it has loaded."""
     session, operation, tag = acquisition.session, acquisition.operation, acquisition.tag
-    if acquisition.request.keep_alive:
-        acquisition.set_keep_alive()
+    acquisition.note_keep_alive()
     for loaded in range(acquisition.preload):
         answer = None
         with suppress(NothingFree):
