@@ -5,7 +5,7 @@
                                   their holders, last evictions; with several namespaces, one line for each
     mpmm inspect --json           everything as one JSON object
     mpmm inspect --max-wait 60    exit status 1 if a request has waited longer than that
-    mpmm ps [NAMESPACE]           one line for each loaded copy; --format json or '{tag} {mb:.0f}' for scripts
+    mpmm ps [NAMESPACE]           one line for each copy and lease; --format json or '{tag} {mb:.0f}' for scripts
     mpmm top [NAMESPACE]          the same as inspect, live, with the memory of each device over time; q quits, h helps
     mpmm events [NAMESPACE]       past events and their reasons, one line each (wrapped on a terminal); --follow prints
                                   new ones as they happen
@@ -38,10 +38,11 @@
 All commands take `--runtime-root FOLDER`, before or after the command. `python -m mpmm` is the same as `mpmm`.
 
 `run` exits with the status of its program, or with 128 + n if signal n ended it; with 127 if there is no such program,
-126 if it cannot be run, 125 if the memory cannot be reserved. See `mpmm.model_manager.run_command`. All other commands
-exit with 2 if there is no namespace to look at.
+126 if it cannot be run, 125 if the memory cannot be reserved. See `mpmm.model_manager.run_command`. A command
+about one namespace exits with 2 if there is none; `list`, `ps`, `metrics`, `prune` and `doctor` are about all of them,
+and `top`, `dashboard` and `trace --follow` wait for the one that they are given.
 
-Commands that only look take no lock, so they answer even while the holder of the lock is stopped, and report that.
+Commands that only look hardly ever take the lock, so they answer even while its holder is stopped, and report that.
 
 A TAG is the tag of a model; failing that, its name, the beginning of its tag if no other tag begins the same way, or
 what a screen shows for these: `01234567`, `01234567…` or `SklearnModelHandlerNumpy models/digits.joblib` for a model
@@ -62,7 +63,7 @@ that screen, as objects with `urgent` and `text`. Fields may be added; if one is
 version is raised. Version 1 had other names for a few fields; `mpmm help changes` has the table.
 
 On a terminal, sentences that do not fit beside their rows are printed below them, and columns that do not fit even then
-are left out (`inspect --all` and a pipe show them all); colours are used unless NO_COLOR is set.
+are left out (`inspect --all` and a pipe show them all); colours are used unless NO_COLOR is set or TERM is dumb.
 
 Each command imports what only it needs, so that the shell prompt comes back fast.
 """

@@ -41,6 +41,7 @@ __all__ = [
     "SegmentLostError",
     "ServerStartError",
     "SharedObjectReleasedError",
+    "SourceUnavailableError",
     "SuspendError",
     "SuspendTimeoutError",
     "TableFullError",
@@ -76,6 +77,18 @@ class InvalidArgumentError(MpmmError, ValueError):
 
     What to do: pass what the text expects; for a tag, choose another one.
     """
+
+
+class SourceUnavailableError(InvalidArgumentError):
+    """A memory source that was chosen by name cannot work on this host.
+
+    What to do: install what the text names, choose another `memory_source`, or `auto`; `mpmm doctor` lists those that
+    work.
+    Attributes: `source`, `reason`.
+    """
+
+    source: str
+    reason: str
 
 
 class RuntimeDirectoryError(MpmmError, PermissionError):

@@ -77,7 +77,7 @@ def test_a_runtime_directory_that_cannot_be_used_is_a_problem(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("size_mb", "free_mb", "state", "said"),
     [
-        (64, 60, "note", "little for large payloads"),
+        (64, 60, "ok", "60 free"),
         (64, 2, "PROBLEM", "--shm-size=1g"),
         (9000, 8000, "ok", "8000 free"),
     ],
@@ -92,6 +92,24 @@ def test_shared_memory_that_is_too_small_is_said(
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(figures))
     [check] = [check for check in checks("limits") if check.text.startswith("/dev/shm")]
     assert (check.state, said in check.text) == (state, True)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "state", "said"),
+    [
+        ("", "note", "takes booked: no GPU can be measured"),
+        ("auto", "note", "takes booked: no GPU can be measured"),
+        ("host", "ok", "takes host, because MPMM_MEMORY_SOURCE says so"),
+        ("nvml", "PROBLEM", "takes nvml, because MPMM_MEMORY_SOURCE says so, but that does not work here"),
+        ("none", "PROBLEM", "takes none, because MPMM_MEMORY_SOURCE says so, but that does not work here"),
+    ],
+)
+def test_the_variable_that_replaces_auto_is_said(
+    chosen: str, state: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPMM_MEMORY_SOURCE", chosen)
+    choices = [check for check in checks("memory sources") if check.text.startswith("memory_source='auto'")]
+    assert [(check.state, said in check.text) for check in choices] == [(state, True)]
 
 
 def test_a_source_that_hangs_or_fails_is_a_problem_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:

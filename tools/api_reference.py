@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-MODULES = ("mpmm", "mpmm.beam", "mpmm.metrics", "mpmm.sources")
+MODULES = ("mpmm", "mpmm.beam", "mpmm.metrics", "mpmm.sources", "mpmm.suspend")
 
 
 def build(folder: Path) -> None:

@@ -28,6 +28,7 @@ UNLOAD_WAIT_S = 10.0
 _UNLIMITED = ("none", "inf")
 # The parameter whose value is not a number.
 _SUSPEND = "suspend"
+_OF_EACH_MANAGER = "wait_timeout_seconds"
 
 
 def add_commands(commands: Any) -> None:
@@ -66,7 +67,7 @@ def add_commands(commands: Any) -> None:
         "--keep-alive",
         type=float,
         metavar="SECONDS",
-        help="keep idle copies this long, -1 for ever (default: the namespace's idle_ttl_seconds)",
+        help="keep idle copies this long, -1 for ever (default: what the last request said, else idle_ttl_seconds)",
     )
     preload.add_argument(
         "--users",
@@ -77,7 +78,8 @@ def add_commands(commands: Any) -> None:
     preload.add_argument(
         "--expect-mb",
         metavar="SIZE",
-        help="what a copy is expected to take until it is measured: MB, or 5g, 5GiB (default: default_estimate_mb)",
+        help="what a copy is expected to take until it is measured: MB, or 5g, 5GiB (default: what the "
+        "last request said, else default_estimate_mb)",
     )
     preload.add_argument(
         "--priority",
@@ -220,7 +222,10 @@ def _show(settings: Settings) -> None:
     del values["suspend_checkpoints"]
     width = max(map(len, values))
     for name, value in values.items():
-        note = "" if name in CHANGEABLE else "  (chosen at creation)"
+        if name in CHANGEABLE:
+            note = ""
+        else:
+            note = "  (each manager has its own)" if name == _OF_EACH_MANAGER else "  (chosen at creation)"
         print(f"{name:<{width}}  {value}{note}")
 
 

@@ -38,9 +38,9 @@ def errors_page() -> str:
             "",
             "All errors are in `mpmm`, children of `MpmmError` and of a built-in exception. The facts in their texts "
             "are also attributes. Invalid arguments are refused before anything is changed, and the error names the "
-            "parameter (NumPy's scalars count as numbers, a bool does not). A tag may be any text, including the bytes "
-            "of a file name (`os.fsdecode`); screens, errors and logs escape its unprintable characters, while JSON, "
-            "traces and metrics contain it exactly.",
+            "parameter (NumPy's scalars count as numbers, a bool does not). A tag may be any text of 1 to 511 bytes, "
+            "including the bytes of a file name (`os.fsdecode`); screens, errors and logs escape its unprintable "
+            "characters, metrics only those that are not UTF-8, while JSON and traces contain it exactly.",
             "",
             "| error | is also a | when | what to do | attributes |",
             "|---|---|---|---|---|",

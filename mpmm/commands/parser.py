@@ -64,9 +64,13 @@ def _add_looking(commands: Commands) -> None:
     top.add_argument(
         "--interval", type=float, default=0.5, metavar="SECONDS", help="time between two updates (default: 0.5)"
     )
-    ps = commands.add_parser("ps", help="one line for each loaded copy")
+    ps = commands.add_parser("ps", help="one line for each copy and each lease")
     _add_namespace(ps, "all")
-    ps.add_argument("--format", metavar="FORMAT", help="json, or a Python format string: '{tag} {pid} {mb:.0f}'")
+    ps.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="json, or a Python format string such as '{tag} {mb:.0f}'; its fields are the keys of json",
+    )
     events = commands.add_parser("events", help="past events and their reasons, one line each")
     events.add_argument(
         "-f", "--follow", action="store_true", help="print new events until the namespace ends, or Ctrl-C"
@@ -106,11 +110,15 @@ def _add_exporting(commands: Commands) -> None:
     )
     metrics.add_argument("--serve", metavar="[HOST:]PORT", help="serve HTTP at this port (default host: 127.0.0.1)")
     check = commands.add_parser("check", help="verify the invariants of a namespace")
-    check.add_argument("--health", action="store_true", help="also fail for any ATTENTION; checks all namespaces")
+    check.add_argument(
+        "--health", action="store_true", help="also fail for any ATTENTION; without a name, check all namespaces"
+    )
     dashboard = commands.add_parser("dashboard", help="serve a live page for a browser, read-only (needs mpmm[web])")
     dashboard.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     dashboard.add_argument("--port", type=int, default=8717, help="port to listen on, 0 for any (default: 8717)")
-    dashboard.add_argument("--token", help="default: $MPMM_DASHBOARD_TOKEN, or a random one")
+    dashboard.add_argument(
+        "--token", help="at least 8 letters, digits or . _ ~ - (default: $MPMM_DASHBOARD_TOKEN, or a random one)"
+    )
     dashboard.add_argument("--namespace", help="show only this one, which need not exist yet (default: all)")
     for command in (trace, plot):
         _add_namespace(command)

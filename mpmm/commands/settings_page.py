@@ -17,10 +17,10 @@ __all__ = ["ENVIRONMENT", "OWN_PARAMETERS", "Variable", "allowed", "entry", "set
 #: Parameters of `ModelManager` that each manager has for itself, or that are not numbers, with their meanings.
 OWN_PARAMETERS: dict[str, str] = {
     "monitor": "takes the place of the memory source: a `GPUMonitor`, or any object with the methods of Beam's monitor",
-    "verbose_logging": "logs the steps of the estimator",
+    "verbose_logging": "logs the steps of the estimator, and which requests queue",
     "namespace": "the name that processes share: all processes of one user on one host that pass the same name share "
-    "one namespace; None makes a private one, which forked children and pickled copies share; an empty name is an "
-    "error",
+    "one namespace; None makes a private one, which forked children and pickled copies share. A name is 1 to 64 "
+    "characters of `A-Z a-z 0-9 _ . -`, does not start with a dot, and is not `shared`",
     "memory_source": "where memory figures come from: `auto`, `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or a "
     "`MemorySource`; see `mpmm help memory`",
     "suspend": "which evicted copies may be kept in host memory instead of being unloaded, see `mpmm.suspend`: "
@@ -77,7 +77,11 @@ ENVIRONMENT: dict[str, Variable] = {
         "0 or 1",
         "0 loads Beam's models at their first batches, even if memory is already free when a worker is set up",
     ),
-    "MPMM_DASHBOARD_TOKEN": Variable("random", "text", "the token of `mpmm dashboard`, if `--token` is not given"),
+    "MPMM_DASHBOARD_TOKEN": Variable(
+        "random",
+        "text",
+        "the token of `mpmm dashboard`, if `--token` is not given: at least 8 letters, digits or . _ ~ -",
+    ),
 }
 #: About the environment of programs that `mpmm run` starts, and of model servers that a steady load starts.
 _FOR_PROGRAMS = (
@@ -135,8 +139,11 @@ def settings_page() -> str:
 def _row(name: str, default: object) -> str:
     setting = SETTINGS.get(name)
     if setting is None:
-        values = ", ".join(f"`{choice}`" for choice in CHECKPOINTS) if name == "suspend" else ""
-        return f"| `{name}` | {_shown(name, default)} | {values} |  | {OWN_PARAMETERS[name]} |"
+        # The only one of these that holds for the whole namespace.
+        of_all = name == "suspend"
+        values = ", ".join(f"`{choice}`" for choice in CHECKPOINTS) if of_all else ""
+        changeable = "no" if of_all else ""
+        return f"| `{name}` | {_shown(name, default)} | {values} | {changeable} | {OWN_PARAMETERS[name]} |"
     changeable = "yes" if name in CHANGEABLE else "no"
     return f"| `{name}` | {_shown(name, default)} | {allowed(setting)} | {changeable} | {setting.meaning} |"
 

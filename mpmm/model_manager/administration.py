@@ -118,7 +118,7 @@ def wait_for_unload(
             shown = printable(namespace.tables.shown_for(asked.tag))
             raise UnloadTimeoutError(
                 f"model {shown}: after {waited:.1f} s, {left} of {asked.copies} copies are still there; "
-                "those in use are unloaded when they are given back (`mpmm inspect` shows by whom they are held)",
+                "those in use are unloaded when they are given back (`mpmm inspect` shows which processes hold them)",
                 tag=asked.tag,
                 left=left,
                 waited_seconds=waited,

@@ -121,10 +121,10 @@ class ModelManager(BeamNames):
             once, and evicts nothing.
         lock_timeout_seconds (s, 0.001 to 86400): a transaction gives up waiting for the lock after this time; it takes
             microseconds.
-        verbose_logging: logs the steps of the estimator.
+        verbose_logging: logs the steps of the estimator, and which requests queue.
         namespace: the name that processes share: all processes of one user on one host that pass the same name share
-            one namespace; None makes a private one, which forked children and pickled copies share; an empty name is an
-            error.
+            one namespace; None makes a private one, which forked children and pickled copies share. A name is 1 to 64
+            characters of `A-Z a-z 0-9 _ . -`, does not start with a dot, and is not `shared`.
         memory_source: where memory figures come from: `auto`, `nvml`, `nvidia-smi`, `amdsmi`, `host`, `booked`, or a
             `MemorySource`; see `mpmm help memory`.
         memory_budget_mb (MB, at least 1): the total memory for the `host` source, of model servers alone; None takes
@@ -161,7 +161,10 @@ class ModelManager(BeamNames):
         Settings that hold for all processes of the namespace are those of the process that creates it: if a later
         process passes others, they have no effect, and the log says so.
 
-        Raises InvalidArgumentError, and what `Namespace.join` raises.
+        Raises InvalidArgumentError and SourceUnavailableError; RuntimeDirectoryError, SegmentAllocationError,
+        SegmentCorruptError, SegmentLostError, LayoutMismatchError, TableFullError, ProcessLimitError and
+        LockTimeoutError if this process cannot join the namespace; GreenThreadsError; ClosedError in finalizers that
+        run as the interpreter ends.
         """
         settings = Settings(
             slack_percentage=slack_percentage,
@@ -236,7 +239,7 @@ class ModelManager(BeamNames):
         Options:
 
         devices: indices or uuids of the devices on which the copy has to be; by default all that this process sees.
-        span: the number of devices of which a copy takes an equal share, if one has to be loaded.
+        span: the number of devices (1 to 8) of which a copy takes an equal share, if one has to be loaded.
         expect_mb: the memory that a copy takes, on all its devices together, as far as the caller knows. It replaces
             `default_estimate_mb` until the model is measured, and the model need not be loaded alone for that. Where
             nothing can be measured it is used for good, and the latest value counts. An attribute of this name on a
@@ -574,8 +577,8 @@ class ModelManager(BeamNames):
         is unloaded for a change, except those beyond a lower `max_model_copies`: idle ones at once, others when they
         are released. Pinned models keep their copies, but get no more.
 
-        Raises InvalidArgumentError, also for `wait_timeout_seconds`, which is each manager's own, and for settings that
-        the memory source was made with; ClosedError, LockTimeoutError.
+        Raises InvalidArgumentError, also for `suspend`, for `wait_timeout_seconds`, which is each manager's own, and
+        for settings that the memory source was made with; ClosedError, LockTimeoutError.
         """
         session = self._connected()
         operation = session.begin(sys._getframe())

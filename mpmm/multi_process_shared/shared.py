@@ -129,11 +129,11 @@ class MultiProcessShared(Generic[T]):
             self.release(shared)
 
     def unsafe_hard_delete(self) -> None:
-        """Delete the object even while it is in use; its users' proxies raise from now on. A spawned server ends.
+        """Delete the object even while it is in use; its users' proxies raise from now on. A server of its own ends.
 
         Returns when the server is gone; one that does not end by itself is killed. Does nothing if there is no object.
         For an attached object, its `force_reset` is called instead, if it has one.
-        Raises ModelServerError if the process that serves the object was not spawned for it and does not answer.
+        Raises ModelServerError if the process that serves the object is not a server of its own and does not answer.
         """
         registry = registry_for(self._path)
         if registry.attach_marker(self._tag).exists() and not end_server(registry, self._tag, HARD_DELETE_TIMEOUT_S):
@@ -257,8 +257,8 @@ def unload(tag: str, *, path: str | None = None, timeout_seconds: float = 10.0, 
 
     pid: if given, end only a server with this pid; the tag may have a new server meanwhile.
 
-    A spawned server that does not end within `timeout_seconds`, or is still making its object, is killed.
-    Raises ModelServerError if it survives that, or if the process that serves the tag was not spawned for it
+    A server that does not end within `timeout_seconds`, or is still making its object, is killed.
+    Raises ModelServerError if it survives that, or if the process that serves the tag is not a server of its own
     and does not answer; InvalidArgumentError.
     """
     encoded_text("tag", tag)
@@ -303,7 +303,7 @@ class _Use:
         raise NotImplementedError
 
     def hard_delete(self) -> None:
-        """Delete the object and, if it was spawned, its server. Does nothing if the server is gone already."""
+        """Delete the object and a server of its own. Does nothing if the server is gone already."""
         self.check()
         end_server(self.registry, self.record.tag, HARD_DELETE_TIMEOUT_S, self.record.incarnation)
         self.registry.forget_handle(self.record.tag)

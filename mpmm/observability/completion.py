@@ -221,8 +221,8 @@ def man_page(parser: argparse.ArgumentParser, version: str) -> str:
         *(".SH SYNOPSIS", r".B mpmm", r"[\fB\-\-runtime\-root\fR \fIFOLDER\fR] \fICOMMAND\fR ..."),
         *(".SH DESCRIPTION", _troff(parser.description or "")),
         _troff(
-            "Every command takes --help. Commands that only look take no lock, so they answer even while its holder is "
-            "stopped, and delay no process. mpmm help explains settings, errors, guarantees and more."
+            "Every command takes --help. Commands that only look hardly ever take the lock, so they answer even while "
+            "its holder is stopped, and delay no process. mpmm help explains settings, errors, guarantees and more."
         ),
         ".SH OPTIONS",
     ]
@@ -251,7 +251,7 @@ def man_page(parser: argparse.ArgumentParser, version: str) -> str:
         _troff("run exits with the status of its program, or with 125 to 127 if it could not be started."),
         ".SH ENVIRONMENT",
         *(".TP", ".B MPMM_RUNTIME_DIR", _troff("Folder of the runtime directories, /tmp/mpmm-<uid> by default.")),
-        *(".TP", ".B NO_COLOR", "If set, turns off colours on a terminal."),
+        *(".TP", ".B NO_COLOR", "If set, turns off colours on a terminal; so does TERM=dumb."),
     ]
     return "\n".join(lines) + "\n"
 

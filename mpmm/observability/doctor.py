@@ -16,13 +16,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import mpmm
-from mpmm.errors import InvalidArgumentError, MpmmError
+from mpmm.errors import InvalidArgumentError, MpmmError, SourceUnavailableError
 from mpmm.observability.colours import Paint, plain
 from mpmm.observability.findings import attention_texts
 from mpmm.observability.tables import wrapped
@@ -31,7 +31,7 @@ from mpmm.shared_state.layout import LAYOUT_VERSION, Capacities, Layout
 from mpmm.shared_state.runtime_dir import check_private_folder, default_root
 from mpmm.shared_state.segment import SHARED_MEMORY
 from mpmm.shared_state.snapshot import DeadMakerError, EventChoice, find_lost_namespaces, find_namespaces, read_snapshot
-from mpmm.sources import Measures, MemorySource, SourceUnavailableError, choose_source, what_it_measures
+from mpmm.sources import SOURCE_VARIABLE, Measures, MemorySource, choose_source, what_it_measures
 from mpmm.sources.timeouts import answer_within
 from mpmm.text.printable import printable
 
@@ -59,9 +59,6 @@ VARIABLES = (
 GPU_SOURCES = ("nvml", "nvidia-smi", "amdsmi")
 SAMPLE_TIMEOUT_S = 10.0
 MIB = 2**20
-# A container has 64 MB of shared memory by default; payloads of one client may take 256 MB.
-LITTLE_SHARED_MEMORY_MB = 300.0
-ENLARGE = "docker run --shm-size=1g, in Kubernetes an emptyDir with medium: Memory"
 FEW_OPEN_FILES = 256
 # File systems where `flock` may not work, or not between hosts.
 _REMOTE = ("nfs", "nfs4", "lustre", "cifs", "smb3", "9p", "fuse.sshfs")
@@ -183,7 +180,7 @@ def _driver() -> Iterator[Check]:
 
 
 def _sources() -> Iterator[Check]:
-    working = []
+    working: list[str] = []
     for name in (*GPU_SOURCES, "host", "booked"):
         try:
             source = choose_source(name)
@@ -191,19 +188,27 @@ def _sources() -> Iterator[Check]:
             yield Check("ok" if name in GPU_SOURCES else "note", f"{name}: not available: {error.reason}")
             continue
         try:
-            if name in GPU_SOURCES:
-                working.append(name)
+            working.append(name)
             yield from _source(source)
         finally:
             source.close()
-    if working:
-        yield Check("ok", f"memory_source='auto' takes {working[0]}")
-    else:
-        yield Check(
-            "note",
-            "memory_source='auto' takes booked: no GPU can be measured, so models are admitted by their estimates "
-            "against fallback_memory_mb; memory_source='host' measures the host's memory instead",
-        )
+    yield _automatic_choice(working)
+
+
+def _automatic_choice(working: Sequence[str]) -> Check:
+    """Say what memory_source="auto" takes. working: the names of the sources that work here."""
+    chosen = os.environ.get(SOURCE_VARIABLE, "auto")
+    if chosen not in ("", "auto"):
+        said = f"memory_source='auto' takes {chosen}, because {SOURCE_VARIABLE} says so"
+        return Check("ok", said) if chosen in working else Check("PROBLEM", f"{said}, but that does not work here")
+    for name in GPU_SOURCES:
+        if name in working:
+            return Check("ok", f"memory_source='auto' takes {name}")
+    return Check(
+        "note",
+        "memory_source='auto' takes booked: no GPU can be measured, so models are admitted by their estimates "
+        "against fallback_memory_mb; memory_source='host' measures the host's memory instead",
+    )
 
 
 def _source(source: MemorySource) -> Iterator[Check]:
@@ -265,12 +270,6 @@ def _shared_memory() -> Iterator[Check]:
     if free_mb < need_mb:
         yield Check(
             "PROBLEM", f"{text}; free or enlarge it (docker run --shm-size=1g, an emptyDir with medium: Memory)"
-        )
-    elif size_mb < LITTLE_SHARED_MEMORY_MB:
-        yield Check(
-            "note",
-            f"{text}: little for large payloads; enlarge it (docker run --shm-size=1g, an emptyDir with medium: "
-            "Memory) or set MPMM_ARENA_MB",
         )
     else:
         yield Check("ok", text)

@@ -380,11 +380,6 @@ def _decision(event: EventInfo) -> Row:
     return age(event.age_s), event.kind, event.tag or "?", ticket, why(event)
 
 
-def _eviction(event: EventInfo) -> Row:
-    ago, _, *rest = _decision(event)
-    return ago, *rest
-
-
 def evictions(snapshot: Snapshot) -> Section[EventInfo]:
     """Return the last unloads and suspensions, the latest first."""
     gone = [event for event in snapshot.events if event.kind in ("unload_began", "suspend_began")]

@@ -529,7 +529,7 @@ class Undo:
 class Capacities:
     """Rows of each table, chosen when a namespace is created.
 
-    The defaults take 7 MB of shared memory and should suffice for one host.
+    The defaults take 8 MB of shared memory and should suffice for one host.
 
     undo: entries of the undo log; 0 derives them from the other tables, so that the largest single step fits.
     """

@@ -11,14 +11,13 @@ import os
 import time
 from collections.abc import Callable
 
-from mpmm.errors import InvalidArgumentError
+from mpmm.errors import InvalidArgumentError, SourceUnavailableError
 from mpmm.sources.base import (
     START_TIMEOUT_S,
     DeviceInfo,
     DeviceSample,
     Measures,
     MemorySource,
-    SourceUnavailableError,
     counts_named_only,
     frees_late,
     is_accounting_only,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, unique
 from typing import Protocol, runtime_checkable
 
-from mpmm.errors import InvalidArgumentError
+from mpmm.errors import SourceUnavailableError
 
 __all__ = [
     "MIB",
@@ -23,7 +23,6 @@ __all__ = [
     "DeviceSample",
     "Measures",
     "MemorySource",
-    "SourceUnavailableError",
     "counts_named_only",
     "frees_late",
     "is_accounting_only",
@@ -36,13 +35,6 @@ __all__ = [
 MIB = 2**20
 # Longer than NVML takes on a host with eight GPUs whose driver is not kept loaded. A driver that takes longer hangs.
 START_TIMEOUT_S = 20.0
-
-
-class SourceUnavailableError(InvalidArgumentError):
-    """A memory source cannot work on this host. Attributes: `source`, `reason`."""
-
-    source: str
-    reason: str
 
 
 def unavailable(source: str, reason: str) -> SourceUnavailableError:

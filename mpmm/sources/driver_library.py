@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from mpmm.sources.base import DeviceInfo, DeviceSample, SourceUnavailableError, process_exists
+from mpmm.errors import SourceUnavailableError
+from mpmm.sources.base import DeviceInfo, DeviceSample, process_exists
 
 __all__ = ["RETRY_S", "LibraryDoor", "LibrarySession", "ProcessTrust", "Sessions", "without_figures"]
 

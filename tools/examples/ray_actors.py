@@ -1,9 +1,10 @@
-"""Ray actors that share the models of their node. Needs ray, which no extra of mpmm installs.
+"""Ray actors that share the models of their node. Needs ray, which the extra `hosts` installs.
 
-    pip install ray && python tools/examples/ray_actors.py
+    pip install 'mpmm[hosts]' && python tools/examples/ray_actors.py
 
-Ray places actors by the GPU shares that they ask for, and knows nothing of the models they load. Actors that ask for no
-GPU and attach to one namespace instead share all devices of the node, by what the models really take.
+Ray places actors by the GPU shares that they ask for, and knows nothing of the models they load. Actors that each ask
+for a small share (`num_gpus=0.1`) and attach to one namespace share their device by what the models really take. This
+example does without GPUs; `mpmm help hosts` says what an actor sees that asks for none.
 """
 
 # Ray may be missing where types are checked.

@@ -31,9 +31,8 @@ from mpmm.errors import InvalidArgumentError
 from mpmm.observability.dashboard.history import LONGEST_WINDOW_S
 from mpmm.observability.dashboard.watch import Watcher
 
-__all__ = ["DEFAULT_PORT", "checked_token", "create_app", "run"]
+__all__ = ["checked_token", "create_app", "run"]
 
-DEFAULT_PORT = 8717
 SHORTEST_TOKEN = 8
 DEFAULT_WINDOW_S = 600.0
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]+")
