@@ -6,6 +6,7 @@ import copyreg
 import os
 import pickle
 import signal
+import weakref
 from array import array as number_array
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ class Store:
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
+        self._lent: weakref.WeakSet[StaysHere] = weakref.WeakSet()
+
+    def lend(self) -> Any:
+        lent = StaysHere()
+        self._lent.add(lent)
+        return lent
+
+    def number_lent(self) -> int:
+        """Return how many of the objects that were lent are still kept."""
+        return len(self._lent)
 
     def echo(self, thing: Any) -> Any:
         return thing
@@ -51,6 +62,15 @@ class Store:
 
     def end_abruptly(self, thing: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StaysHere:
+    """Cannot be pickled."""
+
+    name = "lent"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("this one stays in the server")
 
 
 class CarriesArray(Exception):

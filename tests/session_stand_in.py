@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +30,7 @@ class Session:
     def __init__(self) -> None:
         self._inputs = [Input("x", [1, 2]), Input("y", [3])]
         self._made: weakref.WeakSet[Input] = weakref.WeakSet()
+        self._number_made = 0
 
     def get_inputs(self) -> list[Input]:
         return self._inputs
@@ -36,10 +39,20 @@ class Session:
         """Tell whether an object is one of this session's inputs."""
         return any(one is other for other in self._inputs)
 
-    def make_input(self) -> Input:
+    def make_input(self, wait_for: str | None = None) -> Input:
+        """Make an input, once there is a file `wait_for`; meanwhile, there is one with `.begun` after that name."""
+        if wait_for is not None:
+            Path(f"{wait_for}.begun").touch()
+            while not Path(wait_for).exists():
+                time.sleep(0.01)
         made = Input("made", [])
         self._made.add(made)
+        self._number_made += 1
         return made
+
+    def number_made(self) -> int:
+        """Return how many inputs it has made."""
+        return self._number_made
 
     def inputs_left(self) -> int:
         """Return how many of the inputs that it made still exist."""

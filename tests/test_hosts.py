@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import socket
@@ -23,7 +24,7 @@ from patience import DEADLINE_S
 
 from mpmm.errors import ModelServerError, RemoteCallError, SharedObjectReleasedError
 from mpmm.multi_process_shared import host as module
-from mpmm.multi_process_shared import hosted
+from mpmm.multi_process_shared import hosted, references
 from mpmm.multi_process_shared.host import (
     END_HOSTS_PRIORITY,
     LOOK_S,
@@ -65,6 +66,9 @@ class Model:
 
     def generator(self) -> Iterator[int]:
         yield from range(3)
+
+    def generators(self) -> list[Iterator[int]]:
+        return [self.generator(), self.generator()]
 
     def sleep(self) -> None:
         self.asked.append("sleep")
@@ -122,7 +126,7 @@ def threads() -> list[threading.Thread]:
 
 def ask(host: Host, token: int, name: str, *args: Any, **kwargs: Any) -> Any:
     """Return what a host answers to a request of this process."""
-    answer = host._answer(encode_request(token, name, args, kwargs), os.getpid())
+    answer = host._answer(encode_request(token, name, args, kwargs), os.getpid(), [])
     assert answer is not None
     return decode_answer(answer, "it", name)
 
@@ -152,7 +156,7 @@ def test_a_host_answers_requests_for_its_object(host: Host) -> None:
     with pytest.raises(RemoteCallError, match="unknown request 'nonsense'") as caught:
         ask(host, control, "nonsense")
     assert (caught.value.tag, caught.value.method) == ("it", "nonsense")
-    junk = host._answer(Message(b"junk"), None)
+    junk = host._answer(Message(b"junk"), None, [])
     assert junk is not None
     with pytest.raises(UnpicklingError):
         decode_answer(junk, "it", "?")
@@ -163,7 +167,7 @@ def test_a_host_answers_requests_for_what_it_has_lent(host: Host) -> None:
     token = host.acquire()
     # It arrives as the object itself, because this process has it; so what is lent is looked up in the host.
     assert list(ask(host, token, "generator")) == [0, 1, 2]
-    lent = host.references.portable(Lends(), os.getpid())
+    lent = host.references.portable(Lends(), os.getpid(), [])
     number = lent._parts[2]
     assert ask(host, control, protocol.GET, number, "name") == (False, "lent")
     assert ask(host, control, protocol.GET, number, "double") == (True, None)
@@ -173,6 +177,34 @@ def test_a_host_answers_requests_for_what_it_has_lent(host: Host) -> None:
     assert len(host.references) == 0
     with pytest.raises(SharedObjectReleasedError, match="a result of 'it' that stayed in its server is no longer kept"):
         ask(host, control, protocol.GET, number, "name")
+
+
+def test_a_result_that_cannot_be_lent_is_an_error_and_nothing_stays(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = host.acquire()
+    lend, calls = host.references._lend, itertools.count(1)
+
+    def fails_second(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError("no room for the second")
+        return lend(*args)
+
+    monkeypatch.setattr(host.references, "_lend", fails_second)
+    with pytest.raises(MemoryError, match="no room for the second"):
+        ask(host, token, "generators")
+    assert len(host.references) == 0
+
+
+def test_without_a_free_descriptor_a_result_is_lent_all_the_same(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    host.references.portable(Lends(), os.getpid(), [])
+    monkeypatch.setattr(references, "start_time_of", fails)
+    lent: list[int] = []
+    host.references.portable(Lends(), os.getpid(), lent)
+    assert (len(host.references), lent) == (2, [2])
 
 
 class Lends:
@@ -191,7 +223,7 @@ def test_a_hard_delete_is_answered_by_the_end_of_the_connection(registry: Server
     token = host.acquire()
     called: list[bool] = []
     host._at_hard_delete = lambda: called.append(os.path.exists(registry.path / host.record.socket_name))
-    assert host._answer(encode_request(protocol.CONTROL, protocol.HARD_DELETE, (), {}), None) is None
+    assert host._answer(encode_request(protocol.CONTROL, protocol.HARD_DELETE, (), {}), None, []) is None
     assert called == [False], "it is called once its socket is removed"
     with pytest.raises(ModelServerError, match="the shared object 'it' was deleted; acquire it again") as caught:
         ask(host, token, "predict", 4)
@@ -279,7 +311,7 @@ class Odd:
 
 def test_public_methods_are_those_that_can_be_read_and_called() -> None:
     assert public_methods(Odd()) == {"a_method", "callable_attribute", "last", "__call__"}
-    methods = {"predict", "generator", "sleep", "wake_up", "get_asked", "fail", "fork"}
+    methods = {"predict", "generator", "generators", "sleep", "wake_up", "get_asked", "fail", "fork"}
     assert public_methods(Model()) == methods
 
 
@@ -632,9 +664,14 @@ def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
         host._connections, host._connections_lock = set(), contextlib.nullcontext()
         host._ended, host._has_follower = False, follower
         host.registry = SimpleNamespace(key=lambda: b"key")
-        host.references = SimpleNamespace(client_hung_up=lambda pid: done.append(("hung up", pid)))
+        host.references = SimpleNamespace(
+            client_hung_up=lambda pid: done.append(("hung up", pid)),
+            drop=lambda numbers: done.append(("drop", *numbers)),
+        )
 
         class Line:
+            has_heard = False
+
             def __init__(self, connection: Any) -> None:
                 assert host._connections == set(), "the channel takes over"
 
@@ -653,22 +690,25 @@ def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
                 assert host._connections == {self}
                 if not incoming:
                     raise EOFError
+                self.has_heard = True
                 return incoming.pop(0)
 
             def send(self, answer: Any) -> None:
+                self.has_heard = False
                 done.append(("send", str(answer)))
 
             def close(self) -> None:
                 done.append("close")
 
-        def answer(message: Any, client: int | None) -> Any:
-            assert client == 17
+        def answer(message: Any, client: int | None, lent: list[int]) -> Any:
+            assert (client, lent) == (17, []), "what was lent earlier has arrived"
             if message == "end":
                 host._ended = True
             if message == "delete":
                 return None
             answer = Answer(f"answer to {message}")
             sent.append(weakref.ref(answer))
+            lent.append(len(sent))
             return answer
 
         def authenticate(connection: Any, key: bytes) -> None:
@@ -696,12 +736,15 @@ def test_a_connection_is_served_until_it_ends_and_its_memory_is_given_back(
     ends = ["close", ("hung up", 17)]
     assert serve("one", "two") == [
         *(*quick, ("send", "answer to one"), *quick, ("send", "answer to two"), *quick),
-        *ends,
+        # The client has not received what the second answer has lent.
+        *("close", ("drop", 2), ("hung up", 17)),
     ]
     assert serve("one", readable=False)[:3] == [*quick, "follower"]
-    assert serve("one", follower=True) == ["idle", ("send", "answer to one"), "idle", *ends]
+    assert serve("one", follower=True) == [
+        *("idle", ("send", "answer to one"), "idle", "close", ("drop", 1), ("hung up", 17))
+    ]
     assert serve("delete", "never") == [*quick, *ends]
-    assert serve("end", "never") == [*quick, ("send", "answer to end"), *ends]
+    assert serve("end", "never") == [*(*quick, ("send", "answer to end"), "close", ("drop", 1), ("hung up", 17))]
     assert not caplog.records
     assert serve("never", authentic=EOFError()) == [("hung up", None)]
     assert not caplog.records

@@ -107,6 +107,8 @@ class Channel:
     def close(self) -> None:
         self.closed = True
 
+    hang_up = close
+
 
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -183,15 +185,31 @@ def test_a_user_is_told_the_methods_once(links: list[float]) -> None:
 def test_what_is_not_wanted_any_more_is_dropped_with_the_next_request(links: list[float]) -> None:
     channel = Channel(None, 5, 6)
     link = link_to(Registry((False, None)), channel)
-    link.unwanted.extend([4, 7])
+    drop_now(link, 4, 7)
     assert [link.ask(3, "predict", (), {}) for _ in range(2)] == [5, 6]
     assert channel.asked[0] == (protocol.CONTROL, protocol.DROP, ([4, 7],), {})
     assert len(channel.asked) == 3
     # A server that is gone has dropped them already.
     link._channels.channel = Channel(EOFError())
-    link.unwanted.append(8)
+    drop_now(link, 8)
     link._drop_unwanted()
     assert not link.unwanted
+    # If the call that says so is interrupted, the next one says it again.
+    drop_now(link, 9)
+    link._channels.channel = Channel(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        link.ask(3, "predict", (), {})
+    link._channels.channel = channel = Channel(None, 5)
+    assert link.ask(3, "predict", (), {}) == 5
+    assert channel.asked[0] == (protocol.CONTROL, protocol.DROP, ([9],), {})
+    assert (list(link.unwanted), link._stand_ins) == ([], {})
+
+
+def drop_now(link: Any, *numbers: int) -> None:
+    """Make stand-ins for results with these numbers, and drop them."""
+    stand_ins = [Quiet() for _ in numbers]
+    for number, stand_in in zip(numbers, stand_ins, strict=True):
+        link.drop_with(stand_in, number)
 
 
 def test_a_server_is_called_again_while_it_lives_and_is_the_same(
@@ -300,9 +318,18 @@ def test_links_to_servers_that_have_ended_are_forgotten_at_the_next_new_one(link
 
 def test_a_forked_child_has_no_connection_and_nothing_to_give_back(links: list[float]) -> None:
     link = link_to(Registry(), Channel())
-    link.unwanted.append(5)
-    assert in_child(lambda: (vars(link._channels), list(link.unwanted))) == ({}, [])
-    assert list(link.unwanted) == [5]
+    drop_now(link, 5)
+    kept = [Quiet()]
+    link.drop_with(kept[0], 6)
+
+    def after_drop() -> tuple[dict[str, Any], list[Any]]:
+        kept.clear()
+        return vars(link._channels), list(link.unwanted)
+
+    assert in_child(after_drop) == ({}, [])
+    assert [one.number for one in link.unwanted] == [5]
+    kept.clear()
+    assert [one.number for one in link.unwanted] == [5, 6]
 
 
 # What stayed in the server.
@@ -311,21 +338,21 @@ def test_a_forked_child_has_no_connection_and_nothing_to_give_back(links: list[f
 def test_a_result_is_taken_apart_as_far_as_it_can_be_sent(tmp_path: Path) -> None:
     kept = References(tmp_path, RECORD)
     stays = iter_of_nothing()
-    assert kept.portable([1, {"a": (2,)}], None) == [1, {"a": (2,)}]
+    assert kept.portable([1, {"a": (2,)}], None, []) == [1, {"a": (2,)}]
     assert len(kept) == 0
-    first, second = kept.portable((stays, 5), None)
+    first, second = kept.portable((stays, 5), None, [])
     assert second == 5
     assert (first._parts[2], first._parts[3]) == (1, "generator")
     assert first._parts[4] == ("__iter__", "__next__")
-    assert kept.portable({"a": stays, "b": 1}, None).keys() == {"a", "b"}
+    assert kept.portable({"a": stays, "b": 1}, None, []).keys() == {"a", "b"}
     # Keys that cannot be sent, or another kind of collection: it stays as a whole.
     for whole in ({stays: 1}, {stays}, Derived([stays])):
-        assert type(kept.portable(whole, None)).__name__ == "_Ticket"
-    assert {"__len__", "__iter__", "__call__"} & {*kept.portable(Derived([stays]), None)._parts[4]} == {"__len__"}
+        assert type(kept.portable(whole, None, [])).__name__ == "_Ticket"
+    assert {"__len__", "__iter__", "__call__"} & {*kept.portable(Derived([stays]), None, [])._parts[4]} == {"__len__"}
     for depth, kind in ((DEEPEST - 1, list), (DEEPEST, references._Ticket)):
-        assert type(kept.portable([stays], None, depth)) is kind, depth
-        assert type(kept.portable({"a": stays}, None, depth)) is (dict if kind is list else kind), depth
-    assert kept.portable(Quiet(), None)._parts[3] == f"{__name__}.Quiet"
+        assert type(kept.portable([stays], None, [], depth)) is kind, depth
+        assert type(kept.portable({"a": stays}, None, [], depth)) is (dict if kind is list else kind), depth
+    assert kept.portable(Quiet(), None, [])._parts[3] == f"{__name__}.Quiet"
 
 
 def iter_of_nothing() -> Iterator[int]:
@@ -360,7 +387,7 @@ class Quiet:
 
 def test_only_what_is_public_of_a_result_is_given_away(tmp_path: Path) -> None:
     kept = References(tmp_path, RECORD)
-    kept.portable(Quiet(), None)
+    kept.portable(Quiet(), None, [])
     assert kept.get(1, "number") == (False, 5)
     assert kept.get(1, "double") == (True, None)
     # A function that is no method of it is a value.
@@ -386,7 +413,7 @@ def test_what_a_dead_process_has_borrowed_is_dropped_and_nothing_else(
     monkeypatch.setattr(references, "start_time_of", lambda pid: started[pid])
     monkeypatch.setattr(references, "_is_gone", lambda pid, began: False)
     for pid in (1, 1, 2, 3, None):
-        kept.portable(iter_of_nothing(), pid)
+        kept.portable(iter_of_nothing(), pid, [])
     asked: list[Any] = []
     monkeypatch.setattr(references, "_is_gone", lambda pid, began: asked.append((pid, began)) or pid == 1)  # type: ignore[func-returns-value]  # notes it
     kept.forget_dead()
@@ -409,7 +436,7 @@ def test_a_client_that_hung_up_is_looked_at_for_a_moment_if_it_has_borrowed_some
 
     monkeypatch.setattr(references, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     monkeypatch.setattr(references, "_is_gone", lambda pid, began: False)
-    kept.portable(iter_of_nothing(), os.getpid())
+    kept.portable(iter_of_nothing(), os.getpid(), [])
     for pid in (None, os.getpid() + 1):
         kept.client_hung_up(pid)
     assert pauses == []
@@ -448,6 +475,9 @@ class RemoteLink:
     def ask(self, token: int, name: str, args: Any, kwargs: Any) -> Any:
         self.asked.append((token, name, args, kwargs))
         return self.answers.get(args[1])
+
+    def drop_with(self, stand_in: Any, number: int) -> None:
+        weakref.finalize(stand_in, self.unwanted.append, number)
 
 
 def test_a_stand_in_asks_the_server_for_everything_public() -> None:
@@ -489,7 +519,7 @@ def test_only_the_stand_in_that_came_with_an_answer_gives_it_back(
     link: Any = RemoteLink()
     monkeypatch.setattr(client, "link_to", lambda registry, record: link)
     kept = References(Path("/root"), RECORD)
-    ticket = kept.portable(iter_of_nothing(), None)
+    ticket = kept.portable(iter_of_nothing(), None, [])
     arrive, parts = ticket.__reduce__()
     remote = arrive(*parts)
     copies_arrive, copies_parts = remote.__reduce__()
@@ -500,11 +530,6 @@ def test_only_the_stand_in_that_came_with_an_answer_gives_it_back(
     assert link.unwanted == []
     del remote
     assert link.unwanted == [1]
-    # In a child, the parent's stand-in is still there.
-    references._give_back(link, 2, os.getpid() + 1)
-    assert link.unwanted == [1]
-    nothing: Any = object()
-    references._give_back(nothing, 2, os.getpid())
     assert isinstance(arrive(*parts), RemoteObject)
 
 

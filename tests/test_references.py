@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mpmm.multi_process_shared.client import ServerLink
 from mpmm.multi_process_shared.hosted import find_host
 from mpmm.multi_process_shared.references import References, RemoteObject
 from mpmm.multi_process_shared.registry import ServerRecord, registry_for
+from mpmm.multi_process_shared.rpc.channel import Channel
 
 
 @pytest.fixture
@@ -117,6 +119,72 @@ def test_what_a_killed_client_had_is_dropped(shared: Any, new_process: Any) -> N
     wait_until(lambda: shared.inputs_left() == 0, "the server has dropped it")
 
 
+def _borrow_later(seat: Seat, wait_for: str) -> None:
+    session = MultiProcessShared(Session, "session", always_proxy=True).acquire()
+    seat.held.append(("session", session.make_input(wait_for)))
+
+
+def test_what_a_client_would_have_had_that_was_killed_in_the_call_is_dropped(
+    shared: Any, new_process: Any, tmp_path: Path
+) -> None:
+    client: Process = new_process()
+    client.call(_borrow)
+    client.send(_borrow_later, str(tmp_path / "go"))
+    wait_until((tmp_path / "go.begun").exists, "its call is under way")
+    client.kill()
+    (tmp_path / "go").touch()
+    wait_until(lambda: (shared.number_made(), shared.inputs_left()) == (2, 0), "the server has dropped both")
+
+
+def test_what_an_interrupted_call_would_have_returned_is_dropped(shared: Any, tmp_path: Path) -> None:
+    class InTime(Exception):
+        pass
+
+    def handler(*_: Any) -> None:
+        raise InTime
+
+    def interrupt() -> None:
+        wait_until((tmp_path / "go.begun").exists, "the call is under way")
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    kept = shared.make_input()
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        interrupting, _ = in_thread(interrupt)
+        with pytest.raises(InTime):
+            shared.make_input(str(tmp_path / "go"))
+        interrupting.join()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    (tmp_path / "go").touch()
+    wait_until(lambda: (shared.number_made(), shared.inputs_left()) == (2, 1), "the server has dropped the second")
+    assert kept.name == "made"
+
+
+@pytest.mark.parametrize("fails_at", ["request", "answer"])
+def test_an_interrupted_call_takes_nothing_away_that_came_before(shared: Any, fails_at: str) -> None:
+    kept = shared.make_input()
+    method = "send" if fails_at == "request" else "receive"
+    with patch.object(Channel, method, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        shared.make_input()
+    # The server has noticed the end of the connection once it does not have the second one, if it ever had it.
+    wait_until(lambda: shared.inputs_left() == 1, "only the first is left")
+    assert kept.name == "made"
+
+
+def test_what_a_thread_was_given_outlives_the_thread(shared: Any) -> None:
+    borrowing, outcome = in_thread(lambda: shared.make_input())
+    borrowing.join(DEADLINE_S)
+    [made] = outcome
+    del borrowing
+    gc.collect()
+    # The thread's connection has ended; the server has noticed that once this one is answered by another thread.
+    assert shared.inputs_left() == 1
+    assert made.name == "made"
+    made_too = shared.make_input()
+    assert (made.name, made_too.name, shared.inputs_left()) == ("made", "made", 2)
+
+
 def test_to_drop_what_is_not_wanted_any_more_needs_no_new_connection(shared: Any) -> None:
     made = shared.make_input()
     with patch.object(ServerLink, "connect", side_effect=AssertionError("connected again")):
@@ -165,7 +233,7 @@ def test_what_an_earlier_server_of_the_tag_had_is_not_taken_for_what_this_proces
     session: Any = handle.acquire()
     host = find_host(registry_for(None), "here")
     assert host is not None
-    lent = host.references.portable((number for number in range(3)), os.getpid())
+    lent = host.references.portable((number for number in range(3)), os.getpid(), [])
     arrive, (root, record, *parts) = lent.__reduce__()
     earlier = arrive(root, replace(record, incarnation="earlier"), *parts)
     assert isinstance(earlier, RemoteObject)
@@ -180,7 +248,7 @@ def test_what_is_lent_to_a_process_that_cannot_be_looked_at_is_kept_until_it_is_
     """As one in another container, whose pid is nobody's here."""
     kept = References(tmp_path, ServerRecord("tag", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True))
     for _ in range(2):
-        kept.portable((number for number in range(0)), NOBODYS_PID)
+        kept.portable((number for number in range(0)), NOBODYS_PID, [])
     kept.forget_dead()
     assert len(kept) == 2
     kept.drop([1, 2])
@@ -192,7 +260,7 @@ def test_what_a_process_had_that_is_just_dying_is_kept_no_longer(
 ) -> None:
     record = ServerRecord("tag", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True)
     kept = References(tmp_path, record)
-    kept.portable((number for number in range(0)), os.getpid())
+    kept.portable((number for number in range(0)), os.getpid(), [])
     assert len(kept) == 1
     # The kernel closes its connection before it counts it as dead.
     looks = iter([False, False, True])
@@ -205,7 +273,7 @@ def test_a_finalizer_may_drop_something_while_its_thread_looks_for_the_dead(tmp_
     record = ServerRecord("tag", os.getpid(), 0.0, "1", "socket", spawned=True, ready=True)
     kept = References(tmp_path, record)
     for _ in range(3):
-        kept.portable(lambda: None, os.getpid())
+        kept.portable(lambda: None, os.getpid(), [])
 
     class Finalizes(NamedTuple):
         thing: object = None

@@ -28,6 +28,8 @@ class SharedPoints(Points):
     def __init__(self, step: int, spawn: bool = True) -> None:
         super().__init__(step)
         self.shared = MultiProcessShared(Store, tag="store", always_proxy=spawn, spawn_process=spawn)
+        #: What else is wrong after a point.
+        self.also_wrong: Callable[[], list[str]] = list
 
     def use(self) -> None:
         """Acquire, call, release."""
@@ -60,14 +62,14 @@ class SharedPoints(Points):
             self.use()
 
     def left(self) -> list[str]:
-        """Return what keeps others from the tag."""
+        """Return what keeps others from the tag, and what the test looks for."""
         registry = registry_for(None)
         try:
             with registry.tag_lock("store", 0.0):
                 pass
         except TimeoutError as error:
             return [str(error)]
-        return []
+        return self.also_wrong()
 
 
 @pytest.fixture
@@ -111,6 +113,22 @@ def test_large_call(shared: Callable[..., SharedPoints]) -> None:
 
     call()
     one(call)
+    one.shared.release(proxy)
+
+
+def test_result_that_stays_in_the_server(shared: Callable[..., SharedPoints]) -> None:
+    one = shared(11)
+    proxy = one.shared.acquire()
+    kept = proxy.lend()
+
+    def wrong() -> list[str]:
+        """Tell if the server keeps what an interrupted call has not received, or has dropped what came before."""
+        number = proxy.number_lent()
+        return [] if (number, kept.name) == (1, "lent") else [f"the server keeps {number} results"]
+
+    one.also_wrong = wrong
+    one(lambda: proxy.lend().name)
+    one.also_wrong = list
     one.shared.release(proxy)
 
 

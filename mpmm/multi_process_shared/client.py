@@ -21,11 +21,19 @@ from mpmm.multi_process_shared.registry import ServerRecord, ServerRegistry
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 
-__all__ = ["ServerLink", "forget_link", "known_link", "remember_link"]
+__all__ = ["ServerLink", "StandIn", "forget_link", "known_link", "remember_link"]
 
 CONNECT_ATTEMPTS = 6
 FIRST_RETRY_S = 0.01
 DYING_S = 0.5
+_FAREWELL = protocol.farewell()
+
+
+class StandIn(weakref.ref[Any]):
+    """A weak reference to what stands in this process for a result that stayed in the server, under this number."""
+
+    __slots__ = ("number",)
+    number: int
 
 
 class ServerLink:
@@ -38,7 +46,9 @@ class ServerLink:
         self._methods: frozenset[str] | None = None
         self._channels = threading.local()
         # Results in the server whose stand-ins here are gone; the next call has the server drop them.
-        self.unwanted: deque[int] = deque()
+        self.unwanted: deque[StandIn] = deque()
+        # By number; a weak reference that is dropped itself would not say that its object is gone.
+        self._stand_ins: dict[int, StandIn] = {}
         _links.add(self)
 
     def connect(self) -> sockets.ForkSafeSocket:
@@ -83,28 +93,46 @@ class ServerLink:
             self._await_end()
             raise self._lost(f"ended before it had answered {name}()") from error
         except BaseException:
-            channel.close()
+            channel.hang_up()
             raise
         try:
-            return protocol.decode_answer(answer, self.tag, name)
-        finally:
-            # Only now: a small answer lies in the channel's memory until it is decoded.
-            self._channels.channel = channel
+            kind, value = protocol.load_answer(answer, self.tag, name)
+        except BaseException:
+            # Without a farewell: the server drops what this answer has lent.
+            channel.close()
+            raise
+        if kind == protocol.LENT:
+            channel.farewell = _FAREWELL
+        # Only now: a small answer lies in the channel's memory until it is unpickled.
+        self._channels.channel = channel
+        return protocol.outcome(kind, value, self.tag, name)
+
+    def drop_with(self, stand_in: object, number: int) -> None:
+        """Have the server drop a result once `stand_in` is gone, at the next call: a finalizer should not wait."""
+        # A method written in C, because no signal handler can interrupt one: the exception would end the finalizer.
+        one = StandIn(stand_in, self.unwanted.append)
+        one.number = number
+        self._stand_ins[number] = one
 
     def _drop_unwanted(self) -> None:
         """Tell the server which results to drop; a server that is gone has dropped them already."""
-        numbers = []
-        with suppress(IndexError):
-            while True:
-                numbers.append(self.unwanted.popleft())
+        unwanted = list(self.unwanted)
+        numbers = [one.number for one in unwanted]
         with suppress(ModelServerError):
-            self.ask(protocol.CONTROL, protocol.DROP, (numbers,), {})
+            self._answer_to(protocol.encode_request(protocol.CONTROL, protocol.DROP, (numbers,), {}), protocol.DROP)
+        # Only now: if this call is interrupted, the next one tells the server again, which then ignores it.
+        for one in unwanted:
+            self._stand_ins.pop(one.number, None)
+            # Another thread may have been faster.
+            with suppress(ValueError):
+                self.unwanted.remove(one)
 
     def forget_after_fork(self) -> None:
         """Start without connections in a forked child; the inherited ones have been closed."""
         self._channels = threading.local()
         # The parent tells the server about its own.
         self.unwanted = deque()
+        self._stand_ins = {}
 
     def _connected(self) -> Channel:
         """Return a channel to the server, retrying while it lives but cannot be reached. Raises ModelServerError."""

@@ -398,6 +398,8 @@ class Host:
         # What `_close` has to cut: the connection first, then the channel that takes it over.
         line: Connection | Channel = connection
         client: int | None = None
+        # What the last answer has lent: the client has received it once its next message begins to arrive.
+        lent: list[int] = []
         with self._connections_lock:
             self._connections.add(line)
         try:
@@ -411,12 +413,14 @@ class Host:
                 channel.give_back_when_idle()
                 if not self._has_follower and not channel.is_readable(QUIET_MS):
                     self._start_follower()
-                answer = self._answer(channel.receive(), client)
+                request = channel.receive()
+                lent.clear()
+                answer = self._answer(request, client, lent)
                 if answer is None:
                     break
                 channel.send(answer)
                 # Not kept until the next request, which may take long to arrive.
-                del answer
+                del request, answer
         except (EOFError, OSError):
             pass
         except Exception as error:
@@ -425,14 +429,18 @@ class Host:
             with self._connections_lock:
                 self._connections.discard(line)
                 line.close()
+            if isinstance(line, Channel) and not line.has_heard:
+                # The client has died, or its call was interrupted, before it had received the last answer.
+                self.references.drop(lent)
             self.references.client_hung_up(client)
 
-    def _answer(self, message: Message, client: int | None) -> Message | None:
+    def _answer(self, message: Message, client: int | None, lent: list[int]) -> Message | None:
+        """Return the answer to a request, None to hang up. lent: gets the numbers of the results that it lends."""
         name = "?"
         try:
             token, name, args, kwargs = protocol.decode_request(message)
             if token == protocol.CONTROL:
-                answer = self._control(client, name, *args)
+                answer = self._control(client, lent, name, *args)
                 self._end_if_forked(None)
                 return answer
             shared = self.object_for(token)
@@ -443,22 +451,30 @@ class Host:
             self._end_if_forked(error)
             return protocol.encode_error(error)
         self._end_if_forked(None)
-        return self._result(result, name, client)
+        try:
+            return self._result(result, name, client, lent)
+        except Exception as error:
+            # The server is out of memory or descriptors, say. To hang up would look as if it had ended.
+            self.references.drop(lent)
+            return protocol.encode_error(error)
 
     def _end_if_forked(self, error: BaseException | None) -> None:
         """End this process if it is a child that the call has forked and in which the call has ended, too."""
         if self.inherited:
             end_forked_child(error)
 
-    def _result(self, value: object, name: str, client: int | None) -> Message:
-        """Return the answer with a result; parts that cannot be pickled stay here. client: its pid, if known."""
+    def _result(self, value: object, name: str, client: int | None, lent: list[int]) -> Message:
+        """Return the answer with a result; parts that cannot be pickled stay here, under the numbers added to `lent`.
+
+        client: its pid, if known.
+        """
         try:
             return pickling.dump((protocol.RETURNED, value))
         except Exception:
-            portable = self.references.portable(value, client)
-            return protocol.encode_result(portable, self.tag, name)
+            portable = self.references.portable(value, client, lent)
+            return protocol.encode_result(portable, self.tag, name, protocol.LENT)
 
-    def _control(self, client: int | None, name: str, *args: Any) -> Message | None:
+    def _control(self, client: int | None, lent: list[int], name: str, *args: Any) -> Message | None:
         """Answer a request to the server itself; None: the end of the connection is the answer."""
         if name == protocol.ACQUIRE:
             (knows_methods,) = args
@@ -475,13 +491,15 @@ class Host:
             move()
             return protocol.encode_result(None, self.tag, name)
         if name == protocol.GET:
-            return self._result(self.references.get(*args), name, client)
+            return self._result(self.references.get(*args), name, client, lent)
         if name == protocol.CALL:
             number, method, arguments, keywords = args
-            return self._result(self.references.call(number, method, arguments, keywords), method, client)
+            return self._result(self.references.call(number, method, arguments, keywords), method, client, lent)
         if name == protocol.DROP:
             self.references.drop(*args)
             return protocol.encode_result(None, self.tag, name)
+        if name == protocol.FAREWELL:
+            return None
         raise RemoteCallError(f"unknown request {name!r}", tag=self.tag, method=name)
 
     def forget_after_fork(self) -> None:

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import time
-import weakref
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -70,21 +68,29 @@ class References:
     def __len__(self) -> int:
         return len(self._lent)
 
-    def portable(self, value: Any, pid: int | None, depth: int = 0) -> Any:
-        """Return what to pickle as a result for the process `pid`: the value, with tickets for parts that stay here."""
+    def portable(self, value: Any, pid: int | None, lent: list[int], depth: int = 0) -> Any:
+        """Return what to pickle as a result for the process `pid`: the value, with tickets for parts that stay here.
+
+        lent: gets their numbers.
+        """
         if _can_pickle(value):
             return value
         kind = type(value)
         if depth < DEEPEST and kind in (list, tuple):
-            return kind(self.portable(part, pid, depth + 1) for part in value)
+            return kind(self.portable(part, pid, lent, depth + 1) for part in value)
         if depth < DEEPEST and kind is dict and _can_pickle(list(value)):
-            return {key: self.portable(part, pid, depth + 1) for key, part in value.items()}
-        return self._lend(value, pid)
+            return {key: self.portable(part, pid, lent, depth + 1) for key, part in value.items()}
+        return self._lend(value, pid, lent)
 
-    def _lend(self, thing: Any, pid: int | None) -> _Ticket:
+    def _lend(self, thing: Any, pid: int | None, lent: list[int]) -> _Ticket:
         self.forget_dead()
         number = next(self._numbers)
-        self._lent[number] = _Lent(thing, pid, None if pid is None else start_time_of(pid))
+        started = None
+        # Unknown without a free descriptor. The object is lent all the same, until the client gives it back.
+        with suppress(OSError):
+            started = None if pid is None else start_time_of(pid)
+        self._lent[number] = _Lent(thing, pid, started)
+        lent.append(number)
         kind = f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
         protocols = tuple(name for name in PROTOCOLS if _follows(type(thing), name))
         return _Ticket((*self._place, number, kind, protocols))
@@ -142,6 +148,9 @@ def _is_gone(pid: int, started: float) -> bool:
         return start_time_of(pid) != started or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+    except OSError:
+        # Unknown for now: this process is out of descriptors, say.
+        return False
 
 
 def _follows(kind: type, name: str) -> bool:
@@ -242,12 +251,5 @@ def _arrive(
     link = link_to(registry, record)
     remote = _class_with(protocols)(link, number, kind, protocols)
     if answers_for_it:
-        weakref.finalize(remote, _give_back, link, number, os.getpid()).atexit = False
+        link.drop_with(remote, number)
     return remote
-
-
-def _give_back(link: ServerLink, number: int, pid: int) -> None:
-    """Have the link's next request drop the result, because a finalizer should not wait for a server."""
-    if os.getpid() == pid:
-        with suppress(AttributeError):
-            link.unwanted.append(number)

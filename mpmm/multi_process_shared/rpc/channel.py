@@ -87,6 +87,10 @@ class Channel:
         self._refused = False
         # READ is still to come: the other side may be copying what was sent to it through the shared buffer.
         self._being_read = False
+        #: Whether a message has begun to arrive since this side last sent one.
+        self.has_heard = False
+        #: What `hang_up` says if nothing was sent since this was set: that the last message was received.
+        self.farewell: Message | None = None
         # Kept from message to message, so that small ones cost no allocation.
         self._kept = memoryview(bytearray(_FIRST_KEPT_BYTES))
 
@@ -101,21 +105,33 @@ class Channel:
         with closing_guard():
             self._socket.close()
 
+    def hang_up(self) -> None:
+        """Close the socket, after the farewell if there is one."""
+        if self.farewell is not None:
+            # It fits into the socket's memory, since the other side has read everything before it. In a forked child
+            # the socket is closed already.
+            with suppress(OSError):
+                self._socket.sendall(_FRAME.pack(len(self.farewell.head), 0) + self.farewell.head, NO_SIGNAL)
+        self.close()
+
     def __del__(self) -> None:
         # A thread's channel ends with the thread, and no code closes it; a socket would warn about that.
         with suppress(AttributeError):
-            self.close()
+            self.hang_up()
 
     def send(self, message: Message) -> None:
         """Send one message. Raises OSError or EOFError if the other side has hung up."""
         head, buffers = message
+        self.has_heard = False
         if not buffers and len(head) < LARGE_BYTES:
             self._socket.sendall(_FRAME.pack(len(head), 0) + head, NO_SIGNAL)
+            self.farewell = None
             return
         if len(head) >= LARGE_BYTES:
             head, buffers = b"", [memoryview(head), *buffers]
         sizes = struct.pack(f"<{len(buffers)}Q", *(buffer.nbytes for buffer in buffers))
         self._socket.sendall(b"".join((_FRAME.pack(len(head), len(buffers)), sizes, head)), NO_SIGNAL)
+        self.farewell = None
         self._send_bulk(buffers)
 
     def receive(self) -> Message:
@@ -123,6 +139,7 @@ class Channel:
         frame = self._kept
         self._take_read()
         received = self._fill(frame, 0, _FRAME.size)
+        self.has_heard = True
         head_bytes, count = _FRAME.unpack_from(frame)
         head_start = _FRAME.size + _SIZE_BYTES * count
         end = head_start + head_bytes

@@ -2,7 +2,11 @@
 
 A request is `(token, name, args, kwargs)`. The token names the acquire by which the caller uses the object; CONTROL
 means the server itself, which answers ACQUIRE, RELEASE, HARD_DELETE, SLEEP, WAKE_UP, GET, CALL and DROP. An answer is
-`(RETURNED, value)` or `(RAISED, (pickled exception or None, one line, traceback))`.
+`(RETURNED, value)`, `(LENT, value)` if parts of the value stay in the server, or `(RAISED, (pickled exception or None,
+one line, traceback))`.
+
+A client has received what an answer has lent if it sends anything after that on the same connection: its next request,
+or FAREWELL before it closes the connection. Otherwise it was interrupted or has died, and the server drops the parts.
 
 `rpc.pickling` decides which buffers are large and sent beside the pickle. The receiver gets them in memory of its own,
 writable if the sender's was.
@@ -22,15 +26,15 @@ from mpmm.multi_process_shared.rpc import pickling
 from mpmm.multi_process_shared.rpc.channel import Message
 
 __all__ = [
-    *("ACQUIRE", "CALL", "CONTROL", "DROP", "GET", "HARD_DELETE", "RELEASE", "SLEEP", "WAKE_UP"),
-    *("RemoteTraceback", "decode_answer", "dump_for_server"),
+    *("ACQUIRE", "CALL", "CONTROL", "DROP", "FAREWELL", "GET", "HARD_DELETE", "LENT", "RELEASE", "SLEEP", "WAKE_UP"),
+    *("RemoteTraceback", "decode_answer", "dump_for_server", "farewell", "load_answer", "outcome"),
 ]
 
 CONTROL = 0
 ACQUIRE, RELEASE, HARD_DELETE = "acquire", "release", "hard_delete"
 SLEEP, WAKE_UP = "sleep", "wake up"
-GET, CALL, DROP = "get", "call", "drop"
-RETURNED, RAISED = 0, 1
+GET, CALL, DROP, FAREWELL = "get", "call", "drop", "farewell"
+RETURNED, RAISED, LENT = 0, 1, 2
 
 
 class RemoteTraceback(Exception):
@@ -58,16 +62,21 @@ def acquire_request(knows_methods: bool) -> Message:
     return _ACQUIRE_REQUESTS[knows_methods]
 
 
+def farewell() -> Message:
+    """Return the message that ends a connection after an answer that lent something; there is no answer to it."""
+    return encode_request(CONTROL, FAREWELL, (), {})
+
+
 def decode_request(message: Message) -> tuple[int, str, tuple[Any, ...], dict[str, Any]]:
     """Return token, name and arguments. May raise anything: unpickling runs code of the arguments' classes."""
     token, name, args, kwargs = pickling.load(message)
     return token, name, args, kwargs
 
 
-def encode_result(value: object, tag: str, method: str) -> Message:
-    """Return the answer that carries `value`, or one that says why it cannot be sent."""
+def encode_result(value: object, tag: str, method: str, kind: int = RETURNED) -> Message:
+    """Return the answer that carries `value`, or one that says why it cannot be sent. kind: RETURNED or LENT."""
     try:
-        return pickling.dump((RETURNED, value))
+        return pickling.dump((kind, value))
     except Exception as error:
         return encode_error(
             RemoteCallError(
@@ -150,6 +159,11 @@ def decode_answer(message: Message, tag: str, method: str) -> Any:
 
     Raises RemoteCallError for a result or an exception that cannot be pickled or unpickled.
     """
+    return outcome(*load_answer(message, tag, method), tag, method)
+
+
+def load_answer(message: Message, tag: str, method: str) -> tuple[int, Any]:
+    """Return kind and contents of an answer. Raises RemoteCallError if they cannot be unpickled."""
     try:
         kind, value = pickling.load(message)
     except Exception as error:
@@ -158,7 +172,12 @@ def decode_answer(message: Message, tag: str, method: str) -> Any:
             tag=tag,
             method=method,
         ) from error
-    if kind == RETURNED:
+    return kind, value
+
+
+def outcome(kind: int, value: Any, tag: str, method: str) -> Any:
+    """Return what a method returned or raise what it raised; see `decode_answer`."""
+    if kind != RAISED:
         return value
     pickled, line, text = value
     try:

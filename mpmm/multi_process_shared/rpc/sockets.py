@@ -47,7 +47,7 @@ LONGEST_ADDRESS_BYTES = 100
 BACKLOG = 128
 NONCE_BYTES = 32
 #: The version of the messages after the handshake. It rises with every change that an older peer would misread.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _VERSION = struct.Struct(">H")
 PROOF_BYTES = 32
 # How `multiprocessing` begins a message: with its size, or, from 2 GiB on, with -1 and then the size.
