@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from harness import (
     copies_of,
     learn,
     model_of,
+    open_descriptors,
     problems,
     release,
     shut_down,
@@ -34,11 +36,14 @@ from harness import (
     wait_until,
 )
 from loaders import Loads, LoadsServer, MakesServed, served
+from patience import DEADLINE_S
 from sleepers import pretend_load_s
 
-from mpmm.errors import ModelServerError
+from mpmm.errors import ModelServerError, SuspendError
+from mpmm.interpreter.new_interpreter import command_line
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.policy.suspension import Unsuspendable
+from mpmm.shared_state.lock_file import LockFile
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.suspend import helper
 from mpmm.suspend.driver import OUT_OF_MEMORY, CheckpointDriver, DriverError, State, driver_branch
@@ -385,7 +390,7 @@ def test_nothing_is_restored_for_a_requester_that_is_gone(
 def test_a_helper_of_a_folder_that_is_gone_ends_without_a_word(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "mpmm.suspend.helper", str(tmp_path / "gone")]
+    command = command_line("mpmm.suspend.helper", str(tmp_path / "gone"))
     assert subprocess.run(command, check=False).returncode == 0
     assert capfd.readouterr() == ("", "")
 
@@ -529,6 +534,100 @@ def test_where_the_driver_asks_for_it_a_server_that_was_resumed_is_suspended_bef
     two[0].call(suspend_resume_and_unload, "a", branch)
     assert [about for _, what, about in gpus.calls() if what == "checkpoint"] == [str(pid)] * checkpoints
     assert (gpus.used_mb(0), gpus.checkpoints.host_mb()) == (0.0, 0.0)
+
+
+ASKS = """
+import sys
+from pathlib import Path
+from mpmm.suspend.helper import ask_helper
+try:
+    ask_helper(Path(sys.argv[1]), "suspend", 2**22 + 1, 10.0, "model")
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+"""
+
+
+@pytest.fixture
+def folder(gpus: SimulatedGpus, runtime_root: Path) -> Iterator[Path]:
+    """The folder of a namespace that has a worker."""
+    found = runtime_root / "stand-in"
+    found.mkdir()
+    (found / "token").write_bytes(b"0123456789abcdef")
+    with closing(LockFile(found / "alive.lock")) as alive:
+        assert alive.try_shared()
+        yield found
+    wait_until(lambda: helper_pid("stand-in", runtime_root) is None, "the helper has ended")
+    shutil.rmtree(found)
+
+
+def test_the_helper_keeps_no_output_of_its_starter_open(folder: Path, runtime_root: Path) -> None:
+    asked = subprocess.run([sys.executable, "-c", ASKS, folder], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert helper_pid("stand-in", runtime_root) is not None
+    assert (asked.stdout.partition(" ")[0], asked.stderr) == ("SuspendError", "")
+
+
+def test_the_helper_finds_the_modules_that_its_starter_finds(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise RuntimeError('this is a module of the program')")
+    (tmp_path / "elsewhere").mkdir()
+    program = tmp_path / "elsewhere" / "program.py"
+    # Only the program itself knows where mpmm is.
+    program.write_text(f"import sys; sys.path[:0] = {[entry for entry in sys.path if entry]}\n{ASKS}")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    asked = subprocess.run(
+        [sys.executable, "-S", program, folder],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert (asked.stdout.partition(" ")[0], asked.stderr) == ("SuspendError", "")
+
+
+def test_the_helper_sees_the_devices_that_its_starter_hides(
+    folder: Path, runtime_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SuspendError):
+        ask_helper(folder, "suspend", 2**22 + 1, 10.0, "model")
+    pid = helper_pid("stand-in", runtime_root)
+    assert pid is not None
+    assert "CUDA_VISIBLE_DEVICES" not in psutil.Process(pid).environ()
+
+
+def test_a_helper_that_does_not_start_is_given_up_soon_and_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def fails(module: str, *arguments: str) -> list[str]:
+        started.append(module)
+        return [sys.executable, "-c", "import sys; sys.exit('the interpreter\\nis broken')"]
+
+    monkeypatch.setattr(helper, "command_line", fails)
+    before = open_descriptors()
+    with pytest.raises(ChildProcessError, match=r"does not start \(exit status 1\): is broken"):
+        ask_helper(folder, "suspend", 2**22 + 1, 30.0, "model")
+    assert started == ["mpmm.suspend.helper"] * TRIES
+    assert open_descriptors() == before
+    helper.reap_ended_helpers()
+
+
+def suspend_without_helper(seat: Seat, tag: str) -> int:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(helper, "command_line", lambda *_: [sys.executable, "-c", "import sys; sys.exit('broken')"])
+        return suspend(seat, tag)
+
+
+def test_a_helper_that_does_not_start_is_no_fault_of_the_model(
+    namespace: str, gpus: SimulatedGpus, two: tuple[Process, Process]
+) -> None:
+    load(two[0], gpus, "a")
+    assert two[0].call(suspend_without_helper, "a") == 0
+    await_states(namespace, "a")
+    assert model_of(namespace, "a").unsuspendable == 0
+    load(two[0], gpus, "a")
+    assert two[0].call(suspend, "a") == 1
 
 
 def test_the_helper_ends_with_the_last_worker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import multiprocessing
@@ -494,8 +495,9 @@ def test_a_zygote_is_started_like_this_interpreter_and_tied_to_nothing(
     registry = ServerRegistry(tmp_path)
     client._start_zygote(registry, tmp_path / "a.life")
     ((command, options),) = started
-    assert json.loads(command[-1]) == [[str(tmp_path), "/a"], [str(tmp_path), str(tmp_path / "a.life")]]
-    assert (command[0], command[-3]) == (sys.executable, "-c")
+    assert ast.literal_eval(command[-1]) == [str(tmp_path), "/a"]
+    assert command[-4:-1] == ["mpmm.multi_process_shared.forkserver.zygote", str(tmp_path), str(tmp_path / "a.life")]
+    assert (command[0], command[-6]) == (sys.executable, "-c")
     environment = options.pop("env")
     assert environment == {name: value for name, value in os.environ.items() if name != LIVES_BY_VARIABLE}
     assert environment["MPMM_TEST_KEPT"] == "1"

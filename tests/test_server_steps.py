@@ -904,7 +904,7 @@ def test_a_spawned_server_has_the_plans_environment_and_no_input(monkeypatch: py
         os.write(writer, pickle.dumps((plan, {"dir": "/"})))
         os.close(writer)
         fds = len(os.listdir("/proc/self/fd"))
-        spawned_server.main(order, reported)
+        spawned_server.main(str(order), str(reported))
         found["closed"] = fds - len(os.listdir("/proc/self/fd"))
         return found
 

@@ -7,7 +7,6 @@ process knows that it is a server, and it insists on start methods that only the
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pickle
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from mpmm.interpreter.fork_hooks import fork_guard
 from mpmm.interpreter.main_module import is_main_importable
+from mpmm.interpreter.new_interpreter import command_line
 from mpmm.interpreter.sigpipe import without_sigpipe
 from mpmm.interpreter.standard_descriptors import keep_standard_descriptors
 from mpmm.multi_process_shared.server_process import ServerPlan, run_server
@@ -97,15 +97,6 @@ class _SpawnedPopen(popen_fork.Popen):
     method = "mpmm-spawn"
 
     def _launch(self, process: Any) -> None:
-        code = (
-            "import json, sys\n"
-            "sys.path[:], order, report = json.loads(sys.argv.pop())\n"
-            "from mpmm.multi_process_shared.spawned_server import main\n"
-            "main(order, report)\n"
-        )
-        path = [str(entry) or os.getcwd() for entry in sys.path if isinstance(entry, str)]
-        flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
-        executable = os.fsdecode(spawn.get_executable())
         with fork_guard:
             # No child forked meanwhile may keep open the server's end of the second pipe, which signals its death.
             order, writer = os.pipe()
@@ -114,11 +105,9 @@ class _SpawnedPopen(popen_fork.Popen):
                     self.sentinel, life = os.pipe()
                     self.finalizer = util.Finalize(self, os.close, (self.sentinel,))
                     with open(life, "wb"):
-                        arguments = json.dumps([path, order, process.report_fd])
+                        command = command_line(__name__, str(order), str(process.report_fd))
                         self.pid = util.spawnv_passfds(
-                            os.fsencode(executable),
-                            [executable, *flags, "-c", code, arguments],
-                            (order, process.report_fd, life),
+                            os.fsencode(command[0]), command, (order, process.report_fd, life)
                         )
             except BaseException:
                 os.close(writer)
@@ -128,8 +117,9 @@ class _SpawnedPopen(popen_fork.Popen):
             file.write(process.order)
 
 
-def main(order_fd: int, report_fd: int) -> None:
-    """Be the server, in a process that was just started for it."""
+def main(order: str, report: str) -> None:
+    """Be the server, in a process that was just started for it; the arguments are descriptors."""
+    order_fd, report_fd = int(order), int(report)
     # If the starter had files of its own under the numbers of standard streams, this process has none there, and its
     # pipes would get these numbers.
     keep_standard_descriptors()

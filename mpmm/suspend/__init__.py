@@ -18,7 +18,8 @@ An evicted copy is suspended if suspending and resuming it is expected to take e
 
 A copy that spans several devices, or has the same handle as another one, is not suspended. If a suspension or a resume
 fails, the copy is unloaded, and its model is not suspended again, unless its server died meanwhile, the device had too
-little memory for a resume, or a process that had a part in it was stopped: these say nothing about the model.
+little memory for a resume, the helper could not be asked, or a process that had a part in it was stopped: these say
+nothing about the model.
 """
 
 from mpmm.suspend.cooperative import TorchModule

@@ -22,18 +22,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from mpmm.errors import ModelServerError, SuspendError
+from mpmm.interpreter.fork_hooks import close_in_children, closing_guard, fork_guard
+from mpmm.interpreter.new_interpreter import command_line
 from mpmm.interpreter.thread_locks import new_lock
 from mpmm.multi_process_shared.rpc import sockets
 from mpmm.shared_state.liveness import pid_namespace
@@ -51,7 +52,7 @@ START_S = 30.0
 START_LOOK_S = 0.02
 # Connecting to a stopped helper succeeds all the same, until very many connections wait.
 CONNECT_S = 1.0
-# How many helpers are asked, each after the death of the one before.
+# How many helpers are asked, each after the death of the one before, and how many may fail to start.
 TRIES = 3
 # A call that has taken this many times its limit is not going to return.
 HUNG = 2.0
@@ -69,7 +70,7 @@ def ask_helper(folder: Path, what: str, pid: int, limit_s: float, tag: str, show
     pid: as numbered in this process's pid namespace. shown: the tag as people see it. Raises SuspendError with the
     driver's message, from a MemoryError if the device has no room for a resume; ModelServerError if the helper is in
     another pid namespace, where the pid may be that of another process; TimeoutError if no helper could be asked
-    within `limit_s`; what `sockets.dial` raises for a folder that is gone.
+    within `limit_s`; another OSError if the folder is gone, or none can be started: these say nothing about the tag.
     """
     deadline = time.monotonic() + limit_s
     subject = f"{what} {shown if shown and shown != tag else repr(tag)} (pid {pid})"
@@ -108,21 +109,34 @@ def kill_stopped_helper(folder: Path) -> bool:
 def _connected(folder: Path, key: bytes, deadline: float) -> Connection:
     """Return a connection to the helper; start one if there is none.
 
-    Raises OSError if none has come up by `deadline` (monotonic), or within `START_S`.
+    Raises TimeoutError if none has come up by `deadline` (monotonic), or within `START_S`; ChildProcessError if those
+    that are started here fail at once; other OSErrors if none can be started.
     """
     deadline = min(deadline, time.monotonic() + START_S)
-    started: subprocess.Popen[bytes] | None = None
-    while True:
-        try:
-            return sockets.dial(folder, SOCKET, key)
-        except (FileNotFoundError, ConnectionError, EOFError, AuthenticationError):
-            # A killed helper still accepts connections for a moment, and resets them. It has not received the request.
-            if time.monotonic() > deadline:
-                raise
-        # The helper that was started here may have found another one, or may have been killed.
-        if (started is None or started.poll() is not None) and not is_locked(folder / LOCK):
-            started = _start(folder)
-        time.sleep(START_LOOK_S)
+    failed = 0
+    with ExitStack() as opened:
+        started: _Started | None = None
+        while True:
+            try:
+                return sockets.dial(folder, SOCKET, key)
+            except (FileNotFoundError, ConnectionError, EOFError, AuthenticationError) as error:
+                # A killed helper still accepts connections for a moment, and resets them. It has not received the
+                # request.
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no helper answers in {folder}: {error!r}") from error
+            # The helper that was started here may have found another one, or may have been killed.
+            if started is not None and started.process.poll() is not None:
+                failed += started.process.returncode > 0
+                if failed == TRIES:
+                    raise ChildProcessError(
+                        f"the helper that calls the driver does not start (exit status {started.process.returncode}): "
+                        f"{started.last_words()}"
+                    )
+                started = None
+            if started is None and not is_locked(folder / LOCK):
+                started = _Started(folder)
+                opened.callback(started.close)
+            time.sleep(START_LOOK_S)
 
 
 def reap_ended_helpers() -> None:
@@ -133,26 +147,54 @@ def reap_ended_helpers() -> None:
                 _started.remove(process)
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mpmm.suspend.helper", str(folder)]
-    started = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    _started.append(started)
-    return started
+class _Started:
+    """A helper that this process has started, with what it has written to its standard error, until this is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        with fork_guard:
+            self._errors = close_in_children(os.fdopen(os.memfd_create("mpmm-helper"), "r+b"))
+        try:
+            # It outlives this process, so it keeps none of its pipes open: a program that reads this one's output to
+            # the end would wait for it. And it serves processes with other devices, too.
+            self.process = subprocess.Popen(
+                command_line(__name__, str(folder)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                start_new_session=True,
+                env={name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
+            )
+        except BaseException:
+            self.close()
+            raise
+        _started.append(self.process)
+
+    def last_words(self) -> str:
+        """Return the last line of what it has written, which for an exception is its text."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it has not said why")
+
+    def close(self) -> None:
+        """Stop keeping what it writes."""
+        with closing_guard():
+            self._errors.close()
 
 
 # ---- the process -------------------------------------------------------------------------------------------------
 
 
-def main(folder: Path) -> int:
+def main(folder_text: str) -> None:
     """Serve the workers of a namespace's folder until that is not needed; return at once if another helper does."""
+    folder = Path(folder_text)
     try:
         lock = LockFile(folder / LOCK)
         key = (folder / "token").read_bytes()
     except FileNotFoundError:
         # The last worker has left meanwhile, and removed the folder.
-        return 0
+        return
     if not lock.try_exclusive() or not lock.is_current():
-        return 0
+        return
     (folder / SOCKET).unlink(missing_ok=True)
     helper = _Helper(key, _Unfinished(lock.fd))
     with sockets.listen(folder, SOCKET) as listener:
@@ -163,7 +205,6 @@ def main(folder: Path) -> int:
                     threading.Thread(target=helper.serve_connection, args=(connection,), daemon=True).start()
     with suppress(OSError):
         (folder / SOCKET).unlink(missing_ok=True)
-    return 0
 
 
 def _is_deserted(alive: Path) -> bool:
@@ -278,7 +319,3 @@ class _Helper:
                 self._unfinished.discard(pid)
         if what == "suspend":
             driver.suspend(pid, deadline)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -426,6 +426,9 @@ class Suspender:
         # The server may have been killed meanwhile, whatever the driver reports.
         if isinstance(failure, ModelServerError) or self._is_dying(task):
             return False, None
+        if task.way == Way.CHECKPOINT and isinstance(failure, OSError):
+            # The helper could not be asked.
+            return False, None
         cause = failure.__cause__
         no_room = is_out_of_memory(failure) or (cause is not None and is_out_of_memory(cause))
         if request == protocol.WAKE_UP and no_room:

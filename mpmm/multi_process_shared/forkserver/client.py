@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing import AuthenticationError, spawn, util
+from multiprocessing import AuthenticationError, util
 from multiprocessing import process as mp_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import mpmm
 from mpmm.errors import LockTimeoutError
+from mpmm.interpreter.new_interpreter import command_line, interpreter_flags
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared.registry import LIVES_BY_VARIABLE, ServerRegistry, open_lock
 from mpmm.multi_process_shared.rpc import sockets
@@ -254,11 +255,12 @@ def zygote_pid(registry: ServerRegistry) -> int | None:
 
 def _life_path(registry: ServerRegistry) -> Path:
     """Return the path of the zygote's life lock; interpreters that start in different ways have different zygotes."""
-    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     variables = sorted(
         item for item in os.environ.items() if START_VARIABLES.fullmatch(item[0]) and item[0] != "PYTHONPATH"
     )
-    identity = json.dumps([sys.executable, sys.version, mpmm.__file__, *flags, variables, _kernel_namespaces()])
+    identity = json.dumps(
+        [sys.executable, sys.version, mpmm.__file__, *interpreter_flags(), variables, _kernel_namespaces()]
+    )
     return registry.path / "zygote" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.life"
 
 
@@ -273,19 +275,10 @@ def _kernel_namespaces() -> list[str]:
 
 def _start_zygote(registry: ServerRegistry, life: Path) -> None:
     """Start the zygote; return when it takes orders. Raises OSError, SubprocessError. Hold its lock."""
-    code = (
-        "import json, sys\n"
-        "sys.path[:], arguments = json.loads(sys.argv.pop())\n"
-        "from mpmm.multi_process_shared.forkserver.zygote import main\n"
-        "main(*arguments)\n"
-    )
-    path = [str(entry) or os.getcwd() for entry in sys.path if isinstance(entry, str)]
-    executable = os.fsdecode(spawn.get_executable())
-    flags = util._args_from_interpreter_flags()  # type: ignore[attr-defined]  # not in typeshed
     began = time.monotonic()
     # The process started here forks the zygote and ends, so that the zygote is no caller's child.
     done = subprocess.run(
-        [executable, *flags, "-c", code, json.dumps([path, [str(registry.root), str(life)]])],
+        command_line("mpmm.multi_process_shared.forkserver.zygote", str(registry.root), str(life)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
