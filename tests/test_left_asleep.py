@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from harness import (
     acquire,
     attach,
     copies_of,
+    in_thread,
     problems,
     release,
     wait_until,
@@ -482,6 +484,60 @@ def test_a_waiter_that_could_not_look_looks_again(namespace: str, new_manager: N
     waiter.join()
     assert failed
     manager.release_model("a", held)
+
+
+def _has_polled(namespace: str) -> bool:
+    snapshot = read_snapshot(namespace)
+    # A quarter of a second after it began to lead, and then not again for long.
+    return (snapshot.leader_for_s or 0.0) - snapshot.polled_ago_s > 0.1
+
+
+@pytest.mark.parametrize("core", ["", "python"])
+def test_a_waiter_that_is_called_up_while_it_looks_looks_for_that_too(
+    namespace: str, new_manager: NewManager, monkeypatch: pytest.MonkeyPatch, core: str
+) -> None:
+    monkeypatch.setenv(CORE_VARIABLE, core)
+    # Neither a poll nor the look for the log's sake serves it.
+    manager = new_manager(max_model_copies=1, poll_interval=3600)
+    wait_until(lambda: _has_polled(namespace), "the first poll is over")
+    session = manager._connected()
+    session.warn_after_s = ()
+    held = manager.acquire_model("a", Loads())
+    [hold] = session.held.holds.values()
+    operation = session.begin(sys._getframe())
+    assert session.held.take_off_hold(hold, operation)
+    is_model_idle, called_up = session.scheduler.is_model_idle, threading.Event()
+
+    def keep() -> None:
+        with session.namespace.transaction() as t:
+            assert session.scheduler.keep(t, hold[0].row, True, call_up=True)
+
+    def see_it_in_use(ticket: int) -> bool:
+        found = is_model_idle(ticket)
+        if not called_up.is_set():
+            # The copy is kept, and the waiter called up again, just after it has looked.
+            in_thread(keep)[0].join()
+            called_up.set()
+        return found
+
+    monkeypatch.setattr(session.scheduler, "is_model_idle", see_it_in_use)
+    waiter, outcome = in_thread(lambda: manager.acquire_model("a", Loads()))
+    wait_until(lambda: waiting(namespace, "a"), "it waits")
+    [ticket] = session.namespace.tables.used_rows(session.namespace.segment.layout.tickets)
+    with session.namespace.transaction() as t:
+        session.namespace.transitions.tickets.call_up(t, ticket)
+    assert called_up.wait(DEADLINE_S), "it does not look"
+    session.end(operation)
+    try:
+        wait_until(lambda: outcome, "it is served", SOON_S)
+    finally:
+        # Otherwise the waiter would outlive a failure.
+        with session.namespace.transaction() as t:
+            session.scheduler.advance(t)
+        waiter.join()
+    assert outcome == [held]
+    manager.release_model("a", held)
+    assert problems(namespace) == []
 
 
 class OtherThreadInTransaction:

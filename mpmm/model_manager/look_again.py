@@ -46,12 +46,12 @@ class LookAgain:
     def in_s(self) -> float:
         """Return in how many seconds to look; `inf` if it neither backs off nor was called up, with nothing to log."""
         left_s = self._scheduler.backs_off_for_s(self._ticket)
-        decides_in_s = min(max(left_s, self._not_before - time.monotonic()), self._called_up_in_s())
+        looks_for_call_up_in_s = self._looks_in_s(self._scheduler.called_up_at(self._ticket))
+        decides_in_s = min(max(left_s, self._not_before - time.monotonic()), looks_for_call_up_in_s)
         return min(decides_in_s, self._warning.in_s())
 
-    def _called_up_in_s(self) -> float:
-        """Return in how many seconds the tenure that called up the waiter is over; `inf` if there is none."""
-        called_up = self._scheduler.called_up_at(self._ticket)
+    def _looks_in_s(self, called_up: int) -> float:
+        """Return in how many seconds to look for a call-up at this time; `inf` if it has looked, or there was none."""
         return math.inf if called_up == self._called_up else looks_in_s(called_up)
 
     def look(self) -> None:
@@ -62,7 +62,10 @@ class LookAgain:
         if self._warning.in_s() <= 0:
             self._warning.say()
             return
-        called_up = self._called_up_in_s() <= 0
+        # Read once, because from here on another process may keep the copy, and call up the waiter again. That call-up
+        # needs a look of its own.
+        called_up_at = self._scheduler.called_up_at(self._ticket)
+        called_up = self._looks_in_s(called_up_at) <= 0
         # If the copy is in use, its release decides about this waiter.
         decided = called_up and not self._scheduler.is_model_idle(self._ticket)
         if not decided:
@@ -72,7 +75,7 @@ class LookAgain:
         if called_up:
             # If the lock was not free, it looks again for the same call-up.
             if decided:
-                self._called_up = self._scheduler.called_up_at(self._ticket)
+                self._called_up = called_up_at
             return
         self._not_before = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, LONGEST_LOOK_AGAIN_S)
