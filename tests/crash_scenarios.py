@@ -316,6 +316,11 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.hand_over.allow_resume(t, ticket, copy))
         return ticket
 
+    def failed_to_resume_promised(lab: Lab) -> Operation:
+        copy, ticket = lab.suspended("a"), lab.ticket("a")
+        lab.do(lambda t, tr: tr.hand_over.allow_resume(t, ticket, copy))
+        return lambda t, tr: tr.suspensions.fail(t, copy, None, 1)
+
     def dropped(lab: Lab) -> int:
         copy = lab.suspended("a")
         lab.do(lambda t, tr: tr.suspensions.drop(t, copy, Lab.victim))
@@ -510,6 +515,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
             Lab.suspending, lambda t, tr, row: tr.suspensions.fail(t, row, Unsuspendable.SUSPEND_FAILED)
         ),
         "suspensions.fail/resuming": on(Lab.resuming, lambda t, tr, row: tr.suspensions.fail(t, row, None, 1)),
+        "suspensions.fail/promised": failed_to_resume_promised,
         "hand_over.allow_resume": allowed_to_resume,
         "suspensions.begin_resume": on(Lab.suspended, lambda t, tr, row: tr.suspensions.begin_resume(t, row, 1)),
         "suspensions.end_resume": on(Lab.resuming, lambda t, tr, row: tr.suspensions.end_resume(t, row)),

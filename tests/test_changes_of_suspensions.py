@@ -233,6 +233,21 @@ def fail_to_resume_an_object(it: RowChanges) -> Operation:
 
 
 @CASES.case("""
+    header: WAITING=2 LOADING=0 SUSPEND_FAILURES=1
+    member 2: BELL=2
+    model 1: LOADING=0 UNLOADING=1 WAITING=1
+    instance 1: STATE=UNLOADING RESERVED_MB=0 SINCE=now DEVICE_MB=0
+    ticket 1: STATE=WAITING INSTANCE=0
+    RESUME_FAILED: model=1 row=1 value=1
+    wake member 2 BELL
+""")
+def fail_to_resume_for_who_has_not_heard_of_it(it: RowChanges) -> Operation:
+    row, waiter = it.suspended(), it.ticket()
+    it.do(lambda t: it.to.hand_over.allow_resume(t, waiter, row))
+    return lambda t: it.to.suspensions.fail(t, row, None, 3)
+
+
+@CASES.case("""
     member 2: BELL=2
     model 1: UNLOADING=1 SUSPENDED=0
     instance 1: STATE=UNLOADING HOLDER=3 SINCE=now DEVICE_MB=0

@@ -29,6 +29,7 @@ from harness import (
     problems,
     release,
     scaled,
+    stop_outside_of_transactions,
     stop_process,
     wait_until,
     waiting,
@@ -570,6 +571,39 @@ def test_who_is_stopped_in_the_middle_is_waited_for_only_so_long(
     hang.open()
     victim.resume()
     assert victim.result() == 0
+    assert problems(namespace) == []
+
+
+def test_who_is_stopped_before_it_hears_of_a_resume_waits_again_and_loads(
+    namespace: str,
+    new_manager: NewManager,
+    new_process: NewProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manager, victim = new_manager(suspend_budget_mb=2000.0), new_process()
+    # Only for the leader, which is this process.
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.2)
+    learn(Seat(manager), a=600)
+    victim.call(acquire, "a", MakesSleeper(tmp_path))
+    victim.call(release)
+    assert victim.call(suspend, "a") == 1
+    lease = manager.reserve(600.0)
+    victim.send(acquire, "a", MakesSleeper(tmp_path))
+    wait_until(lambda: waiting(namespace, "a"), "it waits for memory")
+    stop_outside_of_transactions(victim, namespace)
+    lease.release()
+    assert states(namespace, "a") == ["resuming"]
+    await_states(namespace, "a", "unloading")
+    assert problems(namespace) == []
+    assert len(waiting(namespace, "a")) == 1
+    victim.resume()
+    victim.result()
+    await_states(namespace, "a", "active")
+    snapshot = read_snapshot(namespace)
+    assert (snapshot.loads, snapshot.resumes, snapshot.suspend_failures) == (2, 0, 1)
+    assert model_of(namespace, "a").unsuspendable == 0, "it is not the model's fault"
+    victim.call(release)
     assert problems(namespace) == []
 
 

@@ -107,9 +107,7 @@ class Instances(Part):
             t.set_all(self.unlinked(at))
         # Without a row it cannot run alone any more, and its devices would stay closed to all others.
         self._isolation.end(t, row)
-        for ticket in self._tables.rows_where(self._layout.tickets, Ticket.INSTANCE, row + 1):
-            # The instance was granted or promised, and was lost before its waiter woke: back into the queue.
-            self._tickets.wait_again(t, ticket)
+        self.requeue_waiters(t, row)
         # A load or resume has a reservation, but no memory that could come back.
         if state not in (Instance.LOADING, Instance.RESUMING):
             self._ledgers.expect_back(t, row)
@@ -117,6 +115,14 @@ class Instances(Part):
         if not is_seat:
             self._isolation.note_change(t, row)
         t.set(self._tables.model(words[at + Instance.MODEL]) + Model.USED_AT, t.now)
+
+    def requeue_waiters(self, t: Transaction, row: int) -> None:
+        """Put the ticket for which an instance was granted or promised back into the queue.
+
+        The instance was lost before its waiter woke.
+        """
+        for ticket in self._tables.rows_where(self._layout.tickets, Ticket.INSTANCE, row + 1):
+            self._tickets.wait_again(t, ticket)
 
     def orphan_seats(self, t: Transaction, row: int) -> None:
         """Free the idle seats of a copy whose memory is gone, and have those in use freed when they are given back."""

@@ -198,6 +198,8 @@ class Suspensions(Part):
         kind = EventKind.SUSPEND_FAILED if state == Instance.SUSPENDING else EventKind.RESUME_FAILED
         t.event(kind, self._model_reference(row), row + 1, value=self._for_s(t, row))
         t.add(Header.SUSPEND_FAILURES, 1)
+        # The process that was to resume it may be stopped, and not have read that yet. (T2)
+        self._instances.requeue_waiters(t, row)
         # HOST_MB stays until the row is free, because the host gets its memory back only when the process ends. (I8)
         t.set_float(at + Instance.DEVICE_MB, 0.0)
         t.set_float(at + Instance.RESERVED_MB, 0.0)
