@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from harness import (
+    NewDevice,
     NewManager,
     NewProcess,
     Seat,
     acquire,
     copies_of,
+    learn,
     model_of,
     problems,
     release,
@@ -122,6 +124,49 @@ def test_a_waiter_gets_what_is_kept_for_no_time(
     waiter.call(release)
     wait_until(lambda: not copies_of(namespace, "a"), "it is unloaded")
     assert problems(namespace) == []
+
+
+def test_a_copy_that_idles_between_two_users_is_not_unloaded_by_a_poll(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    manager, waiter = new_manager(max_model_copies=1, poll_interval=3600), new_process()
+    handle = manager.acquire_model("a", Loads(), keep_alive_seconds=0)
+    waiter.send(acquire, "a")
+    wait_until(lambda: waiting(namespace, "a"), "another process waits for it")
+    session = manager._connected()
+    [(copy, _)] = session.held.holds.values()
+    with session.namespace.transaction() as t:
+        session.namespace.transitions.holds.release(t, copy.row)
+    session.held.holds.clear()
+    with session.namespace.transaction() as t:
+        # As in a poll, which plans only after that.
+        session.leader._unload_expired(t)
+        session.scheduler.advance(t)
+    assert waiter.result() == handle
+    assert read_snapshot(namespace).loads == 1
+    waiter.call(release)
+    assert problems(namespace) == []
+
+
+def test_a_copy_expires_though_a_request_waits_that_is_tied_to_another_device(
+    namespace: str, new_manager: NewManager, new_device: NewDevice, new_process: NewProcess
+) -> None:
+    device = new_device(1000.0, 1000.0)
+    manager = new_manager(memory_source=device, poll_interval=0.03)
+    other = new_process(memory_source=device)
+    learn(Seat(manager), a=600)
+    assert manager.preload("a", Loads(), devices=[0]) == 1
+    with manager.reserve(950.0, devices=[1]):
+        other.send(acquire_on, "a", 1)
+        wait_until(lambda: waiting(namespace, "a"), "it waits for memory of the other one")
+        manager.update_settings(idle_ttl_seconds=0.01)
+        wait_until(lambda: not copies_of(namespace, "a"), "it cannot use this copy")
+    other.result()
+    assert problems(namespace) == []
+
+
+def acquire_on(seat: Seat, tag: str, device: int) -> None:
+    seat.held.append((tag, seat.manager.acquire_model(tag, Loads(), devices=[device])))
 
 
 def test_what_is_pinned_is_kept_and_what_is_kept_is_evicted_for_others(

@@ -767,6 +767,46 @@ def test_who_unloads_a_model_or_lets_it_expire_means_its_suspended_copies_too(
     assert problems(manager.namespace) == []
 
 
+@pytest.mark.parametrize("options", [{}, {"keep_alive_seconds": 0.01}], ids=["setting", "request"])
+def test_a_suspended_copy_for_which_a_request_waits_does_not_expire(
+    manager: ModelManager, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    first = use(manager, "a", MakesSleeper(tmp_path))
+    other = manager.acquire_model("e", Loads(), keep_alive_seconds=0.01)
+    assert manager.suspend("a") == 1
+    lease = manager.reserve(600.0)
+    thread, outcome = in_thread(lambda: manager.acquire_model("a", MakesSleeper(tmp_path), **options))
+    wait_until(lambda: waiting(manager.namespace, "a"), "it waits for memory")
+    if not options:
+        manager.update_settings(idle_ttl_seconds=0.01)
+    manager.release_model("e", other)
+    # In the same transaction as what else has expired.
+    await_states(manager.namespace, "e")
+    assert states(manager.namespace, "a") == ["suspended"]
+    lease.release()
+    thread.join()
+    assert outcome == [first]
+    assert model_of(manager.namespace, "a").loads == 1
+    manager.release_model("a", first)
+    await_states(manager.namespace, "a")
+    assert problems(manager.namespace) == []
+
+
+def test_a_suspended_object_expires_though_another_process_waits_for_one_of_its_own(
+    manager: ModelManager, new_process: NewProcess, tmp_path: Path
+) -> None:
+    use(manager, "a", MakesSleeper(tmp_path))
+    assert manager.suspend("a") == 1
+    other = new_process()
+    with manager.reserve(600.0):
+        other.send(acquire, "a", LoadsObject())
+        wait_until(lambda: waiting(manager.namespace, "a"), "it waits for memory")
+        manager.update_settings(idle_ttl_seconds=0.01)
+        await_states(manager.namespace, "a")
+    other.result()
+    assert problems(manager.namespace) == []
+
+
 def test_where_the_host_runs_short_of_memory_suspended_copies_go(
     manager: ModelManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

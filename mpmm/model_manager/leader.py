@@ -409,7 +409,7 @@ class Leader:
     def _unload_expired(self, t: Transaction) -> None:
         """Have copies unloaded that have been idle for longer than they are kept: by their owner, or by this process.
 
-        They are kept for their model's `keep_alive_seconds`, else for `idle_ttl_seconds`.
+        They are kept for their model's `keep_alive_seconds`, else for `idle_ttl_seconds`, and for requests that wait.
         """
         namespace = self._namespace
         tables, layout = namespace.tables, namespace.segment.layout
@@ -426,6 +426,9 @@ class Leader:
                 # The next poll unloads the rest.
                 return
             if tables.models[copy.model].pins or t.now - tables.idle_since(row) <= kept_ns:
+                continue
+            if namespace.reads.queue.wants(row):
+                # A copy that is kept for a process, or is suspended, and that a request is about to get.
                 continue
             cause = Cause(Reason.EXPIRED, seconds=kept_ns / 1e9)
             if copy.state == Instance.IDLE:

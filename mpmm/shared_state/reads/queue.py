@@ -161,6 +161,25 @@ class QueueReads:
             and words[at + Ticket.DEADLINE] > time.monotonic_ns()
         )
 
+    def wants(self, instance: int) -> bool:
+        """Tell whether a ticket waits that can use just this instance, or, as a preload, counts it.
+
+        Not a ticket for another device or of a process that cannot use this object, nor one past its deadline.
+        """
+        words, at = self._words, self._tables.instance(instance)
+        model, owner, devices = words[at + Instance.MODEL], words[at + Instance.OWNER], words[at + Instance.DEVICES]
+        if not self.waits_for(model):
+            return False
+        waiting = self._tables.rows_where(self._tickets, Ticket.STATE, Ticket.WAITING)
+        found = self._tables.view(self._tickets)[waiting]
+        usable_on = found[:, Ticket.USABLE_ON]
+        can_use = (
+            (found[:, Ticket.MODEL] == model)
+            & ((usable_on == 0) | (~usable_on & devices == 0))
+            & (found[:, Ticket.DEADLINE] > time.monotonic_ns())
+        )
+        return bool((can_use & (found[:, Ticket.MEMBER] == owner)).any() if owner else can_use.any())
+
     def _waiter(self, row: int) -> Waiter:
         words, at = self._words, self._tables.ticket(row)
         return Waiter(
