@@ -360,7 +360,7 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
             read_snapshot(options.namespace, root, events=False)
         text = Exporter(options.namespace, root, follow=False).text(openmetrics=options.openmetrics)
         # A file or a pipe gets the same text as a scrape.
-        print(printable_lines(text) if sys.stdout.isatty() else text.encode("utf-8", "replace").decode(), end="")
+        print(printable_lines(text) if sys.stdout.isatty() else text, end="")
         return 0
     host, _, port = options.serve.rpartition(":")
     if not port.isdigit() or int(port) > 65535:

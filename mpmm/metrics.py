@@ -169,7 +169,7 @@ def asgi_app(
 
 def _answer(exporter: Exporter, accept: str) -> tuple[str, bytes]:
     openmetrics = OPENMETRICS in accept
-    return _CONTENT_TYPES[openmetrics], exporter.text(openmetrics=openmetrics).encode("utf-8", "replace")
+    return _CONTENT_TYPES[openmetrics], exporter.text(openmetrics=openmetrics).encode()
 
 
 def serve(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:

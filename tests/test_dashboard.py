@@ -258,6 +258,16 @@ def test_one_alone_is_shown_if_only_that_is_asked_for(new_manager: NewManager, n
     assert watcher.state(namespace, "", 0, 60)["state"] is None, "others are none of its business"
 
 
+def test_a_tag_that_is_not_utf8_is_shown_escaped(namespace: str, new_manager: NewManager, served: Served) -> None:
+    manager, tag = new_manager(), os.fsdecode(b"models/caf\xe9.pt")
+    manager.release_model(tag, manager.acquire_model(tag, Loads()))
+    served.watcher.look()
+    answer = ask(f"{served.url}/api/state")
+    assert answer.status == 200
+    models = answer.json["state"]["models"]["set"].values()
+    assert [model["tag"] for model in models] == [r"models/caf\udce9.pt"]
+
+
 def test_nonsense_is_refused(served: Served) -> None:
     for query in ("look=x", "look=-1", "look=1.5", "window=0", "window=-1", "window=nan", "window=4000", "window="):
         answer = ask(f"{served.url}/api/state?{query}")

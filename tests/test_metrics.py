@@ -236,6 +236,31 @@ def test_it_is_a_collector_of_the_client_library(lively: ModelManager, exporter:
     assert value(collected, "mpmm_model_bytes", model=ODD) == 100 * 2**20
 
 
+def test_tags_that_are_not_utf8_are_escaped_and_stay_apart(
+    namespace: str, new_manager: NewManager, exporter: Exporter, capsys: Capture
+) -> None:
+    manager = new_manager()
+    tags = [os.fsdecode(f"models/{name}.pt".encode("latin-1")) for name in ("caf\xe8", "caf\xe9")]
+    shown = {f"models/caf{byte}.pt" for byte in (r"\udce8", r"\udce9")}
+    for tag in tags:
+        manager.release_model(tag, manager.acquire_model(tag, Loads()))
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(exporter)
+    # An application's own metrics are in the same text, and must not be lost either.
+    prometheus_client.Counter("own", "Of the application.", registry=registry).inc()
+    _, served = mpmm.metrics._answer(exporter, "")
+    assert main(["metrics"]) == 0
+    for text in (
+        prometheus_client.generate_latest(registry).decode(),
+        served.decode(),
+        capsys.readouterr().out,
+    ):
+        found = samples(parse_classic(text))
+        loads = [dict(labels) for name, labels in found if name == "mpmm_model_loads_total"]
+        assert {labels["model"] for labels in loads} == shown
+    assert registry.get_sample_value("own_total") == 1
+
+
 def test_it_mounts_in_web_servers(lively: ModelManager, exporter: Exporter) -> None:
     answered: dict[str, Any] = {}
 

@@ -75,7 +75,16 @@ class _Families:
         """Add one sample; a value of None adds only the family."""
         family = self.found.setdefault(name, Family(f"mpmm_{name}", kind, description))
         if value is not None:
-            family.samples.append((suffix, tuple(labels.items()), float(value)))
+            family.samples.append((suffix, tuple((label, _utf8(text)) for label, text in labels.items()), float(value)))
+
+
+def _utf8(text: str) -> str:
+    r"""Return a text with bytes that are not UTF-8 as `\udce9`, because both formats of metrics are UTF-8.
+
+    A tag from `os.fsdecode` has such bytes. `prometheus_client` fails for all metrics of its program if one label
+    cannot be encoded; `?` instead of each byte would give several models the same labels.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def families(looked_at: Iterable[tuple[Snapshot, Histograms]]) -> list[Family]:

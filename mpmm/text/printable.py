@@ -3,7 +3,7 @@
 A tag, or the name of a lease, a host or a source, may be anything that a caller has passed in. An escape sequence in it
 could clear the screen, retitle the window or reverse letters; a newline could forge a line of a log. So every text for
 people goes through `printable`: output as it is written, errors when they are put into words, and log records here.
-What programs read (JSON, traces, metrics) stays exact.
+What programs read (JSON, traces, metrics) stays exact, but for bytes in metrics that are not UTF-8, as metrics must be.
 """
 
 from __future__ import annotations
