@@ -2,7 +2,7 @@
 
 import sys
 
-from mpmm.cli import main
+from mpmm.cli import as_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_program())

@@ -105,7 +105,7 @@ from mpmm.shared_state.snapshot import (
 from mpmm.text.arguments import checked_number, checked_path, checked_timeout, checked_whole
 from mpmm.text.printable import printable, printable_lines
 
-__all__ = ["main"]
+__all__ = ["as_program", "main"]
 
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
@@ -156,6 +156,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MpmmError) as error:
         print(f"mpmm: {printable_lines(str(error))}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def as_program() -> int:
+    """Run the command line as all that this process is for, with the arguments in `sys.argv`; return the exit status.
+
+    An interrupt ends the process by SIGINT, as a shell expects, and without a traceback. Python does that itself when
+    KeyboardInterrupt reaches the top: after the exit hooks, so the process has left its namespace. A second
+    interrupt ends it at once. `main` passes KeyboardInterrupt on, because its caller may be another program.
+    """
+    try:
+        return main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.excepthook = _print_nothing
+        raise
+
+
+def _print_nothing(*error: object) -> None:
+    """Replace the hook that prints the traceback."""
 
 
 def _prepare_streams() -> None:
@@ -526,4 +545,4 @@ _COMMANDS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_program())
