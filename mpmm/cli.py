@@ -338,7 +338,8 @@ def _ps(options: argparse.Namespace, root: Path | None) -> int:
         print("\n".join([painter(sys.stdout)("head", head), *lines]))
     else:
         for copy in copies:
-            print(formatted(copy, options.format))
+            # A pipe gets the texts as they are.
+            print(formatted(copy, options.format, at_terminal=sys.stdout.isatty()))
     return status
 
 

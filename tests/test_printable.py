@@ -68,6 +68,22 @@ def test_screens_are_harmless_and_json_is_exact(
         assert _is_harmless(capsys.readouterr().out)
 
 
+def test_what_scripts_read_is_harmless_on_a_terminal_and_exact_in_a_pipe(
+    namespace: str, new_manager: NewManager, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_manager().model(EVIL, object):
+        assert main(["ps", "--format", "{tag}"]) == 0
+        # The stream escapes what it cannot encode.
+        assert capsys.readouterr().out == EVIL.encode("utf-8", "backslashreplace").decode() + "\n"
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        # The escape sequences of the format are the user's own, and wanted.
+        assert main(["ps", "--format", "\x1b[1m{tag}\x1b[m\\t{state:>7}"]) == 0
+        assert capsys.readouterr().out == f"\x1b[1m{SHOWN}\x1b[m\t active\n"
+        for command in ("ps --format json", "events --json", "inspect --json", "trace", "trace -o -"):
+            assert main(command.split()) == 0
+            assert _is_harmless(capsys.readouterr().out), command
+
+
 def _texts(found: Any) -> Iterator[str]:
     if isinstance(found, str):
         yield found

@@ -110,15 +110,22 @@ def as_table(copies: Sequence[ListedInstance], width: int | None) -> list[str]:
     return table(("namespace", *head) if several else head, [row(copy) for copy in copies], width, least=least)
 
 
-def formatted(copy: ListedInstance, template: str) -> str:
-    """Return a copy, formatted by a format string or as JSON. Raises InvalidArgumentError for an invalid string."""
+def formatted(copy: ListedInstance, template: str, *, at_terminal: bool = False) -> str:
+    """Return a copy, formatted by a format string or as JSON. Raises InvalidArgumentError for an invalid string.
+
+    at_terminal: escape the texts in it, which another process may have chosen; those of the format string are the
+    user's own. JSON escapes everything that is not ASCII anyway.
+    """
     values = {field.name: getattr(copy, field.name) for field in fields(copy)}
     if template == JSON_FORMAT:
         return json.dumps(values)
     for written, meant in _ESCAPES.items():
         template = template.replace(written, meant)
     try:
-        return _Formatter().vformat(template, (), {name: _shown(value) for name, value in values.items()})
+        shown = {name: _shown(value) for name, value in values.items()}
+        if at_terminal:
+            shown = {name: printable(value) if isinstance(value, str) else value for name, value in shown.items()}
+        return _Formatter().vformat(template, (), shown)
     except (KeyError, ValueError, IndexError, TypeError) as error:
         problem = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
         raise InvalidArgumentError(
