@@ -102,7 +102,7 @@ from mpmm.shared_state.snapshot import (
     find_namespaces,
     read_snapshot,
 )
-from mpmm.text.arguments import checked_number, checked_path, checked_timeout, checked_whole
+from mpmm.text.arguments import checked_number, checked_path, checked_timeout, checked_whole, in_brief
 from mpmm.text.printable import printable, printable_lines
 
 __all__ = ["as_program", "main"]
@@ -110,6 +110,8 @@ __all__ = ["as_program", "main"]
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
 EXIT_NO_LEASE = 125
+# What an option expects, in the error for a path that cannot be one.
+_FILE = "a file"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,10 +180,10 @@ def _print_nothing(*error: object) -> None:
 
 
 def _prepare_streams() -> None:
-    """Make all output printable in some form, whatever the locale can encode; discard it if a stream is closed."""
-    for name in ("stdout", "stderr"):
+    """Make all output printable in some form, whatever the locale can encode. A closed stream becomes an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     # The C locale has "surrogateescape", which cannot encode letters beyond ASCII either.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -299,7 +301,7 @@ def _top(options: argparse.Namespace, root: Path | None) -> int:
 
     interval_s = checked_number("--interval", options.interval, 0.05, 3600.0, "seconds")
     if options.sort not in SORTS:
-        raise InvalidArgumentError(f"--sort {options.sort}: expected one of {', '.join(SORTS)}")
+        raise InvalidArgumentError(f"--sort {in_brief(options.sort)}: expected one of {', '.join(SORTS)}")
     controls = Controls(options.sort, filter=options.filter)
     if not sys.stdout.isatty():
         return print_once(_namespace(options, root), root, controls)
@@ -355,7 +357,7 @@ def _trace(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.trace_writer import record
 
     namespace = _namespace(options, root)
-    output = None if options.output == Path("-") else options.output
+    output = None if options.output in (None, Path("-")) else checked_path("--output", options.output, _FILE)
     return record(namespace, root, output, follow=options.follow)
 
 
@@ -363,9 +365,13 @@ def _plot(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.plot import draw, read_trace
     from mpmm.observability.trace_writer import recent_trace
 
-    events = recent_trace(_namespace(options, root), root) if options.trace is None else read_trace(options.trace)
+    output = checked_path("--output", options.output, _FILE)
+    if options.trace is None:
+        events = recent_trace(_namespace(options, root), root)
+    else:
+        events = read_trace(checked_path("--trace", options.trace, _FILE))
     try:
-        draw(events, options.output)
+        draw(events, output)
     except ImportError:
         return _missing("plot", "matplotlib")
     return 0
@@ -383,8 +389,9 @@ def _metrics(options: argparse.Namespace, root: Path | None) -> int:
         print(printable_lines(text) if sys.stdout.isatty() else text, end="")
         return 0
     host, _, port = options.serve.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise InvalidArgumentError(f"--serve {options.serve}: expected PORT or HOST:PORT")
+    # Python takes other digits for numbers, too: those of other scripts for whole ones, and `²` for no number at all.
+    if not (port.isascii() and port.isdigit() and len(port) <= 5) or int(port) > 65535:
+        raise InvalidArgumentError(f"--serve {in_brief(options.serve)}: expected PORT or HOST:PORT")
     with contextlib.closing(Exporter(options.namespace, root)) as exporter, contextlib.suppress(KeyboardInterrupt):
         exporter.families()
         with serve(exporter, host.strip("[]") or "127.0.0.1", int(port)) as server:
@@ -492,13 +499,14 @@ def _prune(options: argparse.Namespace, root: Path | None) -> int:
 def _doctor(options: argparse.Namespace, root: Path | None) -> int:
     from mpmm.observability.doctor import examine, report
 
+    bundle = None if options.bundle is None else checked_path("--bundle", options.bundle, _FILE)
     groups = examine(root)
     print(report(groups, _width(), painter(sys.stdout)))
-    if options.bundle is not None:
+    if bundle is not None:
         from mpmm.observability.bundle import write_bundle
 
-        write_bundle(options.bundle, report(groups), root)
-        print(f"mpmm: wrote {options.bundle}; look through it before you pass it on", file=sys.stderr)
+        write_bundle(bundle, report(groups), root)
+        print(f"mpmm: wrote {printable(str(bundle))}; look through it before you pass it on", file=sys.stderr)
     return EXIT_PROBLEM if any(check.state == "PROBLEM" for group in groups for check in group.checks) else 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
@@ -27,6 +26,7 @@ from mpmm.interpreter.thread_locks import new_lock
 from mpmm.interpreter.thread_starts import start_thread
 from mpmm.observability.event_reader import LONGEST_PAUSE_S, EventReader
 from mpmm.observability.histograms import Histograms
+from mpmm.observability.hosts import first_address
 from mpmm.observability.prometheus import Family, families, text
 from mpmm.shared_state.snapshot import Snapshot, find_namespaces
 
@@ -198,7 +198,7 @@ def serve(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
             """Log nothing: a line for each scrape would be noise."""
 
     class Server(ThreadingHTTPServer):
-        address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        address_family = first_address(host, port)[0]
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             # A client that hangs up is not our error.

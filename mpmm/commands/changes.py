@@ -19,6 +19,7 @@ from mpmm.errors import InvalidArgumentError, UnloadTimeoutError
 from mpmm.shared_state.settings import CHANGEABLE, CHECKPOINTS, Settings
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.text.arguments import checked_size_mb, checked_timeout, in_brief
+from mpmm.text.printable import printable
 
 __all__ = ["COMMANDS", "add_commands"]
 
@@ -166,7 +167,10 @@ def _function(name: str) -> Callable[[], Any]:
     try:
         found: Any = functools.reduce(getattr, function.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
-        raise InvalidArgumentError(f"loader {name!r}: {error}") from error
+        raise InvalidArgumentError(f"loader {name!r}: {printable(str(error))}") from error
+    except Exception as error:
+        # A relative name, or whatever the module's own code raises while it is imported.
+        raise InvalidArgumentError(f"loader {name!r}: {type(error).__name__}: {printable(str(error))}") from error
     if not callable(found):
         raise InvalidArgumentError(f"loader {name!r}: {in_brief(found)} cannot be called")
     result: Callable[[], Any] = found
@@ -192,7 +196,9 @@ def _settings(options: argparse.Namespace, name: str, root: Path | None) -> int:
         _show(read_snapshot(name, root, events=False).settings)
         return 0
     if len(options.change) != 3 or options.change[0] != "set":
-        raise InvalidArgumentError(f"settings {' '.join(options.change)}: expected nothing, or set NAME VALUE")
+        raise InvalidArgumentError(
+            f"settings {in_brief(' '.join(options.change))}: expected nothing, or set NAME VALUE"
+        )
     _, setting, text = options.change
     with visit(name, root) as namespace:
         settings = change_settings(namespace, Scheduler(namespace), {setting: _value(setting, text)})

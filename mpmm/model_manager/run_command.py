@@ -130,8 +130,10 @@ def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
             pass_fds=(life,),
             preexec_fn=_prepare_child(os.getpid(), mask),
         )
-    except OSError as error:
-        print(f"mpmm: cannot run {command[0]!r}: {error.strerror}", file=sys.stderr)
+    # ValueError: no argument can have a null character, or half of a surrogate pair.
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        print(f"mpmm: cannot run {command[0]!r}: {why}", file=sys.stderr)
         return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_CANNOT_RUN
     finally:
         os.close(life)

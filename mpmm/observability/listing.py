@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from mpmm.errors import InvalidArgumentError
 from mpmm.observability.formatting import age, for_people, mb
 from mpmm.observability.tables import table
 from mpmm.shared_state.snapshot import InstanceInfo, Snapshot
+from mpmm.text.arguments import in_brief
 from mpmm.text.display_names import shown_tags
 from mpmm.text.printable import printable
 
@@ -22,6 +24,8 @@ __all__ = ["JSON_FORMAT", "ListedInstance", "as_table", "copies_of", "formatted"
 JSON_FORMAT = "json"
 # Shells pass these on unchanged.
 _ESCAPES = {"\\t": "\t", "\\n": "\n"}
+# A width or a precision of more than four digits.
+_WIDE = re.compile(r"\d{5}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def formatted(copy: ListedInstance, template: str, *, at_terminal: bool = False)
         if at_terminal:
             shown = {name: printable(value) if isinstance(value, str) else value for name, value in shown.items()}
         return _Formatter().vformat(template, (), shown)
-    except (KeyError, ValueError, IndexError, TypeError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError, OverflowError) as error:
         problem = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
         raise InvalidArgumentError(
             f"--format {template!r}: {problem}; expected {JSON_FORMAT!r}, or a Python format string with some of the "
@@ -139,6 +143,12 @@ class _Formatter(string.Formatter):
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         return kwargs[field_name], field_name
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        # Python would make a text of any length that there is memory for.
+        if _WIDE.search(format_spec):
+            raise ValueError(f"{in_brief(format_spec)} is too wide")
+        return super().format_field(value, format_spec)
 
 
 class _Nothing:

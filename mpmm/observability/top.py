@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import time
 from collections import defaultdict, deque
 from functools import partial
@@ -42,6 +44,8 @@ HISTORY_LENGTH = 500
 HEAD_LINES = 2
 BAR_SHARE = 0.3
 NARROWEST_BAR = 10
+# What COLUMNS and LINES may be.
+_SIZE = re.compile("[1-9][0-9]{0,4}")
 _CHOICE = EventChoice(newest_of_each=EVENTS_OF_EACH)
 
 
@@ -120,7 +124,7 @@ def run(namespace: str | None, root: Path | None, interval_s: float, controls: C
     Waits for a namespace that does not exist yet. The last picture stays on the terminal. Raises what `read_snapshot`
     raises at the first look.
     """
-    console, looks = Console(), Looks(namespace, root)
+    console, looks = _console(), Looks(namespace, root)
     looks.look()
     live = Live(console=console, screen=True, auto_refresh=False)
     with contextlib.suppress(KeyboardInterrupt), single_keys() as keys_pressed, live:
@@ -143,11 +147,19 @@ def run(namespace: str | None, root: Path | None, interval_s: float, controls: C
 
 def print_once(namespace: str, root: Path | None, controls: Controls) -> int:
     """Print one picture, where there is no terminal to show more; return 0. Raises what `read_snapshot` raises."""
-    console, history = Console(), History()
+    console, history = _console(), History()
     snapshot = read_snapshot(namespace, root, choice=_CHOICE)
     history.add(snapshot)
     console.print(screen(snapshot, history, console.width, console.height, controls))
     return 0
+
+
+def _console() -> Console:
+    """Return the console of the output, whatever COLUMNS and LINES are: rich fails for `²`, and shows nothing for 0."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES") or _SIZE.fullmatch(value)
+    }
+    return Console(_environ=environment)
 
 
 def _picture(looks: Looks, controls: Controls, width: int, height: int) -> RenderableType:

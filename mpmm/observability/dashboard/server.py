@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mpmm.errors import InvalidArgumentError
 from mpmm.observability.dashboard.history import LONGEST_WINDOW_S
 from mpmm.observability.dashboard.watch import Watcher
+from mpmm.observability.hosts import first_address
 
 __all__ = ["checked_token", "create_app", "run"]
 
@@ -173,7 +174,7 @@ def run(host: str, port: int, token: str, root: Path | None, namespace: str | No
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, address = first_address(host, port)
         listening = socket.socket(family, kind)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
