@@ -246,8 +246,8 @@ class ModelManager(BeamNames):
             loaded object, here or in a model server, means the same.
         max_waiting: how many requests may wait for the model, this one included; None allows any number, and with 0
             this request does not wait. The setting of this name applies as well, except to preloads.
-        keep_alive_seconds: how long copies of the model are kept after their last use, in all processes: -1 for ever, 0 to
-            unload them as soon as no process uses or waits for one; None keeps what the last request said, else
+        keep_alive_seconds: how long copies of the model are kept after their last use, in all processes: -1 for ever, 0
+            to unload them as soon as no process uses or waits for one; None keeps what the last request said, else
             `idle_ttl_seconds`. A request that needs their memory still has them evicted; `pin` prevents that, too.
         priority: how urgent the request is, from -10 to 10, 0 by default. In the queue each step counts like 10 s of
             waiting, so no request starves; preloads are ranked among themselves. See `mpmm.policy.fairness`.
