@@ -30,7 +30,7 @@ from mpmm.model_manager import ModelManager
 from mpmm.model_manager.leader import DEPUTIES
 from mpmm.multi_process_shared.context import served_namespaces
 from mpmm.shared_state.invariants import check_invariants
-from mpmm.shared_state.layout import Capacities
+from mpmm.shared_state.layout import Capacities, Instance
 from mpmm.shared_state.snapshot import Snapshot, read_snapshot
 
 PACKAGE = str(Path(mpmm.__file__).parent)
@@ -395,9 +395,21 @@ class Sweep(Points):
         is_free = lock.try_exclusive()
         lock.close()
         wrong = [] if is_free else ["the lock is taken"]
+        wrong += self._wrong_objects()
         if served_namespaces() or current_placement() is not None:
             wrong.append("this thread seems to run a loader")
         return [*rows, *tickets, *check_invariants(snapshot), *wrong]
+
+    def _wrong_objects(self) -> list[str]:
+        """Return objects that are kept without a row, and idle ones that were told to unload."""
+        session, wrong = self.manager._connected(), []
+        for copy in session.owned.all():
+            instance = session.namespace.tables.instances[copy.row]
+            if instance.state == Instance.FREE or instance.generation != copy.generation:
+                wrong.append(f"an object of {copy.tag} is kept without a row")
+            elif instance.state == Instance.IDLE and getattr(copy.value, "unloaded", False):
+                wrong.append(f"the idle object of {copy.tag} was told to unload")
+        return wrong
 
     def snapshot(self) -> Snapshot:
         """Return the state of the manager's namespace."""

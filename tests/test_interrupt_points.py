@@ -115,6 +115,12 @@ def test_seat_of_copy_in_use(sweep: Callable[..., Sweep]) -> None:
 class Plain:
     """A model that is an object of its process."""
 
+    unloaded = False
+
+    def unload_model(self) -> None:
+        """Free what it has."""
+        self.unloaded = True
+
 
 @pytest.mark.parametrize("what", ["handle", "object"])
 def test_load(sweep: Callable[..., Sweep], what: str) -> None:

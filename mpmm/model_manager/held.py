@@ -17,7 +17,7 @@ from mpmm.model_manager.owned import OwnedObjects
 from mpmm.model_manager.tenure import Tenure, Tenures
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.core import HANDED_OVER, KEEP, KEEP_AND_CALL_UP, KEPT, TO_NEXT
-from mpmm.shared_state.layout import Ticket
+from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.transaction import Transaction
 
@@ -262,6 +262,21 @@ class HeldInstances:
             self._owned.add(copy)
         self._note_held(copy, uses, operation)
         return copy
+
+    def is_loaded(self, row: int, generation: int) -> bool:
+        """Tell whether a row stands for a copy whose load has ended. Needs the lock."""
+        instance = self._namespace.tables.instances[row]
+        return instance.generation == generation and instance.state not in (Instance.FREE, Instance.LOADING)
+
+    def forget_loaded(self, row: int, generation: int) -> LoadedInstance | None:
+        """Strike off what `add_loaded` has recorded, because its transaction was undone; return it if it is an object.
+
+        Otherwise the object would live as long as the process, with its memory, though no row stands for it.
+        """
+        held = self.holds.pop((row, generation), None)
+        if held is not None:
+            self._held_at.pop(held[0].key, None)
+        return self._owned.forget(row, generation)
 
     def take_off(self, value: Any, tag: str, operation: Operation) -> LoadedInstance | None:
         """Strike a held copy off the list and return it; None if this process holds no such copy.

@@ -21,11 +21,13 @@ from mpmm.errors import (
     LoadTimeoutError,
     LockTimeoutError,
     NamespaceResetError,
+    ReentrantCallError,
 )
 from mpmm.memory.beam_metrics import report_estimate, report_model_count
 from mpmm.memory.estimator import GROWTH_SD, Estimate
 from mpmm.memory.placement import SHARE_VARIABLES, placed
 from mpmm.model_manager.acquisition import Acquisition, Booking
+from mpmm.model_manager.deferred import NOW_S
 from mpmm.model_manager.fresh_figures import Growth
 from mpmm.model_manager.operations import LoadedInstance
 from mpmm.model_manager.out_of_memory import FreeMemory
@@ -117,6 +119,8 @@ class LoadAttempt:
                 with session.namespace.lock.patient_here():
                     copy = self._book_in(value, growth)
         except BaseException as error:
+            if self._is_booked_in():
+                raise
             in_time = self._give_up(error)
             if not self._others_have(value):
                 unload_made(value)
@@ -284,6 +288,27 @@ class LoadAttempt:
             _LOG.info(text, namespace.name, namespace.pid, shown, seconds, mb, place)
 
     # ---- after it has failed -------------------------------------------------------------------------------
+
+    def _is_booked_in(self) -> bool:
+        """Tell whether to leave everything to the background thread, which takes back what the call holds.
+
+        So it is if the row stands for the instance, because an exception came after the commit: it is about to become
+        idle, like any other. And so it is if only the lock could tell, and is not free.
+        """
+        session, operation = self._session, self._operation
+        at = self._booking.row, self._booking.generation
+        if operation.held is None or (operation.held[0].row, operation.held[0].generation) != at:
+            # Not committed; but an exception may have come in the middle of recording an object.
+            if session.namespace.is_usable:
+                session.held.forget_loaded(*at)
+            return False
+        with suppress(LockTimeoutError, ReentrantCallError, ClosedError), session.namespace.transaction(NOW_S):
+            if session.held.is_loaded(*at):
+                return True
+            # If another thread has struck the object off, that one unloads it.
+            is_object = not isinstance(operation.held[0].value, str)
+            return session.held.forget_loaded(*at) is None and is_object
+        return True
 
     def _give_up(self, error: BaseException) -> bool:
         """Free the row, and learn from the failure; return False if others have freed it already.

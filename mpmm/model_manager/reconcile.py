@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 
 from mpmm.model_manager.held import HeldInstances
 from mpmm.model_manager.operations import Operation, ended_calls, garbage_may_hold
+from mpmm.model_manager.unload import unload_object_in_thread
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.namespace import Namespace
@@ -79,6 +81,11 @@ class Reconciler:
                     transitions.suspensions.turn_back(t, row, namespace.reference)
                 elif instance.state == Instance.LEASED:
                     transitions.leases.end(t, row)
+            if not self._held.is_loaded(row, generation):
+                # A second exception may have kept the call from unloading what it had loaded.
+                copy = self._held.forget_loaded(row, generation)
+                if copy is not None:
+                    t.after.append(partial(unload_object_in_thread, copy.value))
 
     def _release_abandoned(self, t: Transaction, operation: Operation) -> None:
         """Give back the copy of a call, unless that has been done, or another call holds it by now."""

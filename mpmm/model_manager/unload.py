@@ -40,7 +40,7 @@ from mpmm.text.printable import printable_logger
 
 __all__ = [
     *("ENDS_WITHIN_S", "SHORTEST_UNLOAD_LIMIT_S", "UNLOAD_LOOK_S", "Unloads"),
-    *("collect_garbage", "unload_made", "unload_object"),
+    *("collect_garbage", "unload_made", "unload_object", "unload_object_in_thread"),
 ]
 
 _LOG = printable_logger("mpmm")
@@ -442,6 +442,13 @@ def unload_object(value: Any) -> None:
             # It is the model's own code, and so is an attribute. Its memory counts as free either way.
             _LOG.exception("mpmm: %s of a %s failed", name, type(value).__name__)
         return
+
+
+def unload_object_in_thread(value: Any) -> None:
+    """Have a thread call `unload_object`: it is the model's own code, which may hang."""
+    # If no thread can be started, garbage collection frees what it can.
+    with contextlib.suppress(RuntimeError):
+        start_thread(threading.Thread(target=unload_object, args=(value,), name="mpmm-unload", daemon=True))
 
 
 def collect_garbage() -> None:
