@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -30,6 +31,7 @@ from harness import (
     copies_of,
     files_in,
     force_reset,
+    in_thread,
     leader_pid,
     learn,
     model_of,
@@ -40,7 +42,7 @@ from harness import (
     waiting,
 )
 from loaders import Gate, LoadFails, Loads, LoadsObject, LoadsServer, MakesServed, served
-from patience import Stopwatch
+from patience import DEADLINE_S, Stopwatch
 from random_tables import RandomTables
 
 from mpmm.errors import AcquireTimeoutError, LoadTimeoutError, ModelServerError
@@ -404,6 +406,44 @@ def test_a_loader_that_returns_after_its_load_was_given_up_gets_an_error_and_its
     with pytest.raises(LoadTimeoutError):
         slow.result()
     assert device.used_mb() == 0
+    assert problems(namespace) == []
+
+
+def test_a_load_that_was_given_up_before_its_loader_ran_spoils_no_measurement(
+    namespace: str,
+    new_manager: NewManager,
+    new_process: NewProcess,
+    new_device: Callable[..., SimulatedDevice],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = new_device(1000.0)
+    manager = new_manager(load_timeout_seconds=1.0, poll_interval=0.1, memory_source=device)
+    other = new_process(memory_source=device)
+    reached, go_on = threading.Event(), threading.Event()
+    figures = manager._connected().figures
+    sample = figures.sample
+    rows: list[int] = []
+
+    def hang(timeout_s: float | None = None) -> None:
+        sample(timeout_s)
+        if timeout_s is None and not reached.is_set():
+            rows.extend(copy.row for copy in copies_of(namespace, "a"))
+            reached.set()
+            assert go_on.wait(DEADLINE_S)
+
+    monkeypatch.setattr(figures, "sample", hang)
+    loaded: list[str] = []
+    late, outcome = in_thread(lambda: manager.acquire_model("a", lambda: loaded.append("a")))
+    assert reached.wait(DEADLINE_S)
+    wait_until(lambda: not copies_of(namespace, "a"), "the load is given up")
+    other.call(acquire, "b", LoadsObject("b", device=device, mb=300.0))
+    assert [copy.row for copy in copies_of(namespace, "b")] == rows, "it has the row of the load that was given up"
+    go_on.set()
+    late.join()
+    assert [type(error) for error in outcome] == [LoadTimeoutError]
+    other.call(release)
+    assert model_of(namespace, "b").estimate_mb == 300
+    assert loaded == [], "its loader is not run any more"
     assert problems(namespace) == []
 
 

@@ -164,6 +164,8 @@ class LoadAttempt:
             session.figures.sample()
             session.figures.reset_peak()
             with session.namespace.transaction() as t:
+                # The sample may have taken long enough for the load to be given up, and the row may be another load's.
+                self._expect_ours()
                 session.namespace.transitions.isolation.set_baseline(t, booking.row)
         growth = session.figures.measuring_growth()
         self._free = session.out_of_memory.free_for_load(booking.row)
@@ -200,9 +202,7 @@ class LoadAttempt:
         grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
         way = session.suspender.way_of(value, row)
         with namespace.transaction() as t:
-            if not _is_ours(session, self._booking):
-                self._expect_not_given_up()
-                raise taken_away(session, f"ended the load of {tables.called(tag)}", tag)
+            self._expect_ours()
             if handle and session.suspender.is_in_host(value):
                 return None
             instance = tables.instances[row]
@@ -286,6 +286,13 @@ class LoadAttempt:
             text = "mpmm %s: pid %d loaded %s in %.1f s: %.0f MB on %s"
             shown, place = namespace.tables.shown_for(self._tag), where(namespace, copy.row)
             _LOG.info(text, namespace.name, namespace.pid, shown, seconds, mb, place)
+
+    def _expect_ours(self) -> None:
+        """Raise LoadTimeoutError, NamespaceResetError or ClosedError if the load was given up. Needs the lock."""
+        session, tag = self._session, self._tag
+        if not _is_ours(session, self._booking):
+            self._expect_not_given_up()
+            raise taken_away(session, f"ended the load of {session.namespace.tables.called(tag)}", tag)
 
     # ---- after it has failed -------------------------------------------------------------------------------
 
