@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import LOADS, NewManager, NewProcess, in_thread
-from loaders import Loads
+from harness import LOADS, NewManager, NewProcess, in_child, in_thread
+from loaders import Loads, LoadsObject
 from patience import DEADLINE_S
 
 from mpmm.errors import AcquireTimeoutError, NotAcquiredError
@@ -204,6 +204,25 @@ def outcome_of_fork_inside(enter: Callable[[], None]) -> int:
         os._exit(status)
     (forked,) = (child.pid for child in psutil.Process().children() if child.pid not in before)
     return os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1])
+
+
+def test_a_child_has_no_part_in_a_load_that_its_parent_has_reserved(namespace: str, new_manager: NewManager) -> None:
+    manager = new_manager(memory_source="booked")
+    # Once it is known for objects, which others cannot use, no request waits for another process's load of it.
+    with manager.model("a", LoadsObject("first")):
+        pass
+    assert manager.unload("a") == 1
+    assert manager.should_spawn_model("a", 1)
+
+    def load() -> tuple[str, int]:
+        with manager.model("a", LoadsObject("the child's")) as copy:
+            result = copy.name, read_snapshot(namespace).loading
+        manager.shutdown()
+        return result
+
+    assert in_child(load) == ("the child's", 1), "the parent's load is still reserved"
+    with manager.model("a", LoadsObject("the parent's")) as copy:
+        assert (copy.name, read_snapshot(namespace).loading) == ("the parent's", 0)
 
 
 @pytest.mark.parametrize("error", [False, True], ids=["in good order", "by an exception"])

@@ -58,7 +58,7 @@ def acquire(
 ) -> Any:
     """Return an instance, which `operation` has noted as held. began: `time.monotonic()` at the caller's call."""
     if attachment.bookings_made:
-        booking = attachment.bookings.take(operation, tag)
+        booking = attachment.bookings.take(session, operation, tag)
         if booking is not None:
             acquisition = attachment.acquisition(session, operation, tag, ANYWHERE)
             return load_booked(acquisition, booking, loader)

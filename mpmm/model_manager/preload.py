@@ -84,7 +84,7 @@ def book(attachment: Attachment, tag: str, alone: bool) -> bool:
         answer = queue(acquisition)
         granted = isinstance(answer, Booking) and answer.alone == alone
         if isinstance(answer, Booking) and granted:
-            bookings.by_tag[tag] = answer
+            bookings.by_tag[tag] = session, answer
             attachment.bookings_made = True
         elif isinstance(answer, Booking):
             give_up_booking(session, answer)
