@@ -388,3 +388,30 @@ def test_copies_on_other_devices_take_no_room_from_a_preload(new_manager: NewMan
         manager.preload("a", Loads(), devices=[0], copies=2)
     assert manager.preload("a", Loads(), devices=[1]) == 1
     assert manager.preload("a", Loads(), copies=2) == 0
+
+
+def test_a_load_in_a_loop_does_not_end_the_isolation_of_what_its_thread_has_loaded_before(
+    namespace: str, new_manager: NewManager, new_device: NewDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second load runs in the thread of the first one.
+    monkeypatch.setattr("mpmm.model_manager.async_acquire.LOADS_AT_A_TIME", 1)
+    simulated = new_device(1000, 1000)
+    manager = new_manager(memory_source=simulated)
+    know(manager, b=100, c=100)
+
+    def load_with_another() -> object:
+        with manager.model("c", Loads(), devices=[1]):
+            return Remembers()
+
+    async def run() -> None:
+        async with manager.model_async("a", LoadsObject("a", device=simulated, mb=100), devices=[0]) as copy:
+            assert device(namespace).isolated is not None
+            async with manager.model_async("b", load_with_another, devices=[1]):
+                assert device(namespace).isolated is not None, "another task's copy still runs alone"
+            allocation = simulated.allocate(200)
+        assert model_of(namespace, "a").estimate_mb == 300, "its use was measured, too"
+        simulated.free(allocation)
+        assert not copy.unloaded
+
+    asyncio.run(asyncio.wait_for(run(), DEADLINE_S))
+    assert problems(namespace) == []

@@ -102,7 +102,7 @@ class AsyncAcquire:
         while True:
             found = found or self._take_before_queueing() or await self._queue()
             if not isinstance(found, LoadedInstance):
-                load = functools.partial(load_booked, acquisition, found, loader)
+                load = functools.partial(self._load, found, loader)
                 give_up = functools.partial(give_up_booking, session, found)
                 return await self._in_thread(self._threads.loads, load, self._undo_load, give_up)
             if session.held.handle_is_alive(found):
@@ -202,6 +202,15 @@ class AsyncAcquire:
             expect_own_time_left(self._session, self._acquisition.tag, error)
             raise
         return None
+
+    def _load(self, booking: Booking, loader: Callable[[], Any]) -> Any:
+        """Load, or resume, what `booking` stands for, and return it."""
+        try:
+            return load_booked(self._acquisition, booking, loader)
+        finally:
+            # The task has it, not this thread, whose next load may be another task's: if that one's loader asks for
+            # more, what this one has loaded to run alone still does.
+            self._session.thread.alone = None
 
     def _leave(self, copy: LoadedInstance | None = None) -> None:
         """Leave the queue, or give back what was taken instead of queueing."""
