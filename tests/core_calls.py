@@ -20,6 +20,8 @@ from mpmm.shared_state.transitions import SMOOTHING
 
 CoreCall = Callable[[Any, Any], object]
 DEADLINE_NS = 2**62
+# For as long as the core ever sleeps for the lock.
+PATIENTLY_S = 60.0
 
 
 def is_built() -> bool:
@@ -60,16 +62,24 @@ class Caller:
         self.taken_grants: set[tuple[int, int]] = set()
         self.operation = Operation(None)
 
-    def take(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> Any:
-        return core.take_idle(
-            *(place, reference, self.hints, self.handles, {}, {}, self.held, self.held_at, "a", self.operation, 0)
-        )
+    def take(self, place: Any, core: Any, reference: int = Lab.victim + 1, timeout_s: float = PATIENTLY_S) -> Any:
+        notes: tuple[dict[Any, Any], ...] = (self.hints, self.handles, {}, {}, self.held, self.held_at)
+        return core.take_idle(place, reference, *notes, "a", self.operation, 0, timeout_s)
 
-    def release(self, place: Any, core: Any, reference: int = Lab.victim + 1, way: int = TO_NEXT) -> int:
-        return int(core.release(place, reference, self.taken_grants, self.row, self.generation, way))
+    def release(
+        self,
+        place: Any,
+        core: Any,
+        reference: int = Lab.victim + 1,
+        way: int = TO_NEXT,
+        timeout_s: float = PATIENTLY_S,
+    ) -> int:
+        what = (self.row, self.generation, way, timeout_s)
+        return int(core.release(place, reference, self.taken_grants, *what))
 
-    def queue(self, place: Any, core: Any, reference: int = Lab.victim + 1) -> int:
-        return int(core.queue(place, reference, self.hints, "a", self.operation, DEADLINE_NS, 0, CALLED_UP_FOR_NS))
+    def queue(self, place: Any, core: Any, reference: int = Lab.victim + 1, timeout_s: float = PATIENTLY_S) -> int:
+        what = (DEADLINE_NS, 0, CALLED_UP_FOR_NS, timeout_s)
+        return int(core.queue(place, reference, self.hints, "a", self.operation, *what))
 
     def take_granted(self, core: Any, ticket: int) -> Any:
         return core.take_granted(

@@ -34,6 +34,7 @@ from patience import DEADLINE_S, Stopwatch
 
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.invariants import check_invariants
+from mpmm.shared_state.layout import Header
 from mpmm.shared_state.segment import segment_name
 from mpmm.shared_state.snapshot import InstanceInfo, ModelInfo, Snapshot, TicketInfo, read_snapshot
 
@@ -368,6 +369,15 @@ def stop_outside_of_transactions(process: Process, namespace: str) -> None:
         if not read_snapshot(namespace).lock.held:
             return
         process.resume()
+
+
+def stop_in_transaction(seat: Seat) -> None:
+    """Be stopped while holding the lock, in the middle of a change."""
+    namespace = seat.manager._connected().namespace
+    with namespace.transaction() as t:
+        t.set(Header.LOADS, 12345)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        t.set(Header.LOADS, 0)
 
 
 def _serve(theirs: Connection) -> None:

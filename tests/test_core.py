@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_calls import DEADLINE_NS, Caller, CoreCall, built, place_of, pretend
+from core_calls import DEADLINE_NS, PATIENTLY_S, Caller, CoreCall, built, place_of, pretend
 from core_calls import lab as lab  # the fixture
 from crash_lab import FROZEN_NS, KILLED, SMALL, Lab, run_in_child, some_of
 from crash_lab import Operation as LabOperation
@@ -86,7 +86,8 @@ class Twins:
         wanted = Acquisition(self.worker, python, tag, ANYWHERE, 0.0, 1.0, print).take_idle(1.0)
         words, noted = self.lab.save(), self.notes()
         self.restore(saved, notes)
-        got = self.worker.held.take_kept(tag, compiled) or self.worker.held.take_quickly(tag, compiled)
+        held = self.worker.held
+        got = held.take_kept(tag, compiled, PATIENTLY_S) or held.take_quickly(tag, compiled, PATIENTLY_S)
         if got is None:
             self.declined += 1
             assert self.without_lock_words() == before

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,34 @@ def test_it_sleeps_until_the_lock_is_free(lab: Lab) -> None:
         thread.join()
     # It expects others from now on.
     assert place.lock._crowded_turns == CROWDED_TURNS
+    place.lock.close()
+
+
+@built
+@pytest.mark.parametrize("timeout_s", [0.0, 0.002, 0, -1.0, float("nan")])
+@pytest.mark.parametrize("call", [Caller.take, Caller.release, Caller.queue])
+def test_a_caller_with_less_time_than_a_sleep_takes_gets_an_answer_without_one(
+    lab: Lab, call: Callable[..., Any], timeout_s: float
+) -> None:
+    row = lab.idle("a", b"h") if call is Caller.take else lab.active("a", b"h")
+    if call is Caller.queue:
+        lab.segment.floats[Header.SETTINGS + list(SETTINGS).index("max_model_copies")] = 1.0
+    caller = Caller(lab, row)
+    place, core = place_of(lab.segment)
+    with open(lab.segment.path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        before = lab.comparable()
+        assert call(caller, place, core, timeout_s=timeout_s) in (None, 0, -1)
+        assert not lab.words[Header.CONTENDED], "it would have asked to be woken"
+        assert call(caller, place, core, timeout_s=0.01) in (None, 0, -1)
+        assert lab.words[Header.CONTENDED], "a sleep fits into that"
+        lab.words[Header.CONTENDED] = 0
+        assert lab.comparable() == before
+        fcntl.flock(other, fcntl.LOCK_UN)
+        assert call(caller, place, core, timeout_s=timeout_s) not in (None, -1), "what is free is taken all the same"
+    assert core.done == 1
+    with pytest.raises(TypeError):
+        call(caller, place, core, timeout_s="soon")
     place.lock.close()
 
 

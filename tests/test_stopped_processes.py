@@ -25,6 +25,7 @@ from harness import (
     model_of,
     problems,
     shut_down,
+    stop_in_transaction,
     stop_outside_of_transactions,
     wait_until,
     waiting,
@@ -43,15 +44,6 @@ from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
 
 # ---- stopped, not dead -------------------------------------------------------------------------------------
-
-
-def stop_in_transaction(seat: Seat) -> None:
-    """Be stopped while holding the lock, in the middle of a change."""
-    namespace = seat.manager._connected().namespace
-    with namespace.transaction() as t:
-        t.set(Header.LOADS, 12345)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        t.set(Header.LOADS, 0)
 
 
 def test_a_stopped_holder_of_the_lock_is_named_and_everything_goes_on_after_it(

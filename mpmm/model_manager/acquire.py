@@ -64,7 +64,9 @@ def acquire(
             return load_booked(acquisition, booking, loader)
     request = read_options(options, session.samples) if options else ANYWHERE
     try:
-        quick = None if request.usable_on or request.keep_alive else session.held.take_at_once(tag, operation)
+        timeout_s = attachment.settings.wait_timeout_seconds
+        may_be_quick = not (request.usable_on or request.keep_alive)
+        quick = session.held.take_at_once(tag, operation, timeout_s) if may_be_quick else None
         if quick is not None:
             if session.held.handle_is_alive(quick):
                 return quick.value
@@ -107,7 +109,8 @@ def take_before_queueing(acquisition: Acquisition, timeout_s: float) -> LoadedIn
     if acquisition.request.is_plain and not session.held.may_find_idle(tag):
         return None
     request = acquisition.request
-    kept = None if request.usable_on or request.keep_alive else session.held.take_kept(tag, acquisition.operation)
+    may_be_kept = not (request.usable_on or request.keep_alive)
+    kept = session.held.take_kept(tag, acquisition.operation, timeout_s) if may_be_kept else None
     return kept or acquisition.take_idle(timeout_s)
 
 

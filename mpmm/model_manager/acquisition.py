@@ -149,8 +149,8 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         if core is None or self.request is not ANYWHERE or session.tenures.kept(self.tag) is not None:
             return False
         deadline_ns, visible = self.deadline_ns(), session.samples.visible_bits()
-        asked = (namespace.tables.rows_of_tags, self.tag, self.operation)
-        row = core.queue(namespace, namespace.reference, *asked, deadline_ns, visible, CALLED_UP_FOR_NS)
+        asked = (namespace, namespace.reference, namespace.tables.rows_of_tags, self.tag, self.operation)
+        row = core.queue(*asked, deadline_ns, visible, CALLED_UP_FOR_NS, self.left_s())
         if row < 0:
             return False
         self.row, self.planned = row, False

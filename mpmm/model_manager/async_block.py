@@ -99,7 +99,7 @@ class AsyncBlock(AbstractAsyncContextManager[Any]):
         request = read_options(self._options, session.samples) if self._options else ANYWHERE
         if request.usable_on or request.keep_alive:
             return None
-        return session.held.take_at_once(self._tag, operation)
+        return session.held.take_at_once(self._tag, operation, LOOP_TIMEOUT_S)
 
     async def _leave(self, session: Session, operation: Operation, error: BaseException | None) -> None:
         held = operation.held

@@ -74,14 +74,14 @@ class HeldInstances:
         self._note_held(copy, uses, operation)
         return copy
 
-    def take_quickly(self, tag: str, operation: Operation, kept: int = 0) -> LoadedInstance | None:
+    def take_quickly(self, tag: str, operation: Operation, timeout_s: float, kept: int = 0) -> LoadedInstance | None:
         """Take an idle copy that this process can use, record it as held, and return it, in the compiled core.
 
         Return None, with nothing changed, if there is no core, or if the request needs Python: requests wait, a copy
         runs alone, the lock is not free, there is no such copy, or this is its first use here. Takes the lock itself.
 
-        kept: generation of a copy in this process's tenure, the only one that may be taken, although requests wait for
-        it; 0 for none.
+        timeout_s: for how long it may sleep for the lock, which is a tenth of a second at most. kept: generation of a
+        copy in this process's tenure, the only one that may be taken, although requests wait for it; 0 for none.
         """
         core = self._lock.core
         if core is None:
@@ -98,6 +98,7 @@ class HeldInstances:
             tag,
             operation,
             kept,
+            timeout_s,
         )
         return copy
 
@@ -106,29 +107,40 @@ class HeldInstances:
         model = self._namespace.tables.model_row(tag)
         return model is None or self._namespace.tables.models[model].idle > 0
 
-    def take_at_once(self, tag: str, operation: Operation) -> LoadedInstance | None:
+    def take_at_once(self, tag: str, operation: Operation, timeout_s: float) -> LoadedInstance | None:
         """Take a copy like `take_quickly`, or, if others wait for the model, like `take_kept`."""
         if not self._scheduler.may_have_to_wait(tag):
-            return self.take_quickly(tag, operation)
-        return self.take_kept(tag, operation) if self.comes_back(tag) else None
+            return self.take_quickly(tag, operation, timeout_s)
+        return self.take_kept(tag, operation, timeout_s) if self.comes_back(tag) else None
 
-    def take_kept(self, tag: str, operation: Operation) -> LoadedInstance | None:
+    def take_kept(self, tag: str, operation: Operation, timeout_s: float) -> LoadedInstance | None:
         """Take the copy in this process's tenure like `take_quickly`; None also if there is none."""
         tenure = self._tenures.kept(tag)
-        return None if tenure is None else self.take_quickly(tag, operation, tenure.generation)
+        return None if tenure is None else self.take_quickly(tag, operation, timeout_s, tenure.generation)
 
-    def give_back_quickly(self, copy: LoadedInstance) -> bool:
+    def give_back_quickly(self, copy: LoadedInstance, timeout_s: float | None = None) -> bool:
         """Give back a copy that `take_off` has struck off, in the compiled core.
 
         It becomes idle, stays with this process for the rest of its tenure, or is handed to the first waiter. Return
         False, with nothing changed, if the release needs Python. Takes the lock itself.
+
+        timeout_s: as for `take_quickly`; None for the lock's own.
         """
         core = self._lock.core
         if core is None:
             return False
         tenure = self._keeping(copy) if self._scheduler.must_queue() else None
         way = TO_NEXT if tenure is None else KEEP if tenure.called_up else KEEP_AND_CALL_UP
-        done = core.release(self._namespace, self._reference, self._taken_grants, copy.row, copy.generation, way)
+        timeout_s = self._lock.timeout_seconds if timeout_s is None else timeout_s
+        done = core.release(
+            self._namespace,
+            self._reference,
+            self._taken_grants,
+            copy.row,
+            copy.generation,
+            way,
+            timeout_s,
+        )
         if done == HANDED_OVER:
             self._tenures.end(copy.tag)
             self._scheduler.wakes.yield_to_waiter()

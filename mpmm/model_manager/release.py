@@ -62,7 +62,8 @@ def give_back_held(session: Session, operation: Operation, tag: str, timeout_s: 
     held = operation.held
     if held is None:
         return
-    if held[0].tag == tag and tag not in session.unload_on_release and session.held.give_back_quickly(held[0]):
+    may_be_quick = held[0].tag == tag and tag not in session.unload_on_release
+    if may_be_quick and session.held.give_back_quickly(held[0], timeout_s):
         operation.held = None
         return
     if session.scheduler.must_queue() and not session.held.has_tenure(held[0].tag, held[0].row):

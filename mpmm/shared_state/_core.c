@@ -203,8 +203,8 @@ static const char *const offset_names[] = {
 #define MOST_CHANGES 40
 /* How many tickets with taken grants a release frees at most in the same transaction. */
 #define MOST_GRANTS 4
-/* If the file lock is taken: how long a process waits between tries, how often it tries, and how often it then sleeps,
- * before Python decides. */
+/* If the file lock is taken: how long a process waits between tries, how often it tries, and how often, at most, it then
+ * sleeps, before Python decides. */
 #define TRY_AGAIN_NS 2000
 #define TRIES 4
 #define MOST_SLEEPS 10
@@ -484,6 +484,14 @@ static bool sleep_for_lock(Core *core, PyObject *lock, int fd) {
     core->has_slept = true;
     bool timed_out;
     return sleep_on(core, at->contended, 1, LONGEST_SLEEP_NS, &timed_out);
+}
+
+/* Read how often a call may sleep for the lock from how many seconds it may wait: not at all if the longest sleep could
+ * take longer. On an exception, false. */
+static bool read_sleeps(PyObject *timeout, int *sleeps) {
+    double seconds = PyFloat_AsDouble(timeout), fit = seconds * 1e9 / LONGEST_SLEEP_NS;
+    *sleeps = fit >= MOST_SLEEPS ? MOST_SLEEPS : fit >= 1 ? (int)fit : 0;
+    return seconds != -1.0 || !PyErr_Occurred();
 }
 
 /* Yield the processor after every few transactions if this process has met others at the lock, as in
@@ -1205,7 +1213,7 @@ static void restore(PyObject *dict, PyObject *key, PyObject *old) {
 }
 
 /* The arguments of `take_idle`, in order. */
-enum { NAMESPACE, REFERENCE, HINTS, HANDLES, OBJECTS, OWNED, HELD, HELD_AT, TAG, OPERATION, GENERATION_KEPT, TAKE_COUNT };
+enum { NAMESPACE, REFERENCE, HINTS, HANDLES, OBJECTS, OWNED, HELD, HELD_AT, TAG, OPERATION, GENERATION_KEPT, TIMEOUT, TAKE_COUNT };
 
 /* What is noted about a copy that is taken: the copy and its use, its row and generation, and the key by which its
  * value is found. The two pairs are made before the lock is taken, because making them may collect garbage, and so run
@@ -1322,14 +1330,15 @@ static PyObject *try_to_take(Core *core, PyObject *const *args, uint64_t referen
 
 PyDoc_STRVAR(take_idle_doc,
              "take_idle(namespace, reference, hints, handles, objects, owned, held, held_at, tag, operation,\n"
-             "          kept)\n\n"
+             "          kept, timeout)\n\n"
              "Take an idle copy for a member, note that the process holds it, and return it; None, with nothing\n"
-             "changed, if Python decides. See `HeldInstances.take_quickly`.");
+             "changed, if Python decides. timeout: for how many seconds it may sleep for the lock. See\n"
+             "`HeldInstances.take_quickly`.");
 
 static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
     if (count != TAKE_COUNT) {
-        PyErr_SetString(PyExc_TypeError, "take_idle: expected 11 arguments");
+        PyErr_SetString(PyExc_TypeError, "take_idle: expected 12 arguments");
         return NULL;
     }
     for (int i = HINTS; i <= HELD_AT; i++) {
@@ -1339,17 +1348,21 @@ static PyObject *take_idle(PyObject *self, PyObject *const *args, Py_ssize_t cou
         }
     }
     uint64_t reference, kept;
+    int sleeps;
+    if (!read_sleeps(args[TIMEOUT], &sleeps)) {
+        return NULL;
+    }
     if (!as_word(args[REFERENCE], &reference) || !reference || !PyUnicode_CheckExact(args[TAG]) ||
         !as_word(args[GENERATION_KEPT], &kept)) {
         Py_RETURN_NONE;
     }
-    for (int sleeps = 0; core->words != NULL && sleeps < MOST_SLEEPS; sleeps++) {
+    for (; core->words != NULL; sleeps--) {
         int fd = -1;
         PyObject *lock = NULL, *copy = try_to_take(core, args, reference, kept, &lock, &fd);
         if (copy != NULL) {
             return copy;
         }
-        bool again = lock != NULL && sleep_for_lock(core, lock, fd);
+        bool again = lock != NULL && sleeps && sleep_for_lock(core, lock, fd);
         Py_XDECREF(lock);
         if (!again) {
             break;
@@ -1420,28 +1433,32 @@ static int try_to_release(Core *core, PyObject *namespace, PyObject *taken, uint
 }
 
 PyDoc_STRVAR(release_doc,
-             "release(namespace, reference, taken_grants, row, generation, way)\n\n"
+             "release(namespace, reference, taken_grants, row, generation, way, timeout)\n\n"
              "Give a member's copy back. Return what became of it: 1 idle, 2 idle and left to this process, 3 handed\n"
              "over; 0, with nothing changed, if Python decides. way: if others wait for it, 0 hand it over, 1 keep\n"
-             "it, 2 keep it and call the first of them up. See `HeldInstances.give_back_quickly`.");
+             "it, 2 keep it and call the first of them up. timeout: as for `take_idle`. See\n"
+             "`HeldInstances.give_back_quickly`.");
 
 static PyObject *release(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
-    if (count != 6 || !PyAnySet_Check(args[2])) {
-        PyErr_SetString(PyExc_TypeError, "release: expected 6 arguments, the third one a set");
+    if (count != 7 || !PyAnySet_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "release: expected 7 arguments, the third one a set");
         return NULL;
     }
     uint64_t reference, row, generation, way;
-    int done = DECLINED;
+    int done = DECLINED, sleeps;
+    if (!read_sleeps(args[6], &sleeps)) {
+        return NULL;
+    }
     if (!as_word(args[1], &reference) || !reference || !as_word(args[3], &row) || !as_word(args[4], &generation) ||
         !as_word(args[5], &way) || way >= WAYS) {
         return PyLong_FromLong(DECLINED);
     }
-    for (int sleeps = 0; core->words != NULL && !done && sleeps < MOST_SLEEPS; sleeps++) {
+    for (; core->words != NULL && !done; sleeps--) {
         int fd = -1;
         PyObject *lock = NULL;
         done = try_to_release(core, args[0], args[2], reference, row, generation, way, &lock, &fd);
-        bool again = lock != NULL && sleep_for_lock(core, lock, fd);
+        bool again = lock != NULL && sleeps && sleep_for_lock(core, lock, fd);
         Py_XDECREF(lock);
         if (!again) {
             break;
@@ -1502,23 +1519,27 @@ static bool try_to_queue(Core *core, PyObject *namespace, PyObject *operation, N
 }
 
 PyDoc_STRVAR(queue_doc,
-             "queue(namespace, reference, hints, tag, operation, deadline, loadable_on, called_up_for)\n\n"
+             "queue(namespace, reference, hints, tag, operation, deadline, loadable_on, called_up_for, timeout)\n\n"
              "Make a ticket for a member that has to wait for a copy that others have, and return its row; -1, with\n"
-             "nothing changed, if Python decides. See `Acquisition._queue_quickly`.");
+             "nothing changed, if Python decides. timeout: as for `take_idle`. See `Acquisition._queue_quickly`.");
 
 static PyObject *queue(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Core *core = (Core *)self;
-    if (count != 8 || !PyDict_Check(args[2])) {
-        PyErr_SetString(PyExc_TypeError, "queue: expected 8 arguments, the third one a dict");
+    if (count != 9 || !PyDict_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "queue: expected 9 arguments, the third one a dict");
         return NULL;
     }
     Newcomer one;
+    int sleeps;
+    if (!read_sleeps(args[8], &sleeps)) {
+        return NULL;
+    }
     if (!as_word(args[1], &one.reference) || !one.reference || !PyUnicode_CheckExact(args[3]) ||
         !as_word(args[5], &one.deadline) || !as_word(args[6], &one.loadable_on) ||
         !as_word(args[7], &one.called_up_for)) {
         return PyLong_FromLong(-1);
     }
-    for (int sleeps = 0; core->words != NULL && sleeps < MOST_SLEEPS; sleeps++) {
+    for (; core->words != NULL; sleeps--) {
         if (!find_model(core, args[2], args[3], &one.model_row, &one.generation)) {
             break;
         }
@@ -1528,7 +1549,7 @@ static PyObject *queue(PyObject *self, PyObject *const *args, Py_ssize_t count) 
         if (try_to_queue(core, args[0], args[4], &one, &lock, &fd, &again)) {
             return PyLong_FromUnsignedLongLong(one.row);
         }
-        again = again || (lock != NULL && sleep_for_lock(core, lock, fd));
+        again = sleeps && (again || (lock != NULL && sleep_for_lock(core, lock, fd)));
         Py_XDECREF(lock);
         if (!again) {
             break;

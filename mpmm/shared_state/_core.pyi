@@ -37,6 +37,7 @@ class Core:
         tag: str,
         operation: Any,
         kept: int,
+        timeout: float,
         /,
     ) -> Any: ...
     def release(
@@ -47,6 +48,7 @@ class Core:
         row: int,
         generation: int,
         way: int,
+        timeout: float,
         /,
     ) -> int: ...
     def queue(
@@ -59,6 +61,7 @@ class Core:
         deadline: int,
         loadable_on: int,
         called_up_for: int,
+        timeout: float,
         /,
     ) -> int: ...
     def await_answer(self, row: int, until: int, looked_for: int, called_up_for: int, spin: int, /) -> int: ...
