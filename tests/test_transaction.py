@@ -587,6 +587,37 @@ def test_patience_is_no_shorter_than_the_time_out_and_is_that_of_one_thread(
     assert outcome[0].timeout_seconds == 2.0
 
 
+@pytest.mark.parametrize(
+    ("earlier_s", "asked_s", "waited_s", "named_s"),
+    [
+        (0.0, None, 2.0, 2.0),
+        (0.5, None, 1.5, 2.0),
+        (0.5, 1.0, 1.0, 1.0),
+        (1.5, 1.0, 0.5, 2.0),
+        (9.0, None, transaction.LEAST_S, 2.0),
+        (9.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_time_out_of_work_that_was_handed_to_a_thread_begins_then(
+    lock: TransactionLock,
+    waits: Waits,
+    other: LockFile,
+    earlier_s: float,
+    asked_s: float | None,
+    waited_s: float,
+    named_s: float,
+) -> None:
+    lock.set_timeout(2.0)
+    with lock.counted_from(BEGIN_S - earlier_s), pytest.raises(LockTimeoutError) as caught, lock(asked_s):
+        raise AssertionError("the lock was free")
+    assert waits.now - BEGIN_S == pytest.approx(waited_s)
+    assert caught.value.timeout_seconds == named_s
+    before = waits.now
+    with pytest.raises(LockTimeoutError), lock():
+        raise AssertionError("the lock was free")
+    assert waits.now - before == pytest.approx(2.0)
+
+
 def test_patience_ends_with_a_block_that_never_comes_to_its_end(
     lock: TransactionLock, one_sleep: Waits, other: LockFile
 ) -> None:

@@ -10,7 +10,8 @@
     at the end of the block: give it back
 
 Transactions take microseconds, but another process may be stopped while it has the lock. So the loop's thread never
-waits for the lock for longer than `LOOP_TIMEOUT_S`, and leaves what takes longer to a thread. Transactions and loads
+waits for the lock for longer than `LOOP_TIMEOUT_S`, and leaves what takes longer to a thread. If all threads wait for
+the lock, other tasks wait for a thread; each task's time-outs begin when it asks for one. Transactions and loads
 have their own threads: in a shared pool, tasks that wait for a model could occupy all threads, and the task that is
 about to release it would find none.
 """
@@ -41,13 +42,14 @@ from mpmm.model_manager.load import give_up_booking
 from mpmm.model_manager.look_again import LookAgain
 from mpmm.model_manager.operations import Held, LoadedInstance, Operation
 from mpmm.model_manager.queued_request import GrantRolledBack
-from mpmm.model_manager.refusals import expect_own_time_left
+from mpmm.model_manager.refusals import expect_own_time_left, timed_out
 from mpmm.model_manager.release import discard, give_back_held, give_back_hold
 from mpmm.model_manager.request import PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.signal_words import Signal
+from mpmm.shared_state.transaction import LEAST_S, TransactionLock
 from mpmm.text.printable import printable_logger
 
 if TYPE_CHECKING:
@@ -108,15 +110,27 @@ class AsyncAcquire:
             if session.held.handle_is_alive(found):
                 return found.value
             throw_away = functools.partial(discard, session, self._operation, found)
-            await self._in_thread(self._threads.transactions, throw_away, never=throw_away)
+            await self._in_transaction(throw_away, never=throw_away)
             found = None
 
     async def give_back(self, held: Held) -> None:
-        """Give back what an operation holds, in a thread."""
-        # Shielded, because a task that is cancelled now must give it back nevertheless.
+        """Give back what an operation holds, in a thread.
+
+        If no thread has done so when the lock's time-out is over, the task goes on, and a thread does it later.
+        """
+        lock = self._session.namespace.lock
         patiently = functools.partial(give_back_hold, self._session, self._operation, held, self._acquisition.tag)
-        given_back = self._threads.transactions.submit(self._unless_abandoned, patiently)
-        await asyncio.shield(asyncio.wrap_future(given_back))
+        work = functools.partial(_counted_from, time.monotonic(), lock, patiently)
+        # Shielded, because a task that is cancelled now must give it back nevertheless.
+        given_back = asyncio.shield(
+            asyncio.wrap_future(self._threads.transactions.submit(self._unless_abandoned, work))
+        )
+        try:
+            await asyncio.wait((given_back,), timeout=lock.timeout_seconds + LEAST_S)
+            if given_back.done():
+                given_back.result()
+        finally:
+            given_back.cancel()
 
     async def make_room(self) -> None:
         """Make room after a use of the model has run out of memory."""
@@ -148,7 +162,7 @@ class AsyncAcquire:
                 # The loop is closed, so no task waits any more.
                 self.abandon()
 
-        copy = await self._in_thread(threads.transactions, functools.partial(self._enter, answer), self._leave)
+        copy = await self._in_transaction(functools.partial(self._enter, answer), self._leave)
         if copy is not None:
             return copy
         if outcomes:
@@ -164,12 +178,12 @@ class AsyncAcquire:
                 self._operation.unheard_by = None
             outcome = outcomes.pop()
             if outcome is None:
-                raise await self._in_thread(threads.transactions, acquisition.time_out, never=self._leave)
+                raise await self._in_transaction(acquisition.time_out, never=self._leave)
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome == Ticket.GRANTED and (copy := acquisition.take_grant()) is not None:
                 return copy
-            found = await self._in_thread(threads.transactions, self._act, self._undo_act, self._leave)
+            found = await self._in_transaction(self._act, self._undo_act, self._leave)
             if found is not None:
                 return found
             # The process that answered was killed before its transaction was committed.
@@ -233,25 +247,54 @@ class AsyncAcquire:
             if held is not None and self._session.held.take_off_hold(held, self._operation):
                 give_back_held(self._session, self._operation, self._acquisition.tag)
 
+    async def _in_transaction(
+        self,
+        function: Callable[[], T],
+        undo: Callable[[T], object] = lambda result: None,
+        never: Callable[[], object] = lambda: None,
+    ) -> T:
+        """Run a function that makes transactions in a thread, and return its result; see `_in_thread`.
+
+        Its waits for the lock count from now on. While the lock's holder is stopped, the few threads wait for the lock,
+        and this function for a thread; it must not add their time-outs to its own. If the time is over before a thread
+        has begun with it, it is never called.
+
+        Raises LockTimeoutError after `lock_timeout_seconds`, AcquireTimeoutError if the request's own time is over.
+        """
+        began, lock = time.monotonic(), self._session.namespace.lock
+        timeout_s = max(LEAST_S, min(self._acquisition.deadline - began, lock.timeout_seconds))
+        counted = functools.partial(_counted_from, began, lock, function)
+        return await self._in_thread(self._threads.transactions, counted, undo, never, timeout_s)
+
     async def _in_thread(
         self,
         pool: ThreadPool,
         function: Callable[[], T],
         undo: Callable[[T], object] = lambda result: None,
         never: Callable[[], object] = lambda: None,
+        timeout_s: float | None = None,
     ) -> T:
         """Run a function in a thread, and return its result.
 
         undo: called with the result if the task is cancelled before it arrives. never: called if the task is cancelled
-        before the function has begun.
+        before the function has begun. timeout_s: how long to wait until the function begins; None for ever. After that
+        it is not called any more, and the error says that the lock was not free; the background thread takes back what
+        the operation holds.
         """
         future = pool.submit(self._unless_abandoned, function)
         future.add_done_callback(functools.partial(self._abandon_if_unheard, asyncio.get_running_loop()))
+        wrapped = asyncio.wrap_future(future)
         try:
-            return await asyncio.wrap_future(future)
+            if timeout_s is not None:
+                await asyncio.wait((wrapped,), timeout=timeout_s)
+                # One that has begun gives up by itself.
+                if not wrapped.done() and future.cancel():
+                    raise self._not_begun(timeout_s)
+            return await wrapped
         except asyncio.CancelledError:
             self._is_cancelled = True
-            if future.cancelled():
+            wrapped.cancel()
+            if future.cancel():
                 self._threads.transactions.submit(never)
             else:
                 # Not as the callback itself: if the future is done, that would run here, in the loop's thread, and
@@ -260,6 +303,14 @@ class AsyncAcquire:
             raise
         finally:
             self._operation.unheard_by = None
+
+    def _not_begun(self, timeout_s: float) -> MpmmError:
+        """Return the error for a function with which no thread has begun, because the threads wait for the lock."""
+        namespace, acquisition = self._session.namespace, self._acquisition
+        if timeout_s >= namespace.lock.timeout_seconds:
+            return namespace.lock.time_out(timeout_s)
+        shown = namespace.tables.shown_for(acquisition.tag)
+        return timed_out(acquisition.tag, time.monotonic() - acquisition.began, "lock", shown=shown)
 
     def _undo_in_thread(self, undo: Callable[[T], object], future: Future[T]) -> None:
         self._threads.transactions.submit(_undo_result, undo, future)
@@ -291,6 +342,11 @@ class AsyncAcquire:
             self._works_in_thread = False
             if self._is_abandoned:
                 self._session.abandon(self._operation)
+
+
+def _counted_from(since: float, lock: TransactionLock, function: Callable[[], T]) -> T:
+    with lock.counted_from(since):
+        return function()
 
 
 def _undo_result(undo: Callable[[T], object], future: Future[T]) -> None:

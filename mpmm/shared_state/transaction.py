@@ -94,6 +94,8 @@ CLAIM_NS = 5_000_000
 # With 64 processes on 2 processors, each with several busy threads, one thread may have to wait for longer than the
 # second or two that a caller allows; it waits for longer than this only behind a stopped process.
 PATIENT_S = 30.0
+# How long a thread waits at least for the lock, if it was handed its work so long ago that the time-out is over.
+LEAST_S = 0.05
 # While threads wait for a transaction of their process, one of them checks this often whether an exception has left it.
 # A check walks the stacks of all threads: if a thousand threads checked, they would do nothing else.
 ABANDONED_LOOK_S = 0.05
@@ -131,21 +133,28 @@ def roll_back(words: Any, undo: Table) -> int:
     return count
 
 
-class _PatientBlock(contextlib.AbstractContextManager[None]):
-    """A block in which its thread is patient.
+class _WaitBlock(contextlib.AbstractContextManager[None]):
+    """A block in which its thread is patient, or whose waits for the lock count from an earlier moment, `since`.
 
     The lock refers to it weakly, because an exception from a signal handler may leave it without `__exit__`. A
     `BlockVariable` would do, but takes five times as long to read, and each transaction reads this.
     """
 
-    def __init__(self, blocks: dict[int, weakref.ref[_PatientBlock]]) -> None:
+    def __init__(self, blocks: dict[int, weakref.ref[_WaitBlock]], since: float = 0.0) -> None:
         self._blocks = blocks
+        self.since = since
 
     def __enter__(self) -> None:
         self._blocks[threading.get_ident()] = weakref.ref(self)
 
     def __exit__(self, *_: object) -> None:
         self._blocks.pop(threading.get_ident(), None)
+
+
+def _block_here(blocks: dict[int, weakref.ref[_WaitBlock]]) -> _WaitBlock | None:
+    """Return the calling thread's block, if it is in one."""
+    found = blocks.get(threading.get_ident())
+    return None if found is None else found()
 
 
 class TransactionLock:
@@ -174,7 +183,9 @@ class TransactionLock:
         # The lists themselves, because a new list may get the id of one that was freed, and be taken for it.
         self._calls_seen: dict[int, list[Callable[[], object]]] = {}
         # By thread, the blocks that finish work which would otherwise have to be repeated, see `patient_here`.
-        self._patient: dict[int, weakref.ref[_PatientBlock]] = {}
+        self._patient: dict[int, weakref.ref[_WaitBlock]] = {}
+        # By thread, the blocks of work that was handed to it earlier, see `counted_from`.
+        self._counted: dict[int, weakref.ref[_WaitBlock]] = {}
         self._deadline = math.inf
         # For how many more turns others are expected at the lock, and the transactions done in the current turn.
         self._crowded_turns = 0
@@ -210,7 +221,19 @@ class TransactionLock:
         For what has been decided or done already, such as an unload, or a load that has succeeded: if this process gave
         up on a crowded host, another one would only have to begin the work again.
         """
-        return _PatientBlock(self._patient)
+        return _WaitBlock(self._patient)
+
+    def counted_from(self, since: float) -> contextlib.AbstractContextManager[None]:
+        """Let the calling thread's waits for the lock count from `since` (`time.monotonic()`).
+
+        For work that was handed to the thread then. Its caller waits for it as if it waited for the lock itself, and is
+        to have its answer `timeout_seconds` after that, although the thread did other work first.
+        """
+        return _WaitBlock(self._counted, since)
+
+    def time_out(self, timeout_s: float) -> LockTimeoutError:
+        """Return the error for a caller that has waited for so long while other processes had the lock."""
+        return self._timed_out(self._holder(timeout_s), timeout_s)
 
     @contextlib.contextmanager
     def give_up_at(self, deadline: float) -> Iterator[None]:
@@ -224,12 +247,19 @@ class TransactionLock:
         finally:
             self._deadline = math.inf
 
-    def _timeout_here(self, began: float, timeout_s: float) -> float:
-        """Return how long the calling thread really waits, if it asked for `timeout_s` from `began` on."""
-        patient = self._patient.get(threading.get_ident())
-        if patient is not None and patient() is not None and timeout_s == self.timeout_seconds:
+    def _wait_here(self, began: float, timeout_s: float) -> tuple[float, float]:
+        """Return until when the calling thread really waits, if it asked for `timeout_s` from `began` on, and the
+        time-out that ends the wait."""
+        if timeout_s == self.timeout_seconds and _block_here(self._patient) is not None:
             timeout_s = max(timeout_s, PATIENT_S)
-        return min(timeout_s, max(0.0, self._deadline - began))
+        until = began + timeout_s
+        counted = _block_here(self._counted)
+        if counted is not None:
+            ends = max(counted.since + self.timeout_seconds, began + LEAST_S)
+            if ends < until:
+                until, timeout_s = ends, self.timeout_seconds
+        left_s = max(0.0, self._deadline - began)
+        return (until, timeout_s) if until <= began + left_s else (began + left_s, left_s)
 
     def held_by_this_thread(self) -> bool:
         """Tell whether the calling thread is inside a transaction."""
@@ -395,16 +425,17 @@ class TransactionLock:
 
     def _wait_for_mutex(self, began: float, timeout_s: float, frame: FrameType) -> None:
         """Take the mutex. Raises LockTimeoutError, ReentrantCallError."""
-        timeout_s = self._timeout_here(began, timeout_s)
+        until, timeout_s = self._wait_here(began, timeout_s)
         while True:
             if self._mutex._is_owned() and self._take_over(frame):
                 return
-            left = began + timeout_s - time.monotonic()
+            left = until - time.monotonic()
             # Read again each time, because it may have been replaced.
             if self._mutex.acquire(timeout=min(max(0.0, left), ABANDONED_LOOK_S)):
                 return
             if left <= 0:
-                raise self._timed_out(self._pid, timeout_s)
+                # The thread that has the mutex may wait for another process.
+                raise self._timed_out(self._holder(timeout_s, otherwise=self._pid), timeout_s)
             if time.monotonic() >= self._next_look:
                 self._next_look = time.monotonic() + ABANDONED_LOOK_S
                 self.end_abandoned()
@@ -445,14 +476,14 @@ class TransactionLock:
     def _wait_for_file_lock(self, began: float, timeout_s: float) -> None:
         """Take the file lock, at most `timeout_s` after `began`. Raises LockTimeoutError."""
         words = self.segment.words
-        timeout_s = self._timeout_here(began, timeout_s)
+        until, timeout_s = self._wait_here(began, timeout_s)
         began_ns = int(began * 1e9)
         for _ in range(QUICK_TRIES if not words[Header.STARVING] else 0):
             if self._file.try_exclusive():
                 return
         while True:
             now = time.monotonic()
-            now_ns, left = int(now * 1e9), began + timeout_s - now
+            now_ns, left = int(now * 1e9), until - now
             lapses = words[Header.STARVING]
             # No claimant writes a claim that lasts longer than CLAIM_NS.
             claimed = now_ns < lapses <= now_ns + CLAIM_NS
@@ -468,7 +499,7 @@ class TransactionLock:
             if (starves or not claimed or left <= 0) and self._file.try_exclusive():
                 break
             if left <= 0:
-                raise self._timed_out(self._holder(timeout_s), timeout_s)
+                raise self.time_out(timeout_s)
             if starves:
                 self._sleep(Header.STARVING, lapses, min(left, STARVING_SLEEP_S))
             else:
@@ -480,12 +511,17 @@ class TransactionLock:
     def _sleep(self, word: int, seen: int, seconds: float) -> None:
         wait_for_change(lambda: int(self.segment.words[word]), self.segment.address + 8 * word, seen, seconds)
 
-    def _holder(self, waited_s: float) -> int:
-        """Return the pid of the process that holds the file lock, after a wait of this length."""
+    def _holder(self, waited_s: float, otherwise: int | None = None) -> int:
+        """Return the pid of the process that holds the file lock, after a wait of this length.
+
+        otherwise: what to return if the kernel is not asked, or does not tell; None for the last holder's pid.
+        """
         # The word names an earlier holder if the present one was stopped before it could write its own pid. Not after
         # the short waits of calls that try again, because to ask the kernel takes up to a millisecond.
         holders = self._file.holders() if waited_s >= ASKS_KERNEL_AFTER_S else []
-        return holders[0] if holders else int(self.segment.words[Header.LOCK_HOLDER])
+        if holders:
+            return holders[0]
+        return int(self.segment.words[Header.LOCK_HOLDER]) if otherwise is None else otherwise
 
     def _timed_out(self, pid: int, timeout_s: float) -> LockTimeoutError:
         return LockTimeoutError(
