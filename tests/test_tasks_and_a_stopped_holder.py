@@ -10,20 +10,24 @@ from typing import Any
 
 import pytest
 from harness import (
+    NewGate,
     NewManager,
     NewProcess,
     Process,
+    acquire,
     copies_of,
     problems,
+    release,
     stop_in_transaction,
     wait_until,
     waiting,
 )
-from loaders import LoadFails, Loads
-from patience import DEADLINE_S
+from loaders import LoadFails, Loads, LoadsObject
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, LockTimeoutError, MpmmError
 from mpmm.model_manager import ModelManager
+from mpmm.shared_state.layout import Capacities
 from mpmm.shared_state.snapshot import read_snapshot
 
 # With two threads, the last one's time-out would begin after five others.
@@ -224,4 +228,38 @@ def test_tasks_that_are_cancelled_while_the_lock_is_taken_leave_nothing(
         lambda: not (s := read_snapshot(namespace, events=False)).tickets and not s.active and not s.loading,
         "nothing is left",
     )
+    assert problems(namespace) == []
+
+
+def test_the_wait_for_a_row_of_a_full_table_occupies_no_thread(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    owner = new_process(capacities=Capacities(models=2), memory_return_seconds=60.0, max_model_copies=1)
+    owner.call(acquire, "stuck", LoadsObject("stuck", unloading=new_gate()))
+    owner.call(release)
+    manager = new_manager()
+    copy = manager.acquire_model("held", Loads())
+
+    async def use(tag: str) -> str:
+        async with manager.model_async(tag, Loads(tag)):
+            return tag
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(use(tag)) for tag in ("new", "new", "newer")]
+        while not any(instance.state == "unloading" for instance in copies_of(namespace, "stuck")):
+            await asyncio.sleep(0.002)
+        tasks.append(asyncio.create_task(use("held")))
+        watch = Stopwatch()
+        while not waiting(namespace, "held"):
+            assert watch.calm_s() < 5.0, "no thread queues for it"
+            await asyncio.sleep(0.002)
+        for task in tasks[:-1]:
+            assert not task.done()
+        manager.release_model("held", copy)
+        assert await tasks[-1] == "held"
+        # Its death frees the row.
+        owner.kill()
+        await asyncio.gather(*tasks)
+
+    run(main())
     assert problems(namespace) == []

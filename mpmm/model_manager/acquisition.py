@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mpmm.errors import ModelTooLargeError, QueueFullError, TableFullError
 from mpmm.model_manager.operations import LoadedInstance
-from mpmm.model_manager.queued_request import QueuedRequest, making_room
+from mpmm.model_manager.queued_request import QueuedRequest, make_room, making_room
 from mpmm.model_manager.refusals import largest_limit
 from mpmm.model_manager.request import ANYWHERE, PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
@@ -115,12 +115,13 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
 
     # ---- to the ticket -------------------------------------------------------------------------------------
 
-    def enqueue(self) -> LoadedInstance | None:
+    def enqueue(self, wait_for_row: bool = True) -> LoadedInstance | None:
         """Join the queue, or return an instance that has become idle meanwhile.
 
         The policy may answer the ticket within the same transaction.
 
-        Raises QueueFullError, TableFullError, NothingFree, LockTimeoutError.
+        wait_for_row: sleep if no row for the model is free yet; otherwise raise NoRowYet, for the caller to call this
+        again. Raises QueueFullError, TableFullError, NothingFree, LockTimeoutError.
         """
         session, self.row, self.planned = self.session, -1, True
         may_know = self.request.is_plain and not (self.preload or self.nested or self.takes_only_free)
@@ -133,8 +134,10 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         session.figures.ensure_fresh_to_queue(self.left_s())
         if self.request.if_free:
             self._enqueue_if_free()
-        else:
+        elif wait_for_row:
             making_room(session, self.tag, self.deadline, self._enqueue_with_plan)
+        else:
+            make_room(session, self.tag, self.began, self.deadline, self._enqueue_with_plan)
         self._log_queued()
         return None
 

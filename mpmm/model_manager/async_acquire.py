@@ -41,11 +41,12 @@ from mpmm.model_manager.acquisition import Booking
 from mpmm.model_manager.load import give_up_booking
 from mpmm.model_manager.look_again import LookAgain
 from mpmm.model_manager.operations import Held, LoadedInstance, Operation
-from mpmm.model_manager.queued_request import GrantRolledBack
+from mpmm.model_manager.queued_request import GrantRolledBack, NoRowYet
 from mpmm.model_manager.refusals import expect_own_time_left, timed_out
 from mpmm.model_manager.release import discard, give_back_held, give_back_hold
 from mpmm.model_manager.request import PlacementRequest, encoded_tag
 from mpmm.model_manager.session import Session
+from mpmm.model_manager.unload import UNLOAD_LOOK_S
 from mpmm.shared_state.futex import WAITED_FOR_AT_MOST, wait_for_any, wake_all
 from mpmm.shared_state.layout import Ticket
 from mpmm.shared_state.signal_words import Signal
@@ -162,7 +163,13 @@ class AsyncAcquire:
                 # The loop is closed, so no task waits any more.
                 self.abandon()
 
-        copy = await self._in_transaction(functools.partial(self._enter, answer), self._leave)
+        while True:
+            try:
+                copy = await self._in_transaction(functools.partial(self._enter, answer), self._leave)
+                break
+            except NoRowYet:
+                # Here, because a thread that slept would be missing to all other tasks.
+                await asyncio.sleep(UNLOAD_LOOK_S)
         if copy is not None:
             return copy
         if outcomes:
@@ -193,12 +200,15 @@ class AsyncAcquire:
     # ---- in threads ----------------------------------------------------------------------------------------
 
     def _enter(self, answer: Callable[[Outcome], None]) -> LoadedInstance | None:
-        """Take an idle instance after all, and return it, or queue and have the ticket watched."""
+        """Take an idle instance after all, and return it, or queue and have the ticket watched.
+
+        Raises NoRowYet if there is no row for the model yet.
+        """
         acquisition, session = self._acquisition, self._session
         try:
             # It counts as waiting before it has a ticket, until it is watched; the watcher counts it, too.
             with session.waiting():
-                copy = acquisition.take_idle(acquisition.left_s()) or acquisition.enqueue()
+                copy = acquisition.take_idle(acquisition.left_s()) or acquisition.enqueue(wait_for_row=False)
                 if copy is None:
                     session.unloads.unload_in_thread()
                     self._threads.watch(acquisition.row, acquisition.deadline, answer)

@@ -6,6 +6,7 @@ memory (`lease.py`). No method here sleeps: `acquire.py` sleeps between the call
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mpmm.model_manager.request import PlacementRequest
     from mpmm.shared_state.transaction import Transaction
 
-__all__ = ["GrantRolledBack", "QueuedRequest", "making_room"]
+__all__ = ["GrantRolledBack", "NoRowYet", "QueuedRequest", "make_room", "making_room"]
 
 T = TypeVar("T")
 
@@ -36,6 +37,10 @@ class GrantRolledBack(Exception):
 
     The waiter saw the answer nevertheless, because it reads without the lock.
     """
+
+
+class NoRowYet(Exception):
+    """All rows of the table of models are in use, but one is about to come free; internal."""
 
 
 class QueuedRequest(Generic[T]):
@@ -194,6 +199,17 @@ def making_room(session: Session, name: str, deadline: float, enter: Callable[[]
     """
     began = time.monotonic()
     while True:
+        with contextlib.suppress(NoRowYet):
+            return make_room(session, name, began, deadline, enter)
+        time.sleep(UNLOAD_LOOK_S)
+
+
+def make_room(session: Session, name: str, began: float, deadline: float, enter: Callable[[], T]) -> T:
+    """Do what `making_room` does, but raise NoRowYet instead of waiting; try again after `UNLOAD_LOOK_S`.
+
+    began: `time.monotonic()` when the caller began to wait.
+    """
+    while True:
         try:
             return enter()
         except TableFullError as error:
@@ -215,4 +231,4 @@ def making_room(session: Session, name: str, deadline: float, enter: Callable[[]
                 if not session.scheduler.make_room_for_model(t, session.namespace.slot):
                     raise
         session.unloads.unload_in_thread()
-        time.sleep(UNLOAD_LOOK_S)
+        raise NoRowYet
