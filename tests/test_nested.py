@@ -216,6 +216,24 @@ def test_the_only_thread_of_a_program_is_told_at_once_that_it_has_not_settled_it
     assert problems(namespace) == []
 
 
+def ask_while_an_unload_ends(seat: Seat, how: str) -> float:
+    """Ask for the same while a thread that has unloaded something is about to end."""
+    unloading = threading.Thread(target=time.sleep, args=(0.3,), name="mpmm-unload")
+    unloading.start()
+    took = ask_beside_own_lease(seat, how)
+    unloading.join()
+    return took
+
+
+@pytest.mark.parametrize("how", WAITS_FOR_ITSELF)
+def test_a_thread_that_has_unloaded_something_and_is_about_to_end_is_no_other_thread(
+    new_process: NewProcess, tmp_path: Path, how: str
+) -> None:
+    process = new_process(suspend_budget_mb=2000.0)
+    process.call(prepare, tmp_path)
+    assert process.call(ask_while_an_unload_ends, how) < 10
+
+
 def ask_beside_a_lease_that_another_thread_settles(seat: Seat, how: str) -> None:
     """Ask for the same, while another thread has the lease, and settles it once this one waits."""
     namespace, lease = seat.manager.namespace, seat.manager.reserve(100, name="quiet", steady=True)

@@ -53,6 +53,7 @@ def expect_no_deadlock(request: QueuedRequest[Any], firm: Sequence[int]) -> None
     firm: the rows that the thread holds or loads, see `ThreadHolds.rows`.
     """
     session, namespace = request.session, request.session.namespace
+    session.thread.let_others_pass()
     quiet = session.thread.quiet(firm)
     if not (firm or quiet):
         return
@@ -103,6 +104,7 @@ def expect_not_kept_quiet(session: Session, tag: str, what: str, rows: Iterable[
     """
     tables, layout = session.namespace.tables, session.namespace.segment.layout
     firm, _ = session.thread.rows()
+    session.thread.let_others_pass()
     quiet = session.thread.quiet(firm)
     if rows is None:
         model = tables.model_row(tag)

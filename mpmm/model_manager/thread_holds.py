@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Sequence, Set
 from contextlib import suppress
@@ -21,6 +22,10 @@ _OWN_THREADS = (
     *("mpmm-background", "mpmm-sampler", "mpmm-gpu-monitor"),
     *("mpmm-returns", "mpmm-watcher", "mpmm-transaction"),
 )
+# Those that do run it, but end by themselves as soon as their work is done.
+_PASSING_THREADS = ("mpmm-unload", "mpmm-suspend")
+PASSING_S = 1.0
+PASSING_LOOK_S = 0.005
 
 
 class ThreadHolds(threading.local):
@@ -89,6 +94,21 @@ class ThreadHolds(threading.local):
         if all(thread.name.startswith(_OWN_THREADS) for thread in _other_threads()):
             found += self._steady_leases()
         return found
+
+    def let_others_pass(self) -> None:
+        """Wait a moment for threads of mpmm that are about to end, if no others may settle this process's lease.
+
+        For `quiet`: a thread that has just unloaded or suspended something, which its caller has seen, may still be
+        there, and would count as one that may settle it. Do not hold the lock.
+        """
+        if not (self._namespace.tables.header.steady and self._steady_leases()):
+            return
+        until = time.monotonic() + PASSING_S
+        while time.monotonic() < until:
+            others = [thread.name for thread in _other_threads() if not thread.name.startswith(_OWN_THREADS)]
+            if not others or not all(name.startswith(_PASSING_THREADS) for name in others):
+                return
+            time.sleep(PASSING_LOOK_S)
 
     def _steady_leases(self) -> list[int]:
         """Return the rows of the leases that this process has yet to settle, or to release."""
