@@ -301,6 +301,40 @@ def test_a_shared_memory_that_fills_up_later_troubles_nobody_who_is_in(runtime_r
 
 
 @can_unshare
+def test_a_maker_that_dies_before_its_segment_has_memory_ends_no_process_that_looks(runtime_root: Path) -> None:
+    answer = run_unshared(
+        ["--mount"],
+        f"""
+        import contextlib, os, signal, subprocess
+        from mpmm import ModelManager, SegmentAllocationError
+        from mpmm.shared_state.snapshot import read_snapshot
+
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size={TMPFS_BYTES}", "none", "/dev/shm"], check=True)
+        with open("/dev/shm/filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        pid = os.fork()
+        if pid == 0:
+            os.posix_fallocate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            ModelManager(namespace="one", memory_source="booked")
+        os.waitpid(pid, 0)
+        left = [name for name in os.listdir("/dev/shm") if name.startswith("mpmm-")]
+        try:
+            read_snapshot("one")
+        except Exception as error:
+            print(len(left), type(error).__name__)
+        try:
+            ModelManager(namespace="one", memory_source="booked")
+        except SegmentAllocationError:
+            print("no memory")
+        """,
+    )
+    assert answer.split("\n")[1:] == ["no memory"]
+    assert answer.startswith("1 ")
+    assert not (runtime_root / "one").exists()
+
+
+@can_unshare
 def test_processes_of_two_pid_namespaces_share_one_state_and_take_back_what_the_dead_had(
     namespace: str, new_manager: NewManager
 ) -> None:

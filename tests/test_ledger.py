@@ -156,6 +156,15 @@ def test_a_source_that_does_not_answer_holds_up_nobody() -> None:
         )
 
 
+def test_a_source_that_falls_silent_after_it_has_contradicted_the_accounts_holds_up_nobody_for_ever() -> None:
+    waits = awaited(Return(2000 * MS, 3000.0))
+    gives_up = 2000 * MS + GIVE_UP_NS
+    assert expire(waits, 2001 * MS, gives_up - 1, GIVE_UP_NS) is waits
+    assert expire(waits, 2001 * MS, gives_up, GIVE_UP_NS).returning_mb == 0.0
+    sampled = gives_up - TRUST_ACCOUNTS_NS + 1
+    assert expire(waits, sampled, gives_up, GIVE_UP_NS) is waits, "the next sample decides"
+
+
 def test_what_is_on_no_list_any_more_may_still_be_there_until_its_unload_has_ended() -> None:
     lab = Lab("ledger")
     # It lists processes, and freed memory shows up late.

@@ -142,10 +142,18 @@ def settle(
 def expire(ledger: Ledger, sampled_ns: int, now_ns: int, give_up_ns: int) -> Ledger:
     """Return the ledger after some time: without a later sample, the accounts are trusted after a moment.
 
+    If a later sample has shown that the memory was still in use, but none has followed, it is awaited for `give_up_ns`,
+    as it is while samples come.
     sampled_ns: when the last sample began.
     """
     patience_ns = min(TRUST_ACCOUNTS_NS, give_up_ns)
-    kept = tuple(one for one in ledger.returns if sampled_ns >= one.ended_ns or now_ns - one.ended_ns < patience_ns)
+    is_silent = now_ns - sampled_ns >= patience_ns
+
+    def is_awaited(one: Return) -> bool:
+        age_ns = now_ns - one.ended_ns
+        return age_ns < patience_ns if sampled_ns < one.ended_ns else not is_silent or age_ns < give_up_ns
+
+    kept = tuple(one for one in ledger.returns if is_awaited(one))
     return ledger if len(kept) == len(ledger.returns) else replace(ledger, returns=kept, written_off_mb=0.0)
 
 

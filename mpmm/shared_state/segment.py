@@ -206,6 +206,10 @@ class Segment:
             if not size:
                 # Its creator has not sized it yet, or died before that.
                 raise UnfinishedSegment("an empty segment", "an initialised one")
+            # Read through the descriptor, because a page that its creator has not allocated yet, or not before it died,
+            # reads as zeros there, but ends this process by SIGBUS in a mapping if there is no memory left for it.
+            if os.pread(fd, 8, 8 * Header.MAGIC) == bytes(8):
+                raise UnfinishedSegment("magic 0x0", f"{MAGIC:#x}")
             mapping = mmap.mmap(fd, size)
         finally:
             os.close(fd)
@@ -365,8 +369,7 @@ def _checked_layout(mapping: mmap.mmap, token: int | None) -> Layout:
         raise SegmentProblem(f"{size} bytes", f"at least {Header.WORDS * 8}")
     with memoryview(mapping) as whole, whole[: Header.WORDS * 8].cast("Q") as header:
         if header[Header.MAGIC] != MAGIC:
-            kind = SegmentProblem if header[Header.MAGIC] else UnfinishedSegment
-            raise kind(f"magic {header[Header.MAGIC]:#x}", f"{MAGIC:#x}")
+            raise SegmentProblem(f"magic {header[Header.MAGIC]:#x}", f"{MAGIC:#x}")
         if header[Header.VERSION] != LAYOUT_VERSION:
             raise SegmentProblem(f"layout version {header[Header.VERSION]}", f"layout version {LAYOUT_VERSION}")
         if header[Header.BOOT] != boot_hash():
