@@ -278,7 +278,7 @@ def test_settings_at_a_prompt(namespace: str, new_manager: NewManager, capsys: C
     assert main(["settings"]) == 0
     shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert (shown["slack_percentage"], shown["max_model_copies"]) == ("0.2", "none")
-    assert shown["wait_timeout_seconds"].endswith("(chosen at creation)")
+    assert shown["wait_timeout_seconds"].endswith("(each manager has its own)")
     assert main(["settings", "set", "max_model_copies", "3"]) == 0
     assert main(["settings", "--namespace", namespace, "set", "slack_percentage", "0.3"]) == 0
     assert capsys.readouterr().out.splitlines() == ["max_model_copies 3", "slack_percentage 0.3"]

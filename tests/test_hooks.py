@@ -20,8 +20,6 @@ OTHER_PLACES = {
     # whose `close` calls it. It does nothing at a fork or an exit.
     "mpmm/multi_process_shared/forkserver/client.py": ["Finalize"],
     "mpmm/multi_process_shared/spawned_server.py": ["Finalize"],
-    # Gives an object of a server back once its remote is garbage; turned off for the end of the process.
-    "mpmm/multi_process_shared/references.py": ["weakref.finalize"],
     # In servers only: masks signals around a fork, before `fork_hooks` does, and in the parent, too.
     "mpmm/multi_process_shared/server_process.py": ["register_at_fork"],
 }
