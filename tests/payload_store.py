@@ -8,6 +8,7 @@ import pickle
 import signal
 import weakref
 from array import array as number_array
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ class Store:
 
     def descriptors(self) -> int:
         return int(psutil.Process().num_fds())
+
+    def close_descriptors(self) -> None:
+        """Do what programs do that become daemons."""
+        os.closerange(3, 1024)
+
+    def close_locks(self) -> None:
+        """Close the lock files alone."""
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{fd}").endswith((".lock", ".life")):
+                    os.close(int(fd))
 
     def end_abruptly(self, thing: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

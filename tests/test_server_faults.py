@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe, util
 from multiprocessing.connection import Connection
@@ -28,6 +29,7 @@ import pytest
 from harness import NewManager, NewProcess, Seat, acquire, copies_of, in_thread, open_descriptors, release, wait_until
 from loaders import LoadsServer, served
 from patience import DEADLINE_S, Stopwatch
+from payload_store import Store
 
 from mpmm.errors import ModelServerError, ServerStartError
 from mpmm.model_manager.load import LoadAttempt
@@ -243,6 +245,23 @@ def test_a_log_handler_that_raises_keeps_no_client_from_its_object(
     finally:
         host.logger.removeHandler(handler)
         unload("here")
+
+
+@pytest.mark.parametrize("method", ["close_descriptors", "close_locks"])
+def test_a_server_whose_descriptors_were_closed_ends(runtime_root: Path, method: str) -> None:
+    shared = MultiProcessShared(Store, tag="it", spawn_process=True, always_proxy=True)
+    store: Any = shared.acquire()
+    pid = store.pid()
+    server = psutil.Process(pid)
+    # The connection may be among them.
+    with suppress(ModelServerError):
+        getattr(store, method)()
+    wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, "the server has ended")
+    with pytest.raises(ModelServerError):
+        store.pid()
+    again: Any = shared.acquire()
+    assert again.pid() != pid
+    shared.release(again)
 
 
 def test_a_server_that_fails_before_its_object_says_why(runtime_root: Path) -> None:

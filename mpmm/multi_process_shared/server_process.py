@@ -11,6 +11,7 @@ streams the server then closes (`output`), and for the end of the last client.
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from mpmm.errors import ServerStartError
+from mpmm.errors import RuntimeDirectoryError, ServerStartError
 from mpmm.interpreter.fork_hooks import end_forked_child
 from mpmm.interpreter.thread_locks import new_rlock
 from mpmm.multi_process_shared import hosted
@@ -239,11 +240,17 @@ class _Server:
                 if time.monotonic() >= next_probe:
                     next_probe = time.monotonic() + PROBE_INTERVAL_S
                     self._probe(locks)
-            except Exception:
+            except Exception as error:
                 # Out of descriptors for a moment, say. Without this thread the server would outlive all its clients.
+                ends = _is_about_closed_descriptor(error)
                 with suppress(Exception):
-                    text = "mpmm: pid %d, which serves %r, failed to check for its clients and tries again"
-                    logger.exception(text, os.getpid(), self.tag)
+                    text = "mpmm: pid %d, which serves %r, failed to check for its clients and %s"
+                    logger.exception(text, os.getpid(), self.tag, "ends" if ends else "tries again")
+                if ends:
+                    # Some code in the server has closed descriptors that are not its own: clients no longer reach it,
+                    # and it would never notice that they are gone. It cleans up nothing, because by now its numbers may
+                    # be those of other files.
+                    os._exit(1)
                 time.sleep(PROBE_INTERVAL_S)
 
     def _heed(self, starter: Starter | None, until: float) -> Starter | None:
@@ -487,6 +494,13 @@ class AliveLock:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _is_about_closed_descriptor(error: BaseException | None) -> bool:
+    """Tell whether other code has closed a descriptor of mpmm; a lock file raises RuntimeDirectoryError for that."""
+    if isinstance(error, RuntimeDirectoryError):
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno == errno.EBADF
 
 
 def _crash_text(what: str, tag: str) -> str:
