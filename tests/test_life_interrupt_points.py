@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from harness import SMALL, files_in, segments_of, wait_until
-from interrupt_points import HEALS_WITHIN_S, SMALL_TABLES, STEP, Interrupted, points_of
+from interrupt_points import HEALS_WITHIN_S, SMALL_TABLES, STEP, Interrupted, points_of, print_stacks
 
 from mpmm.model_manager import ModelManager
 from mpmm.shared_state.invariants import check_invariants
@@ -72,7 +72,8 @@ def sweep_whole_life(
             wait_until(lambda: stays() or not (segments_of(root) or files_in(root)), "nothing is left", HEALS_WITHIN_S)
         except (Exception, AssertionError) as wrong:
             failures.append(f"{at} ({interruption.where}): {type(wrong).__name__}: {wrong}")
-            print(failures[-1], flush=True)
+            print(failures[-1], segments_of(root), files_in(root), flush=True)
+            print_stacks()
     assert not failures, "\n".join(failures)
     return points
 
