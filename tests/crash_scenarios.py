@@ -441,7 +441,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         ),
         "leases.begin": on(Lab.lease, lambda t, tr, row: tr.leases.begin(t, row, Lab.victim, 1, 70.0)),
         "leases.link_program": on(Lab.leased, lambda t, tr, row: tr.leases.link_program(t, row, 4711)),
-        "leases.measure_program": on(Lab.leased, lambda t, tr, row: tr.leases.measure_program(t, row, 33.0)),
+        "leases.measure_program": on(Lab.leased, lambda t, tr, row: tr.leases.measure_program(t, row, [33.0])),
         "leases.end": on(Lab.leased, lambda t, tr, row: tr.leases.end(t, row)),
         "hand_over.leave_queue": on(Lab.ticket, lambda t, tr, row: tr.hand_over.leave_queue(t, row)),
         "hand_over.leave_queue/told to load": left_with_load,

@@ -187,7 +187,8 @@ def lease(made: RandomTables, t: Transaction) -> None:
 def measure_lease(made: RandomTables, t: Transaction) -> None:
     row = made.some(Instance.LEASED)
     if row is not None:
-        made.transitions.leases.measure_program(t, row, made.chance.choice([0.0, 50.0, 900.0]))
+        mb, shares = made.chance.choice([0.0, 50.0, 900.0]), made.tables.shares_of(row)
+        made.transitions.leases.measure_program(t, row, [mb / len(shares)] * len(shares))
 
 
 def end_lease(made: RandomTables, t: Transaction) -> None:

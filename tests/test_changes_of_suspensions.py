@@ -361,11 +361,11 @@ def link_a_program(it: RowChanges) -> Operation:
 
 
 @CASES.case("""
-    instance 1: MB=80 SHARES=40 SHARES[1]=40
+    instance 1: MB=80 SHARES=30 SHARES[1]=50
 """)
 def measure_a_program(it: RowChanges) -> Operation:
     row = it.leased(devices=(0, 1))
-    return lambda t: it.to.leases.measure_program(t, row, 80.0)
+    return lambda t: it.to.leases.measure_program(t, row, [30.0, 50.0])
 
 
 @CASES.case("""

@@ -17,7 +17,8 @@ FIGURE_MB = 8000.0
 # How many seconds before now the figure was requested, and had arrived.
 TAKEN_S, DONE_S = 20, 10
 Made = Callable[[RowChanges], int]
-WORDS = {name: getattr(Instance, name) for name in ("SINCE", "LOADED_AT", "PROGRAM", "SEATS", "SERVER", "MB")}
+NAMES = ("SINCE", "LOADED_AT", "PROGRAM", "SEATS", "SERVER", "MB", "SHARES")
+WORDS = {**{name: getattr(Instance, name) for name in NAMES}, "SHARES_1": Instance.SHARES + 1}
 
 
 class _Undo(Exception):
@@ -81,8 +82,8 @@ CASES: list[tuple[str, Made, tuple[float, float]]] = [
     ("leased to a program", lambda it: put(it, it.leased(), PROGRAM=4711, MB=80.0), (80, 80)),
     (
         "leased to a program on two devices",
-        lambda it: put(it, it.leased(devices=(0, 1)), PROGRAM=4711, MB=80.0),
-        (40, 40),
+        lambda it: put(it, it.leased(devices=(0, 1)), PROGRAM=4711, MB=80.0, SHARES=30.0, SHARES_1=50.0),
+        (50, 50),
     ),
 ]
 MEASURED: list[tuple[str, Made, tuple[float, float]]] = [

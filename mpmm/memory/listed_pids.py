@@ -45,7 +45,7 @@ class ListedPids:
         """
         tables = self._namespace.tables
         members = {tables.members[slot].pid for slot in tables.used_members() if self._is_here(slot)}
-        ours = members | {pid for tree in self._programs().values() for pid in tree}
+        ours = members | {pid for tree in self.programs().values() for pid in tree}
         unrelated = unrelated_to(set(listed) - ours - self._servers_at_ns.keys(), self._servers())
         return {pid for pid in unrelated if not is_ending(pid)}
 
@@ -57,7 +57,7 @@ class ListedPids:
         lately_ns = now_ns - to_ns(self._namespace.settings.memory_return_seconds)
         lately = {pid: at_ns for pid, at_ns in self._servers_at_ns.items() if at_ns >= lately_ns}
         self._servers_at_ns = {**lately, **dict.fromkeys(servers, now_ns)}
-        return [*servers, *(pid for tree in self._programs().values() for pid in tree)]
+        return [*servers, *(pid for tree in self.programs().values() for pid in tree)]
 
     def leases(self) -> dict[int, int]:
         """Return the rows of leases whose program is known, each with the program's pid here."""
@@ -69,10 +69,16 @@ class ListedPids:
             row: pid for row, (pid, holder) in programs.items() if pid and holder is not None and self._is_here(holder)
         }
 
-    def taken_by_programs(self, listed: Mapping[int, float]) -> dict[int, float]:
-        """Return what the programs of leases take, by pid, as far as it was measured."""
-        figures = {pid: [listed[part] for part in tree if part in listed] for pid, tree in self._programs().items()}
-        return {pid: sum(mb) for pid, mb in figures.items() if mb}
+    def programs(self) -> dict[int, list[int]]:
+        """Return the programs of leases, by pid: the pids of each, and of the processes that it has started.
+
+        Processes that are counted by themselves are not the program's: a model server, the program of another lease.
+        """
+        programs = set(self.leases().values())
+        if not programs:
+            return {}
+        counted_alone = self._servers() | programs
+        return {pid: process_tree(pid, counted_alone) for pid in programs}
 
     def _is_here(self, slot: int) -> bool:
         """Tell whether this process and its source can know a member by its pid.
@@ -96,14 +102,3 @@ class ListedPids:
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         slots = tables.rows_where(layout.members, Member.STATE, Member.SERVER)
         return {tables.members[slot].pid for slot in slots if self._is_here(slot)}
-
-    def _programs(self) -> dict[int, list[int]]:
-        """Return the programs of leases, by pid: the pids of each, and of the processes that it has started.
-
-        Processes that are counted by themselves are not the program's: a model server, the program of another lease.
-        """
-        programs = set(self.leases().values())
-        if not programs:
-            return {}
-        counted_alone = self._servers() | programs
-        return {pid: process_tree(pid, counted_alone) for pid in programs}

@@ -41,6 +41,11 @@ class _News:
     complete_rows: int = 0
     figures: list[tuple[int, float, DeviceSample]] = field(default_factory=list)
 
+    def taken_mb(self, row: int, pids: Sequence[int]) -> float | None:
+        """Return what these processes take of a device (row), None if that was not measured."""
+        listed = [self.measured[pid][row] for pid in pids if row in self.measured.get(pid, ())]
+        return sum(listed) if listed else None
+
 
 class SharedSamples:
     """A `SampleStore` in a namespace's device rows. Each method is one transaction, unless it says otherwise.
@@ -229,7 +234,7 @@ class SharedSamples:
         for sample in samples:
             for pid, mb in sample.process_mb.items():
                 listed[pid] = listed.get(pid, 0.0) + mb
-        taken = self._pids.taken_by_programs(listed) if listed else {}
+        programs = self._pids.programs()
         # Until the source has shown a process of this namespace, the pids that it lists may be such processes', too,
         # under other numbers.
         knows = self._source is None or process_knowledge(self._source)
@@ -248,7 +253,7 @@ class SharedSamples:
             knew = self._namespace.tables.header.source_measures_processes and news.figures
             if news.measured or news.complete_rows or knew:
                 self._measure_members(t, news, here, min(sample.taken_ns for sample in samples))
-                self._share_out(t, taken)
+                self._share_out(t, news, programs)
             for row, used_mb, sample in news.figures:
                 self._reap_what_was_freed(t, row, used_mb, sample)
                 self._namespace.transitions.devices.sample(t, row, used_mb, sample.taken_ns, sample.done_ns)
@@ -359,11 +364,22 @@ class SharedSamples:
         """Return the pids of the namespace's model servers, and of programs that have leases. Without the lock."""
         return self._pids.to_measure()
 
-    def _share_out(self, t: Transaction, taken: dict[int, float]) -> None:
-        """Record with each lease what its program takes; several leases of one program are filled one by one."""
-        for row, pid in self._pids.leases().items() if taken else ():
-            if pid in taken:
-                reserved = self._namespace.tables.instances[row].reserved_mb
-                mb = min(taken[pid], reserved)
-                taken[pid] -= mb
-                self._namespace.transitions.leases.measure_program(t, row, mb)
+    def _share_out(self, t: Transaction, news: _News, programs: Mapping[int, Sequence[int]]) -> None:
+        """Record with each lease what its program takes of each device; several leases of one are filled one by one.
+
+        programs: the pids of the processes of each program, by the program's own.
+        """
+        namespace = self._namespace
+        # Only with a figure of the whole: the device's ledger subtracts these parts from that.
+        left = {row: {pid: news.taken_mb(row, tree) for pid, tree in programs.items()} for row, *_ in news.figures}
+        for lease, pid in self._pids.leases().items():
+            shares = namespace.tables.shares_of(lease)
+            share_mb = namespace.tables.instances[lease].reserved_mb / len(shares)
+            found = []
+            for row, last_mb in shares:
+                left_mb = left.get(row, {}).get(pid)
+                mb = last_mb if left_mb is None else min(left_mb, share_mb)
+                if left_mb is not None:
+                    left[row][pid] = left_mb - mb
+                found.append(mb)
+            namespace.transitions.leases.measure_program(t, lease, found)

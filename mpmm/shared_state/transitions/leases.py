@@ -4,6 +4,9 @@ while it is held; after it both are free, the first one with its name left in it
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.layout import Instance, Model, Ticket
 from mpmm.shared_state.tables import Tables
@@ -64,11 +67,10 @@ class Leases(Part):
         """Record which process uses the memory of a lease, so that what it takes is not counted twice."""
         t.set(self._tables.instance(row) + Instance.PROGRAM, pid)
 
-    def measure_program(self, t: Transaction, row: int, mb: float) -> None:
-        """Record what the process that uses the memory of a lease takes now."""
-        # It is part of the devices' figures; recorded here, it does not count as external. (How it is spread over the
-        # devices is unknown.)
-        self._instances.set_mb(t, row, mb)
+    def measure_program(self, t: Transaction, row: int, shares_mb: Sequence[float]) -> None:
+        """Record what the process that uses the memory of a lease takes now of each of its devices, lowest first."""
+        # It is part of the devices' figures; recorded here, it does not count as external.
+        self._instances.set_mb(t, row, math.fsum(shares_mb), shares_mb)
 
     def end(self, t: Transaction, row: int) -> None:
         """End a lease: free its memory for others, and its model row unless a ticket still refers to that."""

@@ -123,14 +123,13 @@ class Ledgers(Part):
     def _entry(self, row: int, device: int, figure: Figure) -> Entry:
         words, floats, at = self._segment.words, self._segment.floats, self._tables.instance(row)
         state, span = words[at + Instance.STATE], words[at + Instance.DEVICES].bit_count()
+        mb = dict(self._tables.shares_of(row))[device]
         # Our part of the figure, at least and at most: the rest is external, and cannot be unloaded.
         if state == Instance.LEASED:
             if words[at + Instance.PROGRAM] and words[Header.SOURCE_MEASURES_PROCESSES]:
-                mb = floats[at + Instance.MB] / span
                 return Entry(mb, mb, True)
             # A lease's program may take and free memory at any time.
             return Entry(0.0, floats[at + Instance.RESERVED_MB] / span)
-        mb = dict(self._tables.shares_of(row))[device]
         # An unload whose seats are in use has not begun.
         going = state in (Instance.UNLOADING, Instance.SUSPENDING) and not words[at + Instance.SEATS]
         measured_mb = self.measured_share(row, device)

@@ -1,0 +1,154 @@
+"""Leases with a named program, beside a source that lists all processes: what such a program takes counts once.
+
+Nothing is external where the devices have no other memory in use than the programs' own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from harness import NOBODYS_PID, NewManager, problems
+from loaders import Loads
+
+from mpmm import ModelManager
+from mpmm.errors import QueueFullError
+from mpmm.model_manager.lease import Lease
+from mpmm.shared_state.snapshot import read_snapshot
+from mpmm.sources import DeviceInfo, DeviceSample
+
+TOTAL_MB = 10000.0
+PROGRAM, CHILD = NOBODYS_PID, NOBODYS_PID + 1
+
+
+class Lists:
+    """Devices that list all processes with memory. The test says which: MB by pid, for each device.
+
+    refused: how many lists of processes it withholds from now on. unread: a device that cannot be read then, too.
+    """
+
+    name = "lists"
+    measures_processes = True
+    frees_late = True
+    cheap = True
+
+    def __init__(self, devices: int = 1) -> None:
+        self.taken_mb: list[dict[int, float]] = [{} for _ in range(devices)]
+        self.others_mb = 0.0
+        self.refused = 0
+        self.unread: int | None = None
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices."""
+        return tuple(DeviceInfo(i, f"lists-{i}", "made up", TOTAL_MB) for i in range(len(self.taken_mb)))
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Measure."""
+        taken_ns, found = time.monotonic_ns(), []
+        for index, mb in enumerate(self.taken_mb):
+            refused = self.refused > 0 and self.unread in (None, index)
+            used_mb = None if refused and self.unread == index else sum(mb.values()) + self.others_mb
+            listed = {} if refused else dict(mb)
+            found.append(DeviceSample(index, used_mb, taken_ns, listed, not refused, done_ns=time.monotonic_ns()))
+        self.refused = max(0, self.refused - 1)
+        return tuple(found)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def manager_on(source: Lists, new_manager: NewManager, **settings: Any) -> ModelManager:
+    """Return a manager that measures when the test says so."""
+    return new_manager(memory_source=source, poll_interval=3600, **settings)
+
+
+def leased(manager: ModelManager, mb: float, pid: int = PROGRAM, **where: Any) -> Lease:
+    """Return a lease that a program uses."""
+    lease = manager.reserve(mb, **where)
+    lease.used_by(pid)
+    return lease
+
+
+def poll(manager: ModelManager) -> None:
+    """Have a sample taken and published."""
+    assert manager._monitor.refresh()
+
+
+def external_mb(namespace: str) -> list[float]:
+    """Return what is in use and not ours, for each device; all that is committed beside it is leased."""
+    return [round(device.external_mb or 0.0, 3) for device in read_snapshot(namespace).devices]
+
+
+def committed_mb(namespace: str) -> list[float]:
+    """Return what admission counts as taken, for each device."""
+    return [round(device.committed_mb, 3) for device in read_snapshot(namespace).devices]
+
+
+def expect_refused(manager: ModelManager, mb: float, **where: Any) -> None:
+    """Fail unless there is no room for a model."""
+    with pytest.raises(QueueFullError):
+        manager.acquire_model("big", Loads(), expect_mb=mb, max_waiting=0, **where)
+
+
+def test_a_list_that_may_lack_the_program_of_a_lease_says_nothing_about_it(
+    namespace: str, new_manager: NewManager
+) -> None:
+    source = Lists()
+    manager = manager_on(source, new_manager)
+    with leased(manager, 8000):
+        source.taken_mb[0] = {PROGRAM: 8000.0}
+        poll(manager)
+        source.refused = 1
+        poll(manager)
+        assert (external_mb(namespace), committed_mb(namespace)) == ([0], [8000])
+
+
+def test_what_a_program_takes_on_one_device_leaves_its_lease_on_another(
+    namespace: str, new_manager: NewManager
+) -> None:
+    source = Lists(2)
+    manager = manager_on(source, new_manager)
+    with leased(manager, 8000, devices=[0]), leased(manager, 8000, devices=[1]):
+        for taken in ([{}, {PROGRAM: 8000.0}], [{PROGRAM: 2000.0}, {PROGRAM: 8000.0}]):
+            source.taken_mb = [dict(one) for one in taken]
+            poll(manager)
+            assert (external_mb(namespace), committed_mb(namespace)) == ([0, 0], [8000, 8000]), taken
+            expect_refused(manager, 8000)
+    assert problems(namespace) == []
+
+
+def test_the_program_of_a_lease_on_two_devices_may_fill_one_of_them_first(
+    namespace: str, new_manager: NewManager
+) -> None:
+    source = Lists(2)
+    manager = manager_on(source, new_manager)
+    with leased(manager, 8000, span=2):
+        for first_mb, second_mb in ((0.0, 4000.0), (1000.0, 4000.0), (4000.0, 0.0), (0.0, 0.0)):
+            source.taken_mb = [{PROGRAM: first_mb}, {PROGRAM: second_mb}]
+            poll(manager)
+            assert (external_mb(namespace), committed_mb(namespace)) == ([0, 0], [4000, 4000])
+            [lease] = read_snapshot(namespace).instances
+            assert (lease.mb, list(lease.shares_mb.values())) == (first_mb + second_mb, [first_mb, second_mb])
+        # What it takes of a device beyond its share there belongs to no lease.
+        source.taken_mb = [{}, {PROGRAM: 7000.0}]
+        poll(manager)
+        assert (external_mb(namespace), committed_mb(namespace)) == ([0, 3000], [4000, 7000])
+    assert problems(namespace) == []
+
+
+def test_several_leases_of_one_program_are_filled_one_by_one_on_each_device(
+    namespace: str, new_manager: NewManager
+) -> None:
+    source = Lists(2)
+    manager = manager_on(source, new_manager)
+    with leased(manager, 3000, devices=[0]), leased(manager, 2000, devices=[1]), leased(manager, 4000, span=2):
+        source.taken_mb = [{PROGRAM: 4500.0}, {PROGRAM: 1000.0}]
+        poll(manager)
+        assert [list(one.shares_mb.values()) for one in read_snapshot(namespace).instances] == [
+            [3000],
+            [1000],
+            [1500, 0],
+        ]
+        assert (external_mb(namespace), committed_mb(namespace)) == ([0, 0], [5000, 4000])
