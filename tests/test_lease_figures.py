@@ -92,6 +92,22 @@ def expect_refused(manager: ModelManager, mb: float, **where: Any) -> None:
         manager.acquire_model("big", Loads(), expect_mb=mb, max_waiting=0, **where)
 
 
+def test_a_lease_whose_program_has_no_memory_at_the_moment_is_not_given_away(
+    namespace: str, new_manager: NewManager
+) -> None:
+    source = Lists()
+    manager = manager_on(source, new_manager)
+    with leased(manager, 8000):
+        for taken in ({PROGRAM: 8000.0}, {}, {CHILD: 0.0}, {PROGRAM: 3000.0}):
+            source.taken_mb[0] = taken
+            poll(manager)
+            assert (external_mb(namespace), committed_mb(namespace)) == ([0], [8000]), taken
+        source.taken_mb[0] = {}
+        poll(manager)
+        expect_refused(manager, 8000)
+    assert problems(namespace) == []
+
+
 def test_a_list_that_may_lack_the_program_of_a_lease_says_nothing_about_it(
     namespace: str, new_manager: NewManager
 ) -> None:
@@ -111,7 +127,7 @@ def test_what_a_program_takes_on_one_device_leaves_its_lease_on_another(
     source = Lists(2)
     manager = manager_on(source, new_manager)
     with leased(manager, 8000, devices=[0]), leased(manager, 8000, devices=[1]):
-        for taken in ([{}, {PROGRAM: 8000.0}], [{PROGRAM: 2000.0}, {PROGRAM: 8000.0}]):
+        for taken in ([{}, {PROGRAM: 8000.0}], [{PROGRAM: 2000.0}, {PROGRAM: 8000.0}], [{PROGRAM: 8000.0}, {}]):
             source.taken_mb = [dict(one) for one in taken]
             poll(manager)
             assert (external_mb(namespace), committed_mb(namespace)) == ([0, 0], [8000, 8000]), taken

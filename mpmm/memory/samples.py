@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -42,9 +43,9 @@ class _News:
     figures: list[tuple[int, float, DeviceSample]] = field(default_factory=list)
 
     def taken_mb(self, row: int, pids: Sequence[int]) -> float | None:
-        """Return what these processes take of a device (row), None if that was not measured."""
+        """Return what these processes take of a device (row): 0 if a complete list has none, None if it is unknown."""
         listed = [self.measured[pid][row] for pid in pids if row in self.measured.get(pid, ())]
-        return sum(listed) if listed else None
+        return math.fsum(listed) if listed or self.complete_rows >> row & 1 else None
 
 
 class SharedSamples:
