@@ -232,6 +232,14 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         model = lab.model()
         return int(lab.do(lambda t, tr: tr.tickets.enqueue(t, model, lab.victim, 1, 50.0, 2**62, steady=True)))
 
+    def program_leased(lab: Lab) -> int:
+        """Make a lease whose program was measured, where memory may come back late."""
+        row = lab.leased()
+        lab.do(lambda t, tr: tr.members.lead(t, lab.victim, b"test", (True, True, False)))
+        lab.do(lambda t, tr: tr.leases.link_program(t, row, 4711))
+        lab.do(lambda t, tr: tr.leases.measure_program(t, row, [33.0]))
+        return row
+
     def steady_load(lab: Lab) -> int:
         """Make a load during which a copy has to wait for its unload."""
         lab.unloading("b")
@@ -443,6 +451,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "leases.link_program": on(Lab.leased, lambda t, tr, row: tr.leases.link_program(t, row, 4711)),
         "leases.measure_program": on(Lab.leased, lambda t, tr, row: tr.leases.measure_program(t, row, [33.0])),
         "leases.end": on(Lab.leased, lambda t, tr, row: tr.leases.end(t, row)),
+        "leases.end/with a program": on(program_leased, lambda t, tr, row: tr.leases.end(t, row)),
         "hand_over.leave_queue": on(Lab.ticket, lambda t, tr, row: tr.hand_over.leave_queue(t, row)),
         "hand_over.leave_queue/told to load": left_with_load,
         "hand_over.leave_queue/granted": left_with_grant,

@@ -7,7 +7,7 @@ from row_changes import CAUSE, Cases, Operation, RowChanges
 from row_changes import it as it  # the fixture
 
 from mpmm.policy.suspension import Unsuspendable
-from mpmm.shared_state.layout import Instance, Member
+from mpmm.shared_state.layout import Header, Instance, Member
 
 CASES = Cases()
 
@@ -377,6 +377,54 @@ def measure_a_program(it: RowChanges) -> Operation:
 """)
 def end_a_lease(it: RowChanges) -> Operation:
     row = it.leased(devices=(0, 1))
+    return lambda t: it.to.leases.end(t, row)
+
+
+def used_by_a_program(it: RowChanges) -> int:
+    """Return a lease on two devices with 800 MB each in use, of which its program takes some of one."""
+    row = it.leased(devices=(0, 1))
+    it.do(lambda t: it.to.leases.link_program(t, row, 4711))
+    it.do(lambda t: it.to.leases.measure_program(t, row, [0.0, 80.0]))
+    for device in (0, 1):
+        it.sample(device, 800.0)
+    return row
+
+
+@CASES.case("""
+    model 3: STATE=FREE USED_AT=now
+    instance 1: STATE=FREE SINCE=now
+    device 0: CONFIGURED_AT=now
+    device 1: EXTERNAL_MB=800 EXTERNAL_LEAST_MB=800 CONFIGURED_AT=now
+    LEASE_ENDED: model=3 row=1 value=7
+""")
+def end_a_lease_whose_program_has_memory(it: RowChanges) -> Operation:
+    row = used_by_a_program(it)
+    return lambda t: it.to.leases.end(t, row)
+
+
+@CASES.case("""
+    model 3: STATE=FREE USED_AT=now
+    instance 1: STATE=FREE SINCE=now
+    device 0: CONFIGURED_AT=now
+    device 1: RETURNING_MB=80 RETURN_COUNT=1 CONFIGURED_AT=now RETURNS=now RETURNS[1]=80 RETURNS[2]=800
+    LEASE_ENDED: model=3 row=1 value=7
+""")
+def end_a_lease_whose_program_may_give_memory_back_late(it: RowChanges) -> Operation:
+    row = used_by_a_program(it)
+    it.poke(Header.SOURCE_FREES_LATE, 1)
+    return lambda t: it.to.leases.end(t, row)
+
+
+@CASES.case("""
+    model 3: STATE=FREE USED_AT=now
+    instance 1: STATE=FREE SINCE=now
+    device 0: CONFIGURED_AT=now
+    device 1: CONFIGURED_AT=now
+    LEASE_ENDED: model=3 row=1 value=7
+""")
+def end_a_lease_where_only_the_accounts_count(it: RowChanges) -> Operation:
+    row = used_by_a_program(it)
+    it.poke(Header.SOURCE_ACCOUNTING_ONLY, 1)
     return lambda t: it.to.leases.end(t, row)
 
 

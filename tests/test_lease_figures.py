@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from harness import NOBODYS_PID, NewManager, problems
+from harness import NOBODYS_PID, NewManager, in_thread, problems, wait_until, waiting
 from loaders import Loads
 
 from mpmm import ModelManager
@@ -168,3 +168,41 @@ def test_several_leases_of_one_program_are_filled_one_by_one_on_each_device(
             [1500, 0],
         ]
         assert (external_mb(namespace), committed_mb(namespace)) == ([0, 0], [5000, 4000])
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["frees late", "frees at once"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["alone", "beside an idle copy"])
+def test_what_the_program_of_a_lease_takes_is_given_to_others_once_a_figure_shows_that_it_is_back(
+    late: bool, loaded: bool, namespace: str, new_manager: NewManager
+) -> None:
+    source = Lists()
+    source.frees_late = late
+    manager = manager_on(source, new_manager)
+    if loaded:
+        manager.release_model("idle", manager.acquire_model("idle", Loads(), expect_mb=1000))
+        source.others_mb = 1000
+    lease = leased(manager, 8000)
+    source.taken_mb[0] = {PROGRAM: 8000.0}
+    poll(manager)
+    thread, got = in_thread(lambda: manager.acquire_model("big", Loads(), expect_mb=8000))
+    wait_until(lambda: waiting(namespace, "big"), "the model waits for the lease to end")
+    lease.release()
+    assert waiting(namespace, "big"), "the program has its memory yet"
+    assert committed_mb(namespace)[0] >= 8000
+    poll(manager)
+    assert waiting(namespace, "big"), "the program has its memory yet"
+    source.taken_mb[0] = {}
+    poll(manager)
+    thread.join()
+    manager.release_model("big", got[0])
+    assert len(read_snapshot(namespace).instances) == 1 + loaded, "nothing had to be unloaded for it"
+    assert problems(namespace) == []
+
+
+def test_a_lease_whose_program_has_no_memory_leaves_room_at_once(namespace: str, new_manager: NewManager) -> None:
+    source = Lists()
+    manager = manager_on(source, new_manager)
+    lease = leased(manager, 8000)
+    poll(manager)
+    lease.release()
+    assert committed_mb(namespace) == [0]

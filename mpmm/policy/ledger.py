@@ -16,7 +16,8 @@ L3  A sample moves `external_mb` only as far as it must. An instance that loads 
     in the sample, and `external_mb` stays as it is if that can explain the figure.
 L4  Memory of an ended unload counts until a sample that began after it shows that the memory is free; if other loads
     could hide that, for `HIDDEN_NS` more; and if a sample contradicts the accounts, until `memory_return_seconds`,
-    after which it counts as external.
+    after which it counts as external. So does what the program of a lease took when the lease ended: the program may
+    end later. If memory never comes back late, the program's counts as external at once.
 L5  A source that does not answer holds up no request: without a later sample, the accounts are trusted after
     `TRUST_ACCOUNTS_NS`.
 L6  `external_mb` is below 0 if instances are assumed to take more than the figure: they take less, or one of them is

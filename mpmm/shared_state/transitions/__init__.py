@@ -79,7 +79,7 @@ class Transitions:
         self.loads = Loads(
             tables, actor, self.models, self.isolation, self._instances, self.twins, self.seats, self.ledgers
         )
-        self.leases = Leases(tables, actor, self.models, self.isolation, self._instances)
+        self.leases = Leases(tables, actor, self.models, self.ledgers, self.isolation, self._instances)
         self.hand_over = HandOver(
             tables, actor, self.tickets, self.isolation, self.holds, self.loads, self.leases, self.suspensions
         )

@@ -13,6 +13,7 @@ from mpmm.shared_state.tables import Tables
 from mpmm.shared_state.transaction import Transaction
 from mpmm.shared_state.transitions.instances import Instances
 from mpmm.shared_state.transitions.isolation import Isolation
+from mpmm.shared_state.transitions.ledgers import Ledgers
 from mpmm.shared_state.transitions.models import Models
 from mpmm.shared_state.transitions.part import Actor, Part
 
@@ -23,10 +24,17 @@ class Leases(Part):
     """The transitions of leases."""
 
     def __init__(
-        self, tables: Tables, actor: Actor, models: Models, isolation: Isolation, instances: Instances
+        self,
+        tables: Tables,
+        actor: Actor,
+        models: Models,
+        ledgers: Ledgers,
+        isolation: Isolation,
+        instances: Instances,
     ) -> None:
         super().__init__(tables, actor)
         self._models = models
+        self._ledgers = ledgers
         self._isolation = isolation
         self._instances = instances
 
@@ -80,7 +88,8 @@ class Leases(Part):
             raise self._tables.surprise("the copy", at)
         model = words[at + Instance.MODEL]
         t.event(EventKind.LEASE_ENDED, model + 1, row + 1, value=(t.now - words[at + Instance.SINCE]) / 1e9)
-        # No memory is expected back: it was only reserved, and never counted as the namespace's own.
+        # What was only reserved is free at once.
+        self._ledgers.count_after_lease(t, row)
         self._instances.change_state(t, row, Instance.FREE)
         self._isolation.note_change(t, row)
         self.forget_spent(t, model)

@@ -67,6 +67,23 @@ class Ledgers(Part):
                 ledger = self.read(number)
                 self._write(t, number, ledger.awaiting(Return(t.now, mb, before_mb), Device.RETURNS_LENGTH))
 
+    def count_after_lease(self, t: Transaction, row: int) -> None:
+        """Count what the program of a lease was measured to take, now that the lease ends, until a sample corrects it.
+
+        The program may end later, or not at all; and an ended one's memory may come back late.
+        """
+        words, floats = self._segment.words, self._segment.floats
+        if words[Header.SOURCE_FREES_LATE]:
+            # Awaited rather than external, because nothing should be evicted for a waiter that it will serve.
+            self.expect_back(t, row)
+            return
+        for number, mb in self._tables.shares_of(row):
+            if mb > 0 and not words[Header.SOURCE_ACCOUNTING_ONLY]:
+                # Both (L7): it belongs to no lease any more, so evictions cannot free it.
+                for word in (Device.EXTERNAL_MB, Device.EXTERNAL_LEAST_MB):
+                    at = self._tables.device(number) + word
+                    t.set_float(at, floats[at] + mb)
+
     def await_nothing(self, t: Transaction) -> None:
         """Drop all awaited memory, because from now on no sample settles it."""
         for device in self._tables.used_rows(self._layout.devices):
