@@ -5,12 +5,13 @@ Nothing is external where the devices have no other memory in use than the progr
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from harness import NOBODYS_PID, NewManager, in_thread, problems, wait_until, waiting
+from harness import NOBODYS_PID, NewManager, in_thread, model_of, problems, wait_until, waiting
 from loaders import Loads
 
 from mpmm import ModelManager
@@ -206,3 +207,48 @@ def test_a_lease_whose_program_has_no_memory_leaves_room_at_once(namespace: str,
     poll(manager)
     lease.release()
     assert committed_mb(namespace) == [0]
+
+
+# ---- what an object takes of this process ------------------------------------------------------------------------
+
+
+class Grows:
+    """A loader of an object that takes memory in this process."""
+
+    def __init__(self, source: Lists, mb: float, index: int = 0) -> None:
+        self._source, self._mb, self._index = source, mb, index
+
+    def __call__(self) -> object:
+        """Load, while the source answers again."""
+        taken_mb, self._source.refused = self._source.taken_mb[self._index], 0
+        taken_mb[os.getpid()] = taken_mb.get(os.getpid(), 0.0) + self._mb
+        return self
+
+
+@pytest.mark.parametrize(
+    ("unread", "refused"), [(None, 1000), (0, 1000), (None, 0)], ids=["no list", "a device without figures", "all"]
+)
+def test_what_a_process_had_before_a_load_is_learnt_as_the_model_never(
+    unread: int | None, refused: int, namespace: str, new_manager: NewManager
+) -> None:
+    source = Lists(2)
+    manager = manager_on(source, new_manager, default_estimate_mb=3000)
+    manager.acquire_model("a", Grows(source, 4000), devices=[0])
+    # So that there are figures of the other device, too.
+    source.taken_mb[1][PROGRAM] = 10.0
+    source.refused, source.unread = refused, unread
+    manager.acquire_model("b", Grows(source, 2000, 1), devices=[1])
+    found = model_of(namespace, "b")
+    if refused:
+        assert not found.measured and found.estimate_mb in (None, 0, 3000), "its size is not known"
+    else:
+        assert (found.estimate_mb, found.measured) == (2000, True)
+
+
+def test_a_process_that_is_on_no_complete_list_had_nothing(namespace: str, new_manager: NewManager) -> None:
+    source = Lists()
+    manager = manager_on(source, new_manager, default_estimate_mb=3000)
+    source.taken_mb[0][PROGRAM] = 10.0
+    poll(manager)
+    manager.acquire_model("a", Grows(source, 2000))
+    assert (model_of(namespace, "a").estimate_mb, model_of(namespace, "a").measured) == (2000, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -55,15 +56,34 @@ def of_members(changes: str) -> list[str]:
     return [line for line in changes.splitlines() if line.startswith(("member", "instance"))]
 
 
+def of_all(it: RowChanges, mb: float = 30.0, **of_last: Any) -> list[DeviceSample]:
+    """Return samples of all devices that show a worker on the second one. of_last: what is special about the last."""
+    return [
+        sample(it, 0, {OTHER: 200.0}),
+        sample(it, 1, {SERVER: 510.0, **({WORKER: mb} if mb else {})}),
+        sample(it, 2, {OTHER: 300.0}, **of_last),
+    ]
+
+
 Case = tuple[str, Callable[[RowChanges], list[DeviceSample]], list[str]]
 MEASURED = ["member 3: MEASURED_MB=520 PEAK_MB=520", "instance 1: MB=520"]
+# Of all workers: each might have memory on the device that does not tell.
+UNKNOWN = [f"member {slot}: MEASURED_MB=nan" for slot in range(3)]
 NOTHING = ["member 3: MEASURED_MB=0", "instance 1: MB=0"]
 CASES: list[Case] = [
     (
         "a server and a worker on one device",
-        lambda it: [sample(it, 1, {SERVER: 520.0, WORKER: 30.0, STRANGER: 200.0})],
+        lambda it: [
+            *of_all(it)[::2],
+            sample(it, 1, {SERVER: 520.0, WORKER: 30.0, STRANGER: 200.0}),
+        ],
         ["member 1: MEASURED_MB=30 PEAK_MB=30", *MEASURED],
     ),
+    ("a worker on one of its devices alone", lambda it: of_all(it)[1:2], []),
+    ("a worker that is still on no list", lambda it: of_all(it, 0.0), []),
+    ("a worker, and a device without a figure", lambda it: of_all(it, used_mb=None, known=False), UNKNOWN),
+    ("a worker, and a list that may lack it", lambda it: of_all(it, known=False), UNKNOWN),
+    ("lists one of which may lack a worker", lambda it: of_all(it, 0.0, known=False), UNKNOWN),
     (
         "both devices of a copy that spans them",
         lambda it: [sample(it, 0, {OTHER: 210.0}), sample(it, 2, {OTHER: 320.0})],
@@ -95,6 +115,21 @@ def test_a_sample_counts_for_the_devices_that_it_is_of(
     it.wait(5)
     published = make(it)
     assert of_members(it.changes_of(lambda: samples.publish(published))) == changed
+
+
+def test_a_worker_whose_memory_was_unknown_has_none_once_all_lists_lack_it(it: RowChanges) -> None:
+    it.active(server=3)
+    it.active(handle=b"wide", server=4, devices=(0, 2))
+    samples, worker = sees(it), it.tables.members[1]
+    for published, mb in (
+        (of_all(it), 30.0),
+        (of_all(it, 0.0, known=False), math.nan),
+        (of_all(it, 0.0, used_mb=None, known=False), math.nan),
+        (of_all(it, 0.0), 0.0),
+    ):
+        it.wait(1)
+        samples.publish([replace(one, taken_ns=it.now, done_ns=it.now) for one in published])
+        assert worker.measured_mb == pytest.approx(mb, nan_ok=True)
 
 
 def test_waiters_are_planned_for_where_a_sample_shows_more_room_and_nowhere_else(it: RowChanges) -> None:

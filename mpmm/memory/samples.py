@@ -11,7 +11,7 @@ from mpmm.errors import InvalidArgumentError
 from mpmm.memory.listed_pids import ListedPids
 from mpmm.memory.placement import Placement, fraction_of
 from mpmm.scheduling import Scheduler
-from mpmm.shared_state.layout import Device, Header, device_bits, device_rows
+from mpmm.shared_state.layout import Device, Header, Member, device_bits, device_rows
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.tables import fit_text
 from mpmm.shared_state.transaction import Transaction
@@ -337,6 +337,9 @@ class SharedSamples:
             pid, instance = member.pid, member.instance
             devices = 0 if instance is None else tables.instances[instance].device_bits
             listed = slot in here and pid in news.measured
+            if instance is None and member.state == Member.WORKER:
+                self._measure_worker(t, slot, news, news.measured[pid] if listed else {}, taken_ns)
+                continue
             if listed and not devices & ~news.fresh_rows:
                 self._namespace.transitions.measurements.measure(t, slot, news.measured[pid], taken_ns)
             elif member.measured_mb > 0 and not devices & ~news.fresh_rows:
@@ -344,6 +347,23 @@ class SharedSamples:
                     self._namespace.transitions.measurements.forget(t, slot)
                 else:
                     self._namespace.transitions.measurements.measure(t, slot, {}, taken_ns)
+
+    def _measure_worker(
+        self, t: Transaction, slot: int, news: _News, listed_mb: Mapping[int, float], taken_ns: int
+    ) -> None:
+        """Record what a worker takes of all devices that this process sees; `listed_mb` by device, where it is listed.
+
+        It may use any of them, so one without a figure or a complete list makes its memory unknown: the next load there
+        would be charged with what it had before.
+        """
+        seen = device_bits(self._rows.values())
+        measurements = self._namespace.transitions.measurements
+        if seen & ~news.fresh_rows:
+            return
+        if seen & ~device_bits(listed_mb) & ~news.complete_rows or (not listed_mb and self._pids.are_apart()):
+            measurements.forget(t, slot)
+        else:
+            measurements.measure(t, slot, listed_mb, taken_ns)
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB, summed over the devices that this process sees."""

@@ -150,9 +150,12 @@ class FreshFigures:
         return tables.server_shares_mb(server - 1, len(tables.instances[row].devices))
 
     def own_mb(self) -> float:
-        """Return the device memory of this process in the last sample, 0 if the sample showed none."""
-        mb = self._namespace.tables.members[self._namespace.slot].measured_mb
-        return 0.0 if math.isnan(mb) else mb
+        """Return the device memory of this process in the last sample, nan if that is unknown.
+
+        0 if no sample has ever shown any.
+        """
+        member = self._namespace.tables.members[self._namespace.slot]
+        return member.measured_mb if member.peak_mb > 0 else 0.0
 
     def stats(self) -> tuple[float, float, float]:
         """Return (current, peak, total) in MB; a monitor of the caller's own may have seen a higher peak."""
@@ -182,7 +185,9 @@ class Growth:
         knows = self._namespace.tables.header.source_measures_processes
         if not self._measures or not knows or self._state() != self._before:
             return 0.0
-        return max(0.0, self._figures.own_mb() - self._before_mb)
+        grown_mb = self._figures.own_mb() - self._before_mb
+        # A sample before or after the load may not have told; the difference to another one would be anything.
+        return 0.0 if math.isnan(grown_mb) else max(0.0, grown_mb)
 
     def _state(self) -> list[tuple[int, int]]:
         """Return the copies that this process loads, owns or unloads, by row and generation.

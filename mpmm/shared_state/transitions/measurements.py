@@ -73,7 +73,10 @@ class Measurements(Part):
 
         Its last figure may be from a model server that has ended since.
         """
-        self._update_float(t, self._tables.member(slot) + Member.MEASURED_MB, math.nan)
+        at = self._tables.member(slot) + Member.MEASURED_MB
+        # Usually it is unknown already, and nan never equals itself.
+        if not math.isnan(self._segment.floats[at]):
+            t.set_float(at, math.nan)
 
     def set_measured_mb(self, t: Transaction, row: int, mb: float) -> None:
         """Record what an instance takes according to a measurement of the whole device."""
