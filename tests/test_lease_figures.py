@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from harness import NOBODYS_PID, NewManager, in_thread, model_of, problems, wait
 from loaders import Loads
 
 from mpmm import ModelManager
-from mpmm.errors import QueueFullError
+from mpmm.errors import AcquireTimeoutError, QueueFullError
 from mpmm.model_manager.lease import Lease
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceInfo, DeviceSample
@@ -207,6 +209,38 @@ def test_a_lease_whose_program_has_no_memory_leaves_room_at_once(namespace: str,
     poll(manager)
     lease.release()
     assert committed_mb(namespace) == [0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_external_or_awaited_is_the_figure_less_what_the_programs_of_leases_take(
+    seed: int, namespace: str, new_manager: NewManager
+) -> None:
+    source, chance = Lists(2), Random(seed)
+    manager = manager_on(source, new_manager)
+    held: list[Lease] = []
+    for step in range(40):
+        if chance.random() < 0.3 and held:
+            held.pop(chance.randrange(len(held))).release()
+        elif chance.random() < 0.5:
+            where: Any = chance.choice([{"devices": [0]}, {"devices": [1]}, {"span": 2}])
+            pid, mb = PROGRAM + chance.randrange(3), chance.choice([1000, 3000, 8000])
+            with suppress(AcquireTimeoutError):
+                held.append(leased(manager, mb, pid, timeout_seconds=0, **where))
+        # Some live on after their lease, and some take more than they have leased.
+        for taken in source.taken_mb:
+            pid, mb = PROGRAM + chance.randrange(3), chance.choice([0, 500, 2500, 3300])
+            taken.pop(pid, None)
+            taken.update({pid: mb} if mb else {})
+        poll(manager)
+        snapshot = read_snapshot(namespace)
+        for device, taken in zip(snapshot.devices, source.taken_mb, strict=True):
+            rest_mb = sum(taken.values()) - sum(one.shares_mb.get(device.row, 0.0) for one in snapshot.instances)
+            external_mb, returning_mb = device.external_mb, device.returning_mb
+            assert external_mb is not None and external_mb >= 0, step
+            # What an ended lease's program has yet to give back is either awaited or external.
+            assert external_mb + returning_mb >= rest_mb, step
+            assert returning_mb or external_mb == rest_mb, step
+    assert problems(namespace) == []
 
 
 # ---- what an object takes of this process ------------------------------------------------------------------------
