@@ -19,7 +19,7 @@ from fake_drivers import plain_environment as plain_environment  # the fixture
 from mpmm.errors import InvalidArgumentError
 from mpmm.sources.base import MIB, process_exists
 from mpmm.sources.host_memory import HostMemorySource, cgroup_limits, host_memory_mb
-from mpmm.sources.process_tree import is_ending, is_stopped, process_tree, unrelated_to
+from mpmm.sources.process_tree import is_ending, is_stopped, nearest_roots, process_tree, start_time
 
 BALLAST_MB = 64
 SECOND_NS = 10**9
@@ -307,15 +307,15 @@ def test_of_a_process_that_cannot_be_read_nothing_is_known(stat: Path) -> None:
 
 def test_a_process_without_a_parent_descends_from_nobody(stat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stat.write_text("1 (init) S 0 1 1 0 -1 4194560\n")
-    assert unrelated_to([1], [0]) == {1}
+    assert nearest_roots([1], [0]) == {}
     stat.write_text("2 (b) S 1 1 1 0 -1 4194560\n")
-    assert unrelated_to([2], [1]) == set()
+    assert nearest_roots([2], [1]) == {2: 1}
     # It has ended, or there is no such file.
     stat.unlink()
-    assert unrelated_to([2**22 + 7], [1]) == {2**22 + 7}
-    for parent, found in ((0, {1}), (5, set())):
+    assert nearest_roots([2**22 + 7], [1]) == {}
+    for parent, found in ((0, {}), (5, {1: 5})):
         monkeypatch.setattr(psutil, "Process", lambda _, parent=parent: SimpleNamespace(ppid=lambda: parent))
-        assert unrelated_to([1], [0, 5]) == found
+        assert nearest_roots([1], [0, 5]) == found
 
 
 def test_trees_end_whatever_the_kernel_tells_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,9 +333,10 @@ def test_trees_end_whatever_the_kernel_tells_meanwhile(monkeypatch: pytest.Monke
         return parents.get(pid)
 
     monkeypatch.setattr("mpmm.sources.process_tree._parent_of", parent_of)
-    assert unrelated_to([5, 4, 3, 6, 8, 9, 1], [2]) == {3, 6, 8, 9, 1}
+    assert nearest_roots([5, 4, 3, 6, 8, 9, 1], [2]) == {5: 2, 4: 2}
     assert sorted(asked) == [1, 3, 4, 5, 6, 7, 8, 9], "each once"
-    assert unrelated_to([5, 6], []) == {5, 6}
+    assert nearest_roots([5, 6], []) == {}
+    assert nearest_roots([5, 4, 3, 2, 1], [1, 4]) == {5: 4, 4: 4, 3: 1, 2: 1, 1: 1}, "the nearest"
 
 
 @pytest.mark.parametrize("proc", ["as it is", "not there"])
@@ -354,11 +355,20 @@ def test_the_tree_of_a_process_is_itself_and_what_it_has_started(
         assert process_tree(parent.pid) == [parent.pid, child]
         assert process_tree(parent.pid, without={child}) == [parent.pid]
         assert set(process_tree(os.getpid())) >= {os.getpid(), parent.pid, child}
-        assert unrelated_to([parent.pid, child, os.getpid()], [parent.pid]) == {os.getpid()}
-        assert unrelated_to([child, parent.pid], [os.getpid()]) == set()
-        assert unrelated_to([parent.pid], [child]) == {parent.pid}
+        assert nearest_roots([parent.pid, child, os.getpid()], [parent.pid]) == dict.fromkeys(
+            [parent.pid, child], parent.pid
+        )
+        assert nearest_roots([child, parent.pid], [os.getpid()]) == dict.fromkeys([child, parent.pid], os.getpid())
+        assert nearest_roots([parent.pid], [child]) == {}
         parent.stdin.close()
     assert process_tree(parent.pid) == [parent.pid]
+
+
+def test_a_process_is_told_from_a_later_one_with_its_pid_by_when_it_started(stat: Path) -> None:
+    stat.write_text("12 (a b) S 1 12 12 0 -1 4194560 1 0 0 0 2 3 0 0 20 0 1 0 7654 9 9\n")
+    assert start_time(12) == 7654
+    stat.unlink()
+    assert start_time(12) == 0
 
 
 def test_a_process_is_ending_until_it_is_reaped_and_nobody_can_tell_of_one_that_is_not_there() -> None:

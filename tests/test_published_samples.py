@@ -16,6 +16,7 @@ from row_changes import it as it  # the fixture
 
 from mpmm.memory.listed_pids import ListedPids
 from mpmm.memory.samples import SharedSamples
+from mpmm.policy.suspension import Way
 from mpmm.scheduling import Scheduler
 from mpmm.shared_state.layout import Device, Header
 from mpmm.shared_state.namespace import Namespace
@@ -219,6 +220,131 @@ def test_a_server_that_has_ended_is_no_other_program_for_as_long_as_its_memory_m
         assert set(pids.to_measure()) == {OTHER}
         unrelated.append(pids.unrelated({SERVER: 1.0, OTHER: 1.0, STRANGER: 1.0}))
     assert unrelated == [{STRANGER}, {STRANGER}, {STRANGER, SERVER}]
+
+
+ENGINE, PART, ORPHAN, PROGRAM, TOOL = (NOBODYS_PID + number for number in (81, 82, 83, 84, 85))
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """The parent of each process, and when it started: a server has an engine of two processes, and more."""
+    processes = {
+        **{ENGINE: (SERVER, 5), PART: (ENGINE, 6), ORPHAN: (SERVER, 7)},
+        # A server that another one has started, and programs of a worker, one of which a server has started.
+        **{OTHER: (ENGINE, 8), PROGRAM: (WORKER, 9), TOOL: (PROGRAM, 10), WORKER: (SERVER, 1)},
+    }
+    root = "mpmm.sources.process_tree."
+    monkeypatch.setattr(root + "_parent_of", lambda pid: processes.get(pid, (None, 0))[0])
+    monkeypatch.setattr(root + "_children", lambda pid: [child for child, (of, _) in processes.items() if of == pid])
+    monkeypatch.setattr("mpmm.memory.listed_pids.start_time", lambda pid: processes.get(pid, (0, 0))[1])
+    return processes
+
+
+def test_what_a_server_has_started_counts_as_its_own_once(it: RowChanges, started: dict[int, tuple[int, int]]) -> None:
+    it.active(server=3)
+    samples = sees(it)
+    listed = {SERVER: 20.0, ENGINE: 300.0, PART: 40.0, OTHER: 7.0, WORKER: 5.0, TOOL: 100.0, STRANGER: 200.0}
+    changes = it.changes_of(lambda: samples.publish([sample(it, 1, listed)])).splitlines()
+    assert "member 3: MEASURED_MB=360 PEAK_MB=360" in changes and "instance 1: MB=360" in changes
+    assert "member 4: MEASURED_MB=7 PEAK_MB=7" in changes and "member 1: MEASURED_MB=5 PEAK_MB=5" in changes
+    assert it.tables.devices[1].unrelated_mb == 300, "a worker's programs, and the stranger"
+
+
+def test_a_server_is_listed_if_only_its_engine_is_and_shows_that_processes_are_known(
+    it: RowChanges, started: dict[int, tuple[int, int]]
+) -> None:
+    it.poke(Header.SOURCE_MEASURES_PROCESSES, 0)
+    it.active(server=3)
+    samples = sees(it)
+    samples.publish([sample(it, 1, {ENGINE: 300.0})])
+    assert it.words[Header.SOURCE_MEASURES_PROCESSES] == 1
+    assert it.tables.members[3].measured_mb == 300
+
+
+def test_a_process_whose_parent_has_ended_stays_the_servers_for_as_long_as_it_is_that_process(
+    it: RowChanges, started: dict[int, tuple[int, int]]
+) -> None:
+    it.active(server=3)
+    samples = sees(it)
+
+    def measured() -> tuple[float, float]:
+        it.wait(1)
+        samples.server_pids()
+        samples.publish([sample(it, 1, {ORPHAN: 300.0})])
+        return it.tables.members[3].measured_mb, it.tables.devices[1].unrelated_mb
+
+    assert measured() == (300, 0)
+    started[ORPHAN] = 1, 7
+    assert measured() == (300, 0)
+    del started[ORPHAN]
+    assert measured() == (300, 0), "it has ended since the sample"
+    started[ORPHAN] = 1, 70
+    assert measured() == (0, 300), "another process has its pid"
+
+
+def test_what_a_server_has_started_is_no_other_program_while_its_memory_may_come_back(
+    it: RowChanges, started: dict[int, tuple[int, int]]
+) -> None:
+    samples = sees(it)
+
+    def unrelated_mb() -> float:
+        it.wait(1)
+        samples.server_pids()
+        samples.publish([sample(it, 1, {ORPHAN: 300.0})])
+        return it.tables.devices[1].unrelated_mb
+
+    assert unrelated_mb() == 0
+    it.do(lambda t: it.to.members.reap(t, 3), 0)
+    started[ORPHAN] = 1, 7
+    assert unrelated_mb() == 0
+    it.wait(20)
+    assert unrelated_mb() == 300
+
+
+def test_nothing_is_looked_up_while_only_members_are_listed(it: RowChanges, monkeypatch: pytest.MonkeyPatch) -> None:
+    source: Any = SimpleNamespace(measures_processes=True, ignores_names=True)
+    samples, asks = sees(it), mock.Mock(return_value=[])
+    samples._source = source
+    for name in ("_parent_of", "_children", "_stat_of"):
+        monkeypatch.setattr(f"mpmm.sources.process_tree.{name}", asks)
+    samples.server_pids()
+    samples.publish([sample(it, 1, {SERVER: 520.0, WORKER: 30.0})])
+    asks.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("ignores", "knowledge", "named"),
+    [(True, True, False), (True, False, False), (True, None, True), (False, True, True)],
+)
+def test_what_servers_have_started_is_named_to_sources_that_need_it(
+    ignores: bool, knowledge: bool | None, named: bool, it: RowChanges, started: dict[int, tuple[int, int]]
+) -> None:
+    samples = sees(it)
+    source: Any = SimpleNamespace(measures_processes=True, process_knowledge=knowledge, ignores_names=ignores)
+    samples._source = source
+    assert set(samples.server_pids()) == {SERVER, OTHER, *((ENGINE, PART, ORPHAN) if named else ())}
+
+
+@pytest.mark.parametrize("state", ["active", "idle", "suspended"])
+def test_a_copy_whose_servers_other_processes_have_its_memory_is_not_suspended_by_a_checkpoint(
+    state: str, it: RowChanges, started: dict[int, tuple[int, int]]
+) -> None:
+    row = it.active(server=3)
+    it.do(lambda t: it.to.suspensions.note_way(t, row, Way.CHECKPOINT))
+    if state != "active":
+        it.do(lambda t: it.to.holds.release(t, row))
+    if state == "suspended":
+        it.do(lambda t: it.to.suspensions.begin(t, row, 2, False))
+        it.do(lambda t: it.to.suspensions.end(t, row))
+    samples = sees(it)
+    samples.publish([sample(it, 1, {SERVER: 20.0, ENGINE: 0.0})])
+    assert it.tables.instances[row].way == Way.CHECKPOINT
+    it.wait(1)
+    samples.publish([sample(it, 1, {SERVER: 20.0, ENGINE: 300.0}, used_mb=1800.0)])
+    assert samples.is_spread(SERVER) and not samples.is_spread(OTHER)
+    # One that is suspended already needs the way by which it was, and still counts with what is left on the device.
+    assert it.tables.instances[row].way == (Way.CHECKPOINT if state == "suspended" else Way.NONE)
+    assert it.tables.instances[row].mb == 320
 
 
 def test_devices_that_gave_way_are_forgotten_and_the_lock_is_not_taken_for_nothing(it: RowChanges) -> None:

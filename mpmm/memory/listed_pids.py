@@ -6,13 +6,15 @@ Nothing here needs the lock, nor would be safer with it: a process may end at an
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.layout import Instance, Member
 from mpmm.shared_state.liveness import is_member_here, pid_namespace
 from mpmm.shared_state.namespace import Namespace
-from mpmm.sources.process_tree import is_ending, process_tree, unrelated_to
+from mpmm.sources import DeviceSample
+from mpmm.sources.process_tree import is_ending, nearest_roots, process_tree, start_time
 
 __all__ = ["ListedPids"]
 
@@ -26,6 +28,39 @@ class ListedPids:
         self._servers_at_ns: dict[int, int] = {}
         # Generations, by slot, of the members whose pids mean the same processes here.
         self._here: dict[int, int] = {}
+        # The processes in the last samples that model servers have started: when each began, and the server's pid.
+        self._started: dict[int, tuple[int, int]] = {}
+
+    def with_servers(self, samples: Sequence[DeviceSample]) -> tuple[Sequence[DeviceSample], Set[int]]:
+        """Return the samples with what the processes that a server has started take as part of what the server takes.
+
+        The second value: the pids of the servers of which such processes take memory.
+
+        An engine may hold a model in a process of its own, and it is the server's unload that frees this memory.
+        Processes that are counted by themselves are no part of it: members, and programs of leases, each with what it
+        has started. A process whose parent has ended stays the server's. After the server's end, all of them are as it
+        is in `unrelated`.
+        """
+        members, servers = self._members(), self._servers()
+        alone = members | set(self.leases().values())
+        others = {pid for sample in samples for pid in sample.process_mb} - alone
+        # Usually only members are listed, and then no process is looked up.
+        nearest = nearest_roots(others, alone) if others else {}
+        known = servers | self._servers_at_ns.keys()
+        started: dict[int, tuple[int, int]] = {}
+        for pid in others:
+            if nearest.get(pid) in servers:
+                started[pid] = start_time(pid), nearest[pid]
+            elif pid in self._started and pid not in nearest:
+                began, server = self._started[pid]
+                # 0: it has ended since the sample, and the kernel has not reused its pid yet.
+                if server in known and start_time(pid) in (began, 0):
+                    started[pid] = began, server
+        self._started = started
+        if not started:
+            return samples, frozenset()
+        taking = {pid for sample in samples for pid, mb in sample.process_mb.items() if mb > 0}
+        return [_merged(sample, started) for sample in samples], {started[pid][1] for pid in taking & started.keys()}
 
     def members_among(self, listed: Mapping[int, float]) -> set[int]:
         """Return the slots of the members whose pids are listed."""
@@ -37,27 +72,34 @@ class ListedPids:
         return pid_namespace() not in (0, self._namespace.tables.header.pid_namespace)
 
     def unrelated(self, listed: Mapping[int, float]) -> set[int]:
-        """Return which of these processes are neither members, nor programs of leases, nor a server's children.
+        """Return which of these processes are neither members nor programs of leases.
+
+        listed: without the processes that servers have started, see `with_servers`.
 
         Processes that a worker has started without a lease are unrelated: they hold nothing that could be unloaded. A
         server that is ending is no longer a member while the driver still lists it with all of its memory: this memory
         is coming back, and belongs to no other program.
         """
-        tables = self._namespace.tables
-        members = {tables.members[slot].pid for slot in tables.used_members() if self._is_here(slot)}
-        ours = members | {pid for tree in self.programs().values() for pid in tree}
-        unrelated = unrelated_to(set(listed) - ours - self._servers_at_ns.keys(), self._servers())
-        return {pid for pid in unrelated if not is_ending(pid)}
+        ours = self._members() | {pid for tree in self.programs().values() for pid in tree}
+        return {pid for pid in set(listed) - ours - self._servers_at_ns.keys() if not is_ending(pid)}
 
-    def to_measure(self) -> Sequence[int]:
-        """Return the pids of the namespace's model servers, and of programs that have leases."""
+    def to_measure(self, trees: bool = True) -> Sequence[int]:
+        """Return the pids of the namespace's model servers, and of programs that have leases.
+
+        trees: also those of the processes that the servers have started; 0.1 ms for each server.
+        """
         servers = self._servers()
         now_ns = time.monotonic_ns()
         # For as long as memory may take to come back; then it is written off.
         lately_ns = now_ns - to_ns(self._namespace.settings.memory_return_seconds)
         lately = {pid: at_ns for pid, at_ns in self._servers_at_ns.items() if at_ns >= lately_ns}
         self._servers_at_ns = {**lately, **dict.fromkeys(servers, now_ns)}
-        return [*servers, *(pid for tree in self.programs().values() for pid in tree)]
+        programs = self.programs()
+        named = [*servers, *(pid for tree in programs.values() for pid in tree)]
+        if trees:
+            alone = self._members() | programs.keys()
+            named += [pid for server in servers for pid in process_tree(server, alone) if pid != server]
+        return named
 
     def leases(self) -> dict[int, int]:
         """Return the rows of leases whose program is known, each with the program's pid here."""
@@ -97,8 +139,22 @@ class ListedPids:
             self._here[slot] = generation
         return found
 
+    def _members(self) -> set[int]:
+        """Return the pids of all members, as far as they are known here."""
+        tables = self._namespace.tables
+        return {tables.members[slot].pid for slot in tables.used_members() if self._is_here(slot)}
+
     def _servers(self) -> set[int]:
         """Return the pids of the namespace's model servers, as far as they are known here."""
         tables, layout = self._namespace.tables, self._namespace.segment.layout
         slots = tables.rows_where(layout.members, Member.STATE, Member.SERVER)
         return {tables.members[slot].pid for slot in slots if self._is_here(slot)}
+
+
+def _merged(sample: DeviceSample, started: Mapping[int, tuple[int, int]]) -> DeviceSample:
+    """Return a sample in which what these processes take is part of what their servers take."""
+    merged: dict[int, float] = {}
+    for pid, mb in sample.process_mb.items():
+        counted = started[pid][1] if pid in started else pid
+        merged[counted] = merged.get(counted, 0.0) + mb
+    return replace(sample, process_mb=merged)

@@ -52,6 +52,7 @@ class MonitorSource:
     measures_processes = False
     frees_late = False
     cheap = True
+    ignores_names = True
 
     def __init__(self, monitor: MonitorProtocol) -> None:
         self.monitor = monitor

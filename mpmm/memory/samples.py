@@ -22,6 +22,7 @@ from mpmm.sources import (
     MemorySource,
     counts_named_only,
     frees_late,
+    ignores_names,
     process_knowledge,
     what_it_measures,
 )
@@ -64,6 +65,8 @@ class SharedSamples:
         # Whether the source can measure nothing.
         self._blind = False
         self._pids = ListedPids(namespace)
+        # The pids of the model servers of which other processes, which they have started, take memory.
+        self._spread: Set[int] = frozenset()
 
     def describe(
         self, source: MemorySource, devices: Sequence[DeviceInfo], next_in_line: Sequence[int] | None = None
@@ -231,6 +234,7 @@ class SharedSamples:
         timeout_s: the longest wait for the lock.
         """
         # The processes' descendants are looked up before the lock is taken.
+        samples, self._spread = self._pids.with_servers(samples)
         listed: dict[int, float] = {}
         for sample in samples:
             for pid, mb in sample.process_mb.items():
@@ -337,6 +341,8 @@ class SharedSamples:
             pid, instance = member.pid, member.instance
             devices = 0 if instance is None else tables.instances[instance].device_bits
             listed = slot in here and pid in news.measured
+            if pid in self._spread and slot in here:
+                self._namespace.transitions.suspensions.end_checkpoints(t, slot)
             if instance is None and member.state == Member.WORKER:
                 self._measure_worker(t, slot, news, news.measured[pid] if listed else {}, taken_ns)
                 continue
@@ -382,8 +388,18 @@ class SharedSamples:
             self._namespace.transitions.devices.reset_peaks(t)
 
     def server_pids(self) -> Sequence[int]:
-        """Return the pids of the namespace's model servers, and of programs that have leases. Without the lock."""
-        return self._pids.to_measure()
+        """Return the pids of the namespace's model servers, and of programs that have leases. Without the lock.
+
+        Also those of the processes that servers have started, if the source needs them: to add up what they take, or to
+        find out that it lists processes of ours, because a server may take nothing beside its engine's process.
+        """
+        source = self._source
+        lists_them = source is not None and ignores_names(source) and process_knowledge(source) is not None
+        return self._pids.to_measure(trees=not lists_them)
+
+    def is_spread(self, pid: int) -> bool:
+        """Tell whether, by this process's last sample, other processes than a server's own (pid) have its memory."""
+        return pid in self._spread
 
     def _share_out(self, t: Transaction, news: _News, programs: Mapping[int, Sequence[int]]) -> None:
         """Record with each lease what its program takes of each device; several leases of one are filled one by one.

@@ -151,6 +151,7 @@ class AmdSource:
     name = "amdsmi"
     frees_late = True
     cheap = False
+    ignores_names = True
 
     def __init__(self, retry_s: float = RETRY_S) -> None:
         """Initialise the library. Raises SourceUnavailableError: no package, no driver, no visible device."""

@@ -25,6 +25,7 @@ __all__ = [
     "MemorySource",
     "counts_named_only",
     "frees_late",
+    "ignores_names",
     "is_accounting_only",
     "larger_whole",
     "process_exists",
@@ -105,6 +106,7 @@ class MemorySource(Protocol):
     frees_late: freed memory may show up seconds after an unload; see `frees_late`.
     accounting_only: it knows only totals; see `is_accounting_only`.
     counts_named_only: its figure counts only the processes named to `sample`; see `counts_named_only`.
+    ignores_names: its figures are the same whichever processes are named to `sample`; see `ignores_names`.
     process_knowledge: `measures_processes` with a third value, None, for a source that may still show processes; see
         `process_knowledge`. Without it, `measures_processes` alone decides.
     """
@@ -169,6 +171,14 @@ def counts_named_only(source: MemorySource) -> bool:
     Then the memory of other processes, such as workers that hold objects of their own, is in no figure at all.
     """
     return bool(getattr(source, "counts_named_only", False))
+
+
+def ignores_names(source: MemorySource) -> bool:
+    """Return whether the figures of `source` are the same whichever processes are named to `sample`.
+
+    It may list all processes, or none. Then mpmm need not look up, before each sample, what servers have started.
+    """
+    return bool(getattr(source, "ignores_names", False))
 
 
 def process_knowledge(source: MemorySource) -> bool | None:

@@ -19,6 +19,7 @@ class BookedSource:
     measures_processes = False
     frees_late = False
     cheap = True
+    ignores_names = True
     accounting_only = True
 
     def __init__(self, total_mb: float) -> None:

@@ -83,6 +83,7 @@ class NvidiaSmiSource:
     measures_processes = False
     frees_late = True
     cheap = False
+    ignores_names = True
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
         """List the GPUs. Raises SourceUnavailableError: no program, no driver, no visible device.

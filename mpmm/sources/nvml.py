@@ -92,6 +92,7 @@ class NvmlSource:
     name = "nvml"
     frees_late = True
     cheap = True
+    ignores_names = True
 
     def __init__(self, retry_s: float = RETRY_S) -> None:
         """Initialise NVML. Raises SourceUnavailableError: no library, no driver, no visible device."""

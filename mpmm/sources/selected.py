@@ -11,6 +11,7 @@ from mpmm.sources.base import (
     MemorySource,
     counts_named_only,
     frees_late,
+    ignores_names,
     is_accounting_only,
     process_knowledge,
 )
@@ -30,6 +31,7 @@ class SelectedDevices:
         self.cheap = source.cheap
         self.accounting_only = is_accounting_only(source)
         self.counts_named_only = counts_named_only(source)
+        self.ignores_names = ignores_names(source)
         there = source.devices()
         for wanted in chosen:
             if not any(wanted in (info.index, info.uuid) for info in there):

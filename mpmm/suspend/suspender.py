@@ -106,6 +106,9 @@ class Suspender:
             return Way.NONE
         if record.sleeps:
             return Way.COOPERATIVE
+        if self._samples.is_spread(record.pid):
+            # The driver's checkpoint would move only what the server's own process has.
+            return Way.NONE
         # A process that serves the object beside other work must not be stopped.
         return Way.CHECKPOINT if record.spawned and self._may_checkpoint(row) else Way.NONE
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from mpmm.policy.suspension import Unsuspendable
+from mpmm.policy.suspension import Unsuspendable, Way
 from mpmm.policy.view import Reason
 from mpmm.shared_state.events import Cause, EventKind, placed
 from mpmm.shared_state.layout import Header, Instance, Member, Model
@@ -60,6 +60,19 @@ class Suspensions(Part):
     def note_way(self, t: Transaction, row: int, way: int) -> None:
         """Record how a copy that has just been loaded can be suspended."""
         t.set(self._tables.instance(row) + Instance.WAY, way)
+
+    def end_checkpoints(self, t: Transaction, server: int) -> None:
+        """Record that the driver cannot suspend the copy of a server (slot), because other processes have its memory.
+
+        The driver's checkpoint moves the memory of one process. A copy that is suspended, or about to be, or resumed,
+        stays as it is.
+        """
+        words = self._segment.words
+        row = words[self._tables.member(server) + Member.INSTANCE]
+        at = self._tables.instance(row - 1) if row else 0
+        serves = row and words[at + Instance.SERVER] == server + 1
+        if serves and words[at] in (Instance.ACTIVE, Instance.IDLE) and words[at + Instance.WAY] == Way.CHECKPOINT:
+            t.set(at + Instance.WAY, Way.NONE)
 
     def expect(self, t: Transaction, model: int, suspend_s: float, resume_s: float) -> None:
         """Record how long a model (row) took to suspend and to resume in an earlier run, 0 unknown."""
