@@ -200,6 +200,7 @@ class Reference:
             resume_s=model.resume_s,
             coming_s=resume_s(self.movable(newest_row)) if resumes else 0.0,
             bound_mb=model.at_least_mb,
+            measured=bool(model.known and model.measured),
             users=1 + seats / len(loaded) if loaded else float(model.users or 1),
         )
 

@@ -175,10 +175,14 @@ def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: floa
 
 
 def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
-    """Return a function that says how many MB a ticket needs; an unknown model is tried on a whole device at most."""
+    """Return a function that says how many MB a ticket needs.
+
+    An unknown model is tried on a whole device at most, and so is one that was measured to take more.
+    """
     unknown = {model.row for model in snapshot.models if model.estimate_mb is None and model.expect_mb is None}
+    tried = unknown | {model.row for model in snapshot.models if model.measured}
     largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
-    return lambda ticket: min(ticket.need_mb, largest) if ticket.model in unknown else ticket.need_mb
+    return lambda ticket: min(ticket.need_mb, largest) if ticket.model in tried else ticket.need_mb
 
 
 def expected_waits(snapshot: Snapshot) -> Callable[[TicketInfo], float]:

@@ -128,7 +128,7 @@ class Planner:
 
     def _grant_idle(self, order: list[TicketView]) -> dict[int, Grant]:
         """Grant idle instances to waiters that can use them, as far as these may overtake others."""
-        state, models = self._state, self._view.models
+        state = self._state
         granted: dict[int, Grant] = {}
         kept: set[int] = set()
         # Devices that are drained for a waiter that runs alone.
@@ -144,7 +144,7 @@ class Planner:
                 why = Why(Reason.OVERTAKES, other=overtaken.model) if overtaken else Why(Reason.IDLE_COPY)
                 granted[ticket.row] = Grant(ticket.row, instance.row, why)
                 continue
-            model = models[ticket.model]
+            model = state.model_for(ticket)
             if left_s(model) > 0:
                 # During the back-off nothing is kept for it, or drained.
                 continue
@@ -192,7 +192,7 @@ class Planner:
     def _decide(self, ticket: TicketView) -> Decision | None:
         """Return what happens to a waiter that gets no idle instance; None if it waits behind others."""
         state = self._state
-        model = state.models[ticket.model]
+        model = state.model_for(ticket)
         if ticket.resumes:
             return self._only_resume(ticket, model)
         if ticket.preload and self._has_enough(ticket, model):
@@ -328,7 +328,7 @@ class Planner:
             return None
         state, best, most = self._state, None, model.waiting
         for other in self._order:
-            wanted = state.models[other.model]
+            wanted = state.model_for(other)
             if wanted.waiting <= most or other.row in self._early or not _is_of_the_many(other):
                 continue
             if wanted.copies or wanted.lease or state.must_run_alone(other, wanted):

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 
-from mpmm.policy.admission import free_mb, limit_mb
+from mpmm.policy.admission import free_mb, largest_limit_mb, limit_mb
 from mpmm.policy.eviction import EvictionPlan
 from mpmm.policy.fairness import may_be_leased_before
 from mpmm.policy.sharing import seen_so_far
@@ -186,7 +186,15 @@ class PlanState:
 
         So it is at most the largest part of a device that can become free, beside external memory and current leases,
         with nothing else of ours there.
+
+        A measured estimate above the limit counts as the limit, because a copy has just run there: it took less when it
+        was loaded, and grew into the slack while it was used, as caching allocators do. The limit depends on the
+        settings and on the devices where the waiter may load, so the estimate itself stays as it was measured. What
+        users say that a model takes is refused if it is above the limit.
         """
+        if model.measured:
+            largest = largest_limit_mb(self.allowed_for(ticket), self.slack, ticket.span) * ticket.span
+            return min(model.need_mb, largest) if largest > 0 else model.need_mb
         if model.known:
             return model.need_mb
         best = sorted(
@@ -195,6 +203,14 @@ class PlanState:
         )
         reach = best[-ticket.span] * ticket.span if len(best) >= ticket.span else 0.0
         return min(model.need_mb, reach) if reach > 0 else model.need_mb
+
+    def model_for(self, ticket: TicketView) -> ModelView:
+        """Return a waiter's model, with what its load needs instead of a measured estimate above the limit."""
+        model = self.models[ticket.model]
+        if not model.measured:
+            return model
+        need_mb = self.need_mb(ticket, model)
+        return model if need_mb == model.need_mb else replace(model, need_mb=need_mb)
 
     def suspended_for(self, ticket: TicketView) -> SuspendedInstance | None:
         """Return the suspended instance that a waiter can use soonest; None if there is none."""

@@ -17,12 +17,16 @@ _CAN_BE_SHARED = (Instance.ACTIVE, Instance.IDLE, Instance.LOADING)
 
 @dataclass(slots=True)
 class ModelSize:
-    """What is known about the memory of a copy, in MB, 0 for nothing. known: there is an estimate."""
+    """What is known about the memory of a copy, in MB, 0 for nothing.
+
+    known: there is an estimate. measured: it was read from processes, in this run or an earlier one.
+    """
 
     known: bool
     estimate_mb: float
     expect_mb: float
     at_least_mb: float
+    measured: bool = False
 
 
 @dataclass(slots=True)
@@ -91,6 +95,7 @@ class ModelReads:
             floats[at + Model.ESTIMATE_MB],
             floats[at + Model.EXPECT_MB],
             floats[at + Model.AT_LEAST_MB],
+            words[at + Model.MEASURED] != 0,
         )
 
     def is_sized(self, model: int) -> bool:
