@@ -244,7 +244,9 @@ def test_what_a_server_has_started_counts_as_its_own_once(it: RowChanges, starte
     it.active(server=3)
     samples = sees(it)
     listed = {SERVER: 20.0, ENGINE: 300.0, PART: 40.0, OTHER: 7.0, WORKER: 5.0, TOOL: 100.0, STRANGER: 200.0}
-    changes = it.changes_of(lambda: samples.publish([sample(it, 1, listed)])).splitlines()
+    changes = it.changes_of(
+        lambda: samples.publish([sample(it, 0, {}), sample(it, 1, listed), sample(it, 2, {})])
+    ).splitlines()
     assert "member 3: MEASURED_MB=360 PEAK_MB=360" in changes and "instance 1: MB=360" in changes
     assert "member 4: MEASURED_MB=7 PEAK_MB=7" in changes and "member 1: MEASURED_MB=5 PEAK_MB=5" in changes
     assert it.tables.devices[1].unrelated_mb == 300, "a worker's programs, and the stranger"
