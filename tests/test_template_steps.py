@@ -97,6 +97,7 @@ class Imports(Template):
         self.read: set[str] = set()
         watch: Any = SimpleNamespace(
             begin=lambda: self.done.append("begin"),
+            end=lambda: self.done.append("end"),
             reads=self.reads,
             problem=lambda: None if self.left == "threads" else self.left,
             known=lambda name: self.done.append(("known", name)),
@@ -140,7 +141,7 @@ def test_a_template_imports_what_it_lacks_and_runs_its_hooks_whatever_they_do(im
         ("json:failing", ["json"], [], "json"),
     ):
         imports.make_ready(name)
-        expected = ["begin", *(("import", one) for one in imported), *ran, reset, ("reads but by", reader)]
+        expected = ["begin", *(("import", one) for one in imported), *ran, "end", reset, ("reads but by", reader)]
         assert imports.done == expected, name
         imports.done.clear()
     imports.make_ready("json")
@@ -176,7 +177,7 @@ def test_a_template_goes_on_after_an_import_that_left_nothing_and_watches_the_fi
     for name in (*FIRST, "new_module"):
         imports.make_ready(name)
         known = [("known", name)] if name in FIRST else []
-        assert imports.done[4:] == known, name
+        assert imports.done[5:] == known, name
         imports.done.clear()
     assert (imports.unforkable, imports.modules) == (False, ["more"])
 

@@ -308,6 +308,31 @@ def test_a_module_that_leaves_what_servers_cannot_share_is_not_imported_before_a
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import uuid\nkept = str(uuid.uuid4())",
+        "import tempfile\nkept = tempfile.mkdtemp()",
+        "kept = os.getpid()",
+        "import secrets\nkept = secrets.token_hex(4)",
+    ],
+    ids=["ID", "SCRATCH", "PID", "TOKEN"],
+)
+def test_what_a_module_draws_or_makes_as_it_is_imported_differs_between_servers(
+    path: str, modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    name = modules("mpmm_test_keeps", code)
+    first = shared(path, "first", Imports(name))
+    # The next servers are ordered from this template, or because of it from none.
+    wait_until(lambda: len(pids_that_imported(modules, name)) >= 2, LEARN_TIMEOUT_S, lambda: "no template tries")
+    servers = [first, *(shared(path, f"tag {number}", Imports(name)) for number in range(4))]
+    kept = [proxy.value("kept") for proxy in servers]
+    assert len(set(kept)) == 5, kept
+    if "getpid" in code:
+        assert kept == [proxy.pid() for proxy in servers]
+
+
 def test_a_template_imports_with_the_folder_and_the_arguments_of_the_server(
     path: str, modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

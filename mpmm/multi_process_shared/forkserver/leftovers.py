@@ -12,6 +12,9 @@ imported the module would share it with all others. So the template checks itsel
     signal handlers                                        kept, except for the signals that end a server
     descriptors, threads, child processes, memory that     a reason not to import the module before a fork: all servers
       is shared for writing, another working directory       would have the same one, or none
+    a user's module's pid, random bytes (`uuid.uuid4()`,   the same
+      `secrets`) and temporary names, anyone's temporary
+      files that still exist (see `noted_calls`)
     values read from a variable that differs from server   a reason to have a template for each value
       to server (`CUDA_VISIBLE_DEVICES`, `MPMM_LEASE_MB`)
 """
@@ -28,6 +31,8 @@ import weakref
 from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
+
+from mpmm.multi_process_shared.forkserver.noted_calls import NotedCalls
 
 __all__ = ["PER_PROCESS_VARIABLES", "Watch"]
 
@@ -88,6 +93,7 @@ class Watch:
         self._torch_seed: int | None = None
         # NumPy's bit generators for which it drew a seed.
         self._drawn: list[Any] = []
+        self._calls = NotedCalls()
         self._watch_random()
         self._folder = os.getcwd()
         self._before: tuple[dict[int, str], set[str], set[str]] = ({}, set(), set())
@@ -95,10 +101,15 @@ class Watch:
     # ---- in the template -----------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Record the state before an import."""
+        """Record the state before an import, and start noting calls; `end` must follow."""
         _reads.clear()
         self._numpy_drew = False
         self._before = (_descriptors(), _shared_mappings(), _children())
+        self._calls.begin()
+
+    def end(self) -> None:
+        """Note no more calls: the import has ended."""
+        self._calls.end()
 
     def reads(self, but_by: str = "") -> set[str]:
         """Return the variables that differ from server to server and were read since `begin`.
@@ -119,7 +130,7 @@ class Watch:
             return "a child process"
         if _working_directory() != self._folder:
             return "another working directory"
-        return self._generators()
+        return self._calls.problem() or self._generators()
 
     def known(self, name: str) -> None:
         """Note the state of a library's generator right after the import of `name`, one of FIRST."""
@@ -141,7 +152,7 @@ class Watch:
                 return int(draw(bits))
 
             library.bit_generator.randbits = note_draw
-            self._watches_draws = True
+            self._watches_draws = self._calls.numpy_is_watched = True
         if name == "torch":
             with contextlib.suppress(Exception):
                 self._torch_seed = library.initial_seed()

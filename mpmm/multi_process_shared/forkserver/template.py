@@ -118,6 +118,8 @@ class Template(ForkParent):
         except BaseException:
             # The server will do this itself, and fail where the error is seen.
             pass
+        finally:
+            self.watch.end()
         # Undo handlers of imports: SIGTERM must end this process, and a server that has not installed its own handler.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # What a hook's own module reads makes no difference: all servers of this kind call the hook, and no others do.
