@@ -83,7 +83,7 @@ def test_small_arrays_of_plain_numbers_have_a_short_pickle_and_others_that_of_nu
     read_only.flags.writeable = False
     for array, arguments in (
         (writable, ((6,), "<i8", bytearray(writable.tobytes()))),
-        (read_only, ((6,), "<i8", read_only.tobytes())),
+        (read_only, ((6,), "<i8", bytearray(read_only.tobytes()))),
         (np.ones((2, 3), "f4"), ((2, 3), "<f4", bytearray(np.ones(6, "f4").tobytes()))),
         (np.zeros(LARGE_BYTES - 1, "u1"), ((LARGE_BYTES - 1,), "|u1", bytearray(LARGE_BYTES - 1))),
     ):
@@ -97,6 +97,36 @@ def test_small_arrays_of_plain_numbers_have_a_short_pickle_and_others_that_of_nu
         "not contiguous": np.arange(10)[::2],
     }.items():
         assert pickling._reduce_array(array)[0] is not np.ndarray, name
+
+
+def test_arrays_arrive_writable_with_one_more_copy_only_of_read_only_ones() -> None:
+    large = np.arange(float(LARGE_BYTES))
+    for name, array in {
+        "small": np.arange(6.0),
+        "without a dimension": np.array(3.0),
+        "texts": np.array(["a", "b"]),
+        "objects": np.array([1, "two"], dtype=object),
+        "small, in Fortran order": np.asfortranarray(np.ones((2, 3))),
+        "small, not contiguous": np.arange(10)[::2],
+        "large": large,
+        "large, in Fortran order": np.asfortranarray(large.reshape(256, 256)),
+        "large, not contiguous": large[::2],
+    }.items():
+        for is_writable in (True, False):
+            sent = array.view()
+            sent.flags.writeable = is_writable
+            message = pickling.dump(sent)
+            found = pickling.load(message)
+            np.testing.assert_array_equal(found, array, name)
+            assert found.flags.writeable, name
+            assert found.flags.f_contiguous == array.flags.f_contiguous or not array.flags.forc, name
+            if is_writable and array.flags.forc and message.buffers:
+                assert np.shares_memory(np.frombuffer(message.buffers[0]), array), name
+            assert sent.flags.writeable == is_writable, name
+    of_bytes = np.frombuffer(bytes(range(8)), np.uint8)
+    found = pickling.load(pickling.dump(of_bytes))
+    found += 1
+    assert list(of_bytes) == list(range(8))
 
 
 def make_tensor_class() -> Any:

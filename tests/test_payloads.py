@@ -83,11 +83,15 @@ ARRAYS: dict[str, Any] = {
 # Arrival.
 
 
-def test_arrays_arrive_as_from_a_plain_pickle(proxy: Any) -> None:
+def test_arrays_arrive_as_from_a_plain_pickle_but_writable(proxy: Any) -> None:
     wrong = {}
     for name, array in ARRAYS.items():
+        expected = pickle.loads(pickle.dumps(array, 5))
+        if name.startswith("read-only"):
+            assert not expected.flags.writeable
+            expected = expected.copy(order="K")
         try:
-            assert_same(proxy.echo(array), pickle.loads(pickle.dumps(array, 5)))
+            assert_same(proxy.echo(array), expected)
         except Exception as error:
             wrong[name] = error
     assert wrong == {}
@@ -151,6 +155,16 @@ def test_data_frames_arrive_equal(proxy: Any) -> None:
     pandas = pytest.importorskip("pandas", reason="needs pandas")
     frame = pandas.DataFrame({"a": np.arange(50_000), "b": np.arange(50_000) / 3, "c": ["text"] * 50_000})
     pandas.testing.assert_frame_equal(proxy.echo(frame), frame)
+
+
+def test_a_column_of_pandas_arrives_as_an_array_that_can_be_changed(proxy: Any) -> None:
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    for count in (4, LARGE):
+        # Read-only from pandas 3 on.
+        column = pandas.Series(np.arange(float(count))).to_numpy()
+        found = proxy.echo(column)
+        found -= found.mean()
+        assert found[0] == -(count - 1) / 2
 
 
 def test_tensors_on_the_cpu_arrive_equal(proxy: Any) -> None:

@@ -8,8 +8,8 @@ one line, traceback))`.
 A client has received what an answer has lent if it sends anything after that on the same connection: its next request,
 or FAREWELL before it closes the connection. Otherwise it was interrupted or has died, and the server drops the parts.
 
-`rpc.pickling` decides which buffers are large and sent beside the pickle. The receiver gets them in memory of its own,
-writable if the sender's was.
+`rpc.pickling` decides which buffers are large and sent beside the pickle. The receiver gets them in memory of its
+own.
 """
 
 from __future__ import annotations
