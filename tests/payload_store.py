@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copyreg
+import multiprocessing
 import os
 import pickle
 import signal
 import weakref
 from array import array as number_array
 from contextlib import suppress
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,18 @@ class Store:
 
     def fail_with(self, thing: Any) -> None:
         raise CarriesArray(thing)
+
+    def views(self) -> list[Any]:
+        table = {"a": 1}
+        return [table.keys(), table.values(), table.items()]
+
+    def fail_with_attribute(self, thing: Any) -> None:
+        error = ValueError("carries it")
+        error.thing = thing  # type: ignore[attr-defined]  # as programs add to exceptions
+        raise error
+
+    def open_pipe(self) -> Any:
+        return multiprocessing.Pipe()[0]
 
     def pid(self) -> int:
         return os.getpid()
@@ -137,3 +151,20 @@ def reduce_registered(thing: Registered) -> tuple[Any, ...]:
 
 
 copyreg.pickle(Registered, reduce_registered)
+
+
+class RegisteredAsBeamExpects:
+    """Pickled only by a reducer in the table of multiprocessing."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("the registered reducer comes first")
+
+
+def reduce_as_beam_expects(thing: RegisteredAsBeamExpects) -> tuple[Any, ...]:
+    return RegisteredAsBeamExpects, (thing.number + 1,)
+
+
+reduction.register(RegisteredAsBeamExpects, reduce_as_beam_expects)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib.util
 import mmap
 import multiprocessing
@@ -75,6 +76,76 @@ def test_a_process_without_numpy_sends_large_buffers_as_well(monkeypatch: pytest
     message = pickling.dump(pickle.PickleBuffer(large.data))
     assert [bytes(buffer) for buffer in message.buffers] == [large.tobytes()]
     assert pickling.load(pickling.dump({"a": 1})) == {"a": 1}
+
+
+class OwnConnection(Connection):
+    """A connection of a program's own class."""
+
+
+class SaysHow(socket.socket):
+    """A socket whose class says how it is pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return str, ("says how",)
+
+
+class Pet:
+    """Pickled as a program has registered it with multiprocessing."""
+
+
+def reduce_pet(pet: Pet) -> Any:
+    return str, ("as registered",)
+
+
+@pytest.mark.parametrize("has_numpy", [True, False])
+def test_types_are_pickled_as_registered_and_bare_descriptors_are_refused(
+    has_numpy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_numpy:
+        monkeypatch.delitem(sys.modules, "numpy")
+    monkeypatch.setitem(pickling._REGISTERED, Pet, reduce_pet)
+    assert pickling.load(pickling.dump([Pet()])) == ["as registered"]
+    assert pickle.loads(pickling.plain(Pet())) == "as registered"
+    assert pickling.load(pickling.dump({1: 2}.items())) == [(1, 2)]
+    # Better than multiprocessing, which leaves its attributes out.
+    part = functools.partial(int, base=2)
+    part.__dict__["note"] = "kept"
+    assert vars(pickling.load(pickling.dump(part))) == {"note": "kept"}
+    assert pickling.load(pickling.dump([1].count))(1) == 1
+    first, second = socket.socketpair()
+    with first, second, Connection(os.dup(first.fileno())) as line, OwnConnection(os.dup(first.fileno())) as own:
+        for thing in (first, line, own):
+            for dump in (pickling.dump, pickling.plain):
+                with pytest.raises(TypeError, match=f"a {type(thing).__name__} is a file descriptor of this process"):
+                    dump(["deep", thing])
+        with SaysHow(fileno=os.dup(first.fileno())) as says:
+            assert pickling.load(pickling.dump(says)) == "says how"
+        # A program may know a way.
+        monkeypatch.setitem(pickling._REGISTERED, Connection, reduce_pet)
+        assert pickling.load(pickling.dump(line)) == "as registered"
+
+
+def test_an_exception_leaves_a_bare_descriptor_behind() -> None:
+    first, second = socket.socketpair()
+    with first, second, Connection(os.dup(first.fileno())) as line:
+        own: Any = raised_by(Own("one", two=line))
+        assert vars(own) == {"one": "one"}
+        found = raised_by(ValueError(line))
+        assert type(found) is RemoteCallError
+
+
+def test_tensors_are_not_shared_as_torch_registers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduce_storage(thing: object) -> Any:
+        return str, ("shared",)
+
+    def reduce_event(thing: object) -> Any:
+        return str, ("event",)
+
+    for reducer, expected in ((reduce_storage, Pet), (reduce_event, str)):
+        monkeypatch.setattr(reducer, "__module__", "torch.multiprocessing.reductions")
+        monkeypatch.setattr(reducer, "__qualname__", reducer.__name__)
+        monkeypatch.setitem(pickling._REGISTERED, Pet, reducer)
+        assert type(pickling.load(pickling.dump(Pet()))) is expected
 
 
 def test_small_arrays_of_plain_numbers_have_a_short_pickle_and_others_that_of_numpy() -> None:

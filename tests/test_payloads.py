@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from array import array as number_array
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, SupportsIndex
@@ -20,7 +23,7 @@ import numpy as np
 import payloads
 import pytest
 from patience import DEADLINE_S
-from payload_store import CallsWhenUnpickled, CarriesArray, HasBuffer, Registered, Subclass
+from payload_store import CallsWhenUnpickled, CarriesArray, HasBuffer, Registered, RegisteredAsBeamExpects, Subclass
 from payloads import LARGE, LARGER_THAN_A_BUFFER, NUMBERS, acquired, assert_same
 
 from mpmm.multi_process_shared.rpc import pickling, receive_buffers
@@ -201,6 +204,38 @@ def test_a_tensor_on_an_accelerator_is_pickled_as_torch_does(monkeypatch: pytest
 
 def test_reducers_that_others_have_registered_are_used(proxy: Any) -> None:
     assert proxy.echo([NUMBERS, Registered(1)])[1].number == 3
+    assert proxy.echo([NUMBERS, RegisteredAsBeamExpects(1)])[1].number == 3
+    with pytest.raises(ValueError, match="carries it") as caught:
+        proxy.fail_with_attribute(RegisteredAsBeamExpects(1))
+    error: Any = caught.value
+    assert error.thing.number == 3
+
+
+def test_views_of_a_dict_arrive_as_lists_as_with_beam(proxy: Any) -> None:
+    assert proxy.views() == [["a"], [1], [("a", 1)]]
+    assert proxy.echo({"a": 1}.values()) == [1]
+
+
+def test_what_is_only_a_descriptor_is_refused_and_the_server_keeps_its_own(spawned: Any) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    one, other = socket.socketpair()
+    with ours, theirs, one, other:
+        before = spawned.descriptors()
+        for thing in (ours, one):
+            for wrong in (thing, [NUMBERS, thing]):
+                with pytest.raises(TypeError, match=r"a .* is a file descriptor of this process"):
+                    spawned.echo(wrong)
+        # A result that cannot be sent stays there.
+        pipe = spawned.open_pipe()
+        assert not isinstance(pipe, Connection)
+        assert pipe.readable
+        del pipe
+        gc.collect()
+        # Its other end was closed at once.
+        assert spawned.echo(1) == 1
+        assert spawned.descriptors() == before
+        ours.send(1)
+        assert theirs.recv() == 1
 
 
 def test_a_call_in_the_middle_of_unpickling_does_not_disturb_the_answer(spawned: Any) -> None:

@@ -10,6 +10,11 @@ change, and plain pickle can load the result.
                         arrays, and unlike tensors that torch pickles, two of them do not share memory afterwards
     other buffers       those that classes wrap in `pickle.PickleBuffer` (pandas, pyarrow); when such a class is
                         unpickled, it may be given any kind of buffer
+    what programs register with `multiprocessing.reduction.register`, and views of dicts, which arrive as lists: as
+                        with Beam, which sends messages by multiprocessing's own pickler
+    sockets, Connections are refused: those are numbers of files of one process. Plain pickle would send the number of a
+                        Connection, and the copy would close whatever file has that number in the other process.
+                        Multiprocessing hands over the file itself, but only to processes with its own authkey
 
 No library is imported for this: a library that has not been imported yet has no objects that could be pickled.
 """
@@ -19,17 +24,23 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NoReturn
 
 from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Message
 
-__all__ = ["PROTOCOL", "dump", "load"]
+__all__ = ["PROTOCOL", "dump", "load", "plain"]
 
 PROTOCOL = 5
 _PLAIN_NUMBERS = "biufc"
 _Reducer = Callable[[Any], Any]
+# What ForkingPickler keeps for `register`; it has no other way to read it.
+_REGISTERED: dict[type, _Reducer] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # not in typeshed
+_OF_TORCH = "torch.multiprocessing.reductions"
 
 
 def dump(thing: object) -> Message:
@@ -44,12 +55,16 @@ def dump(thing: object) -> Message:
         buffers.append(view)
         return False
 
-    if "numpy" not in sys.modules:
-        # Without NumPy, torch does not give access to its tensors' memory.
-        return Message(pickle.dumps(thing, PROTOCOL, buffer_callback=keep_in_pickle), buffers)
     file = io.BytesIO()
     _Pickler(file, PROTOCOL, buffer_callback=keep_in_pickle).dump(thing)
     return Message(file.getvalue(), buffers)
+
+
+def plain(thing: object) -> bytes:
+    """Return a pickle of `thing` with all its buffers in it. Raises what pickle raises."""
+    file = io.BytesIO()
+    _Pickler(file, PROTOCOL).dump(thing)
+    return file.getvalue()
 
 
 def load(message: Message) -> Any:
@@ -58,22 +73,60 @@ def load(message: Message) -> Any:
 
 
 class _Reducers(dict[type, _Reducer]):
-    """Reducers by type: ours for arrays and tensors, copyreg's for the rest."""
+    """Reducers by type: ours for arrays, tensors and views of dicts, then multiprocessing's and copyreg's."""
 
     def __missing__(self, kind: type) -> _Reducer:
         if kind.__module__ in ("numpy", "torch"):
             if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
                 self[kind] = _reduce_array
                 return _reduce_array
-            if kind is getattr(sys.modules.get("torch"), "Tensor", None):
+            # Without NumPy, torch does not give access to its tensors' memory.
+            if "numpy" in sys.modules and kind is getattr(sys.modules.get("torch"), "Tensor", None):
                 self[kind] = _reduce_tensor
                 return _reduce_tensor
-        reducer: _Reducer = copyreg.dispatch_table[kind]
-        return reducer
+        reducer = _REGISTERED.get(kind)
+        if reducer is None or _is_left_out(reducer):
+            reducer = copyreg.dispatch_table.get(kind)
+        if reducer is not None:
+            return reducer
+        if issubclass(kind, (socket.socket, Connection)) and not _says_how(kind):
+            return _refuse
+        raise KeyError(kind)
+
+
+def _says_how(kind: Any) -> bool:
+    """Tell whether a class defines how its objects are pickled."""
+    return kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__
+
+
+def _is_left_out(reducer: _Reducer) -> bool:
+    """Tell whether a reducer that is registered with multiprocessing is not used here.
+
+    Its own are for methods and partial objects, for which pickle has a better one, for descriptors, and for what
+    children inherit. Those of torch would have the processes share memory, which lasts only while both live; but events
+    of a GPU can be sent in no other way.
+    """
+    module = getattr(reducer, "__module__", None) or ""
+    if module == _OF_TORCH:
+        return getattr(reducer, "__name__", "") != "reduce_event"
+    return module.startswith("multiprocessing.")
+
+
+def _reduce_view(view: Any) -> Any:
+    return list, (list(view),)
+
+
+def _refuse(thing: Any) -> NoReturn:
+    raise TypeError(
+        f"a {type(thing).__name__} is a file descriptor of this process and cannot be sent to another one: send the "
+        "address of a socket or multiprocessing.connection.Listener instead, to which the other process connects"
+    )
 
 
 class _Pickler(pickle.Pickler):
-    dispatch_table = _Reducers()
+    dispatch_table = _Reducers(
+        {type({}.keys()): _reduce_view, type({}.values()): _reduce_view, type({}.items()): _reduce_view}
+    )
 
 
 def _reduce_array(array: Any) -> Any:

@@ -94,7 +94,7 @@ def encode_error(error: BaseException) -> Message:
     # SystemExit and KeyboardInterrupt would end the caller for something that happened elsewhere.
     if isinstance(error, Exception):
         try:
-            pickled = pickle.dumps(_portable(error), pickling.PROTOCOL)
+            pickled = pickling.plain(_portable(error))
         except Exception:
             pickled = None
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -148,7 +148,7 @@ def _picklable(state: dict[str, Any]) -> dict[str, Any]:
 
 def _can_pickle(value: object) -> bool:
     try:
-        pickle.dumps(value, pickling.PROTOCOL)
+        pickling.plain(value)
     except Exception:
         return False
     return True
