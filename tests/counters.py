@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,19 @@ import psutil
 from patience import DEADLINE_S
 
 from mpmm.multi_process_shared import MultiProcessShared
+
+
+class Lazy:
+    """Has a method only once it has loaded."""
+
+    predict: Callable[[int], int]
+
+    def load(self) -> None:
+        self.predict = _double
+
+
+def _double(number: int) -> int:
+    return 2 * number
 
 
 class Counter:

@@ -162,6 +162,22 @@ def test_a_host_answers_requests_for_its_object(host: Host) -> None:
         decode_answer(junk, "it", "?")
 
 
+def test_a_host_knows_the_methods_that_its_object_has_gained(host: Host) -> None:
+    token = host.acquire()
+    with pytest.raises(AttributeError, match="'it' has no public method 'later'"):
+        ask(host, token, "later", 4)
+    host._shared.later = abs
+    assert ask(host, token, "later", -4) == 4
+    host._shared.last = abs
+    assert "last" not in host.methods
+    methods = ask(host, protocol.CONTROL, protocol.METHODS, token)
+    assert methods == host.methods == public_methods(host._shared)
+    assert "last" in methods
+    host.release(token)
+    with pytest.raises(SharedObjectReleasedError):
+        ask(host, protocol.CONTROL, protocol.METHODS, token)
+
+
 def test_a_host_answers_requests_for_what_it_has_lent(host: Host) -> None:
     control = protocol.CONTROL
     token = host.acquire()

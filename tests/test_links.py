@@ -544,7 +544,7 @@ def proxy_of(link: Any, methods: frozenset[str] = frozenset({"predict", "__call_
 def test_a_proxy_asks_its_server_and_after_a_release_nobody(
     links: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    channel = Channel(5, 6, None)
+    channel = Channel(5, 6, frozenset({"predict"}), None)
     link = link_to(Registry(), channel, replace(RECORD, expect_mb=250.0))
     proxy = proxy_of(link)
     assert (proxy.predict(1, two=2), proxy(7)) == (5, 6)
@@ -588,6 +588,33 @@ def test_a_proxy_asks_its_server_and_after_a_release_nobody(
         with pytest.raises(SharedObjectReleasedError, match="'it' was released through this proxy"):
             use()
     assert len(ended) == 1
+
+
+def test_a_proxy_asks_for_the_methods_before_it_says_that_there_is_none(links: list[float]) -> None:
+    told = frozenset({"predict", "later"})
+    channel = Channel(told, 5, told, (4, None))
+    link = link_to(Registry((False, None)), channel)
+    link._methods = frozenset({"predict"})
+    proxy = proxy_of(link)
+    assert proxy.later() == 5
+    question: Any = (protocol.CONTROL, protocol.METHODS, (3,), {})
+    assert channel.asked == [question, (3, "later", (), {})]
+    assert {"predict", "later"} <= set(dir(proxy))
+    with pytest.raises(AttributeError, match="no public method 'never'"):
+        _ = proxy.never
+    assert channel.asked[-1] == question
+    assert link.acquire() == (4, told)
+    # Those that no server is asked for: what is not public, and what managers look for even as they unload a proxy,
+    # which a stopped server must not hold up.
+    asked = len(channel.asked)
+    for name in ("_private", "expect_mb", "unload_model", "mock_model_unsafe_hard_delete"):
+        with pytest.raises(AttributeError, match=f"no public method '{name}'"):
+            getattr(proxy, name)
+    assert len(channel.asked) == asked
+    # A server that is gone has no other.
+    link._channels.channel = Channel(EOFError())
+    with pytest.raises(AttributeError, match="no public method 'never'"):
+        _ = proxy.never
 
 
 def test_a_release_of_what_is_gone_with_its_server_is_none(links: list[float]) -> None:
@@ -636,7 +663,7 @@ def test_a_proxy_in_the_process_of_the_object_uses_it_directly_and_in_a_child_th
         with pytest.raises(SharedObjectReleasedError):
             use()
     host.inherited = True
-    channel = Channel(5, 6, None)
+    channel = Channel(5, 6, frozenset({"get"}), None)
     made: list[Any] = []
 
     def link(registry: Any, record: ServerRecord) -> Any:
@@ -649,7 +676,10 @@ def test_a_proxy_in_the_process_of_the_object_uses_it_directly_and_in_a_child_th
     with pytest.raises(AttributeError, match="keys"):
         proxy.keys()
     proxy._mpmm_use.release()
-    assert [asked[:2] for asked in channel.asked] == [(3, "get"), (3, "get"), (0, protocol.RELEASE)]
+    assert [asked[:2] for asked in channel.asked] == [
+        *((3, "get"), (3, "get")),
+        *((protocol.CONTROL, protocol.METHODS), (protocol.CONTROL, protocol.RELEASE)),
+    ]
     assert (made, host.released) == ([(host.registry, RECORD)], [3])
 
 

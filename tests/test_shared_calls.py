@@ -19,7 +19,9 @@ from unittest.mock import patch
 import pytest
 from counters import (
     ChangesItsText,
+    Counter,
     KeepsWhatItWasGiven,
+    Lazy,
     NeedsTwo,
     NoSuchWeights,
     remember_tag,
@@ -242,6 +244,31 @@ def test_only_public_methods_can_be_called(proxy: Any) -> None:
         use.link.ask(use.token, "_private", (), {})
     with pytest.raises(AttributeError, match="__call__"):
         proxy()
+
+
+def take_turns(pets: list[Callable[[], Any]]) -> Any:
+    """Make a shared object of another class each time."""
+    return pets.pop(0)()
+
+
+@pytest.mark.parametrize("spawn", [False, True])
+def test_methods_that_an_object_gains_are_found_by_those_who_know_it_already(path: str, spawn: bool) -> None:
+    lazy = shared(path, constructor=Lazy, always_proxy=True, spawn_process=spawn)
+    first = lazy.acquire()
+    with pytest.raises(AttributeError, match="no public method 'predict'"):
+        _ = first.predict
+    first.load()
+    assert (lazy.acquire().predict(4), first.predict(5)) == (8, 10)
+    with pytest.raises(AttributeError, match="no public method 'other'"):
+        _ = first.other
+
+
+def test_the_methods_of_an_object_that_is_made_again_as_another_class_are_found(path: str) -> None:
+    turns = shared(path, constructor=functools.partial(take_turns, [Lazy, Counter]), always_proxy=True)
+    first = turns.acquire()
+    first.load()
+    turns.release(first)
+    assert turns.acquire().increment() == 1
 
 
 def test_a_long_call_in_one_thread_does_not_block_another(proxy: Any) -> None:

@@ -68,6 +68,12 @@ class ServerLink:
         assert self._methods is not None
         return token, self._methods
 
+    def current_methods(self, token: int) -> frozenset[str]:
+        """Ask which methods the object has by now. Raises SharedObjectReleasedError, ModelServerError."""
+        methods: frozenset[str] = self.ask(protocol.CONTROL, protocol.METHODS, (token,), {})
+        self._methods = methods
+        return methods
+
     def release(self, token: int) -> None:
         """Stop being a user. Raises SharedObjectReleasedError, ModelServerError."""
         self.ask(protocol.CONTROL, protocol.RELEASE, (token,), {})

@@ -444,7 +444,7 @@ class Host:
                 self._end_if_forked(None)
                 return answer
             shared = self.object_for(token)
-            if name not in self.methods:
+            if name not in self.methods and name not in self._methods_by_now(token):
                 raise AttributeError(f"the shared object {self.tag!r} has no public method {name!r}")
             result = getattr(shared, name)(*args, **kwargs)
         except BaseException as error:
@@ -457,6 +457,11 @@ class Host:
             # The server is out of memory or descriptors, say. To hang up would look as if it had ended.
             self.references.drop(lent)
             return protocol.encode_error(error)
+
+    def _methods_by_now(self, token: int) -> frozenset[str]:
+        """Return the methods of a user's object, which may gain some after it was made, as when it loads lazily."""
+        methods = self.methods = public_methods(self.object_for(token))
+        return methods
 
     def _end_if_forked(self, error: BaseException | None) -> None:
         """End this process if it is a child that the call has forked and in which the call has ended, too."""
@@ -480,6 +485,8 @@ class Host:
             (knows_methods,) = args
             token = self.acquire()
             return protocol.encode_result((token, None if knows_methods else self.methods), self.tag, name)
+        if name == protocol.METHODS:
+            return protocol.encode_result(self._methods_by_now(*args), self.tag, name)
         if name == protocol.RELEASE:
             # None is the answer.
             return protocol.encode_result(self.release(*args), self.tag, name)  # type: ignore[func-returns-value]  # a None is encoded, too

@@ -58,6 +58,9 @@ HARD_DELETE_TIMEOUT_S = 10.0
 # Servers that start and die before this process is their client: something kills them, and will kill the next.
 START_ATTEMPTS = 5
 STARTING_PAUSE_S = 0.005
+# What managers look for in a proxy that a loader has returned. They do so even as they unload it, and a server that is
+# stopped must not hold that up.
+_NEVER_ASKED_FOR = frozenset({"expect_mb", "unload_model", "mock_model_unsafe_hard_delete"})
 
 
 class MultiProcessShared(Generic[T]):
@@ -326,7 +329,7 @@ class _RemoteUse(_Use):
 
     def attribute(self, name: str) -> Any:
         self.check()
-        if name in self.methods:
+        if name in self.methods or self._has_gained(name):
             return _RemoteMethod(self, name)
         if name == "expect_mb" and self.record.expect_mb is not None:
             # A manager that has loaded the proxy asks it how large the object is.
@@ -334,6 +337,15 @@ class _RemoteUse(_Use):
         raise AttributeError(
             f"the shared object {self.record.tag!r} has no public method {name!r} (plain attributes are not shared)"
         )
+
+    def _has_gained(self, name: str) -> bool:
+        """Ask the server whether the object has a method that it had not when this process was told its methods."""
+        if name.startswith("_") or name in _NEVER_ASKED_FOR:
+            return False
+        # A server that is gone has no other methods.
+        with suppress(ModelServerError):
+            self.methods = self.link.current_methods(self.token)
+        return name in self.methods
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.check()

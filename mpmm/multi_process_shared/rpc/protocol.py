@@ -1,9 +1,9 @@
 """The messages on a connection: one per request and one per answer, each a pickle and its large buffers.
 
 A request is `(token, name, args, kwargs)`. The token names the acquire by which the caller uses the object; CONTROL
-means the server itself, which answers ACQUIRE, RELEASE, HARD_DELETE, SLEEP, WAKE_UP, GET, CALL and DROP. An answer is
-`(RETURNED, value)`, `(LENT, value)` if parts of the value stay in the server, or `(RAISED, (pickled exception or None,
-one line, traceback))`.
+means the server itself, which answers ACQUIRE, METHODS, RELEASE, HARD_DELETE, SLEEP, WAKE_UP, GET, CALL and DROP. An
+answer is `(RETURNED, value)`, `(LENT, value)` if parts of the value stay in the server, or `(RAISED, (pickled exception
+or None, one line, traceback))`.
 
 A client has received what an answer has lent if it sends anything after that on the same connection: its next request,
 or FAREWELL before it closes the connection. Otherwise it was interrupted or has died, and the server drops the parts.
@@ -26,12 +26,13 @@ from mpmm.multi_process_shared.rpc import pickling
 from mpmm.multi_process_shared.rpc.channel import Message
 
 __all__ = [
-    *("ACQUIRE", "CALL", "CONTROL", "DROP", "FAREWELL", "GET", "HARD_DELETE", "LENT", "RELEASE", "SLEEP", "WAKE_UP"),
+    *("ACQUIRE", "CALL", "CONTROL", "DROP", "FAREWELL", "GET", "HARD_DELETE", "LENT", "METHODS", "RELEASE", "SLEEP"),
+    "WAKE_UP",
     *("RemoteTraceback", "decode_answer", "dump_for_server", "farewell", "load_answer", "outcome"),
 ]
 
 CONTROL = 0
-ACQUIRE, RELEASE, HARD_DELETE = "acquire", "release", "hard_delete"
+ACQUIRE, METHODS, RELEASE, HARD_DELETE = "acquire", "methods", "release", "hard_delete"
 SLEEP, WAKE_UP = "sleep", "wake up"
 GET, CALL, DROP, FAREWELL = "get", "call", "drop", "farewell"
 RETURNED, RAISED, LENT = 0, 1, 2
