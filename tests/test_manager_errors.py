@@ -238,14 +238,32 @@ def test_a_failed_profiling_load_ends_isolation(namespace: str, new_manager: New
     assert model_of(namespace, "unknown").estimate_mb == 100
 
 
-@pytest.mark.parametrize("loaded", ["", "h" * 10000], ids=["empty", "too long"])
-def test_an_impossible_handle_is_an_error_and_leaves_no_copy(
-    namespace: str, new_manager: NewManager, loaded: str
+@pytest.mark.parametrize("loaded", ["", "h" * 10000, "\ud800"], ids=["empty", "too long", "no text"])
+def test_a_text_that_can_be_no_handle_is_an_object_of_its_process(
+    namespace: str, new_manager: NewManager, caplog: pytest.LogCaptureFixture, loaded: str
 ) -> None:
     manager = new_manager()
-    with pytest.raises(InvalidArgumentError, match="handle of 'a'"):
-        manager.acquire_model("a", lambda: loaded)
-    assert read_snapshot(namespace).instances == ()
+    know(manager, a=100, b=100)
+    for _ in range(2):
+        assert manager.acquire_model("a", lambda: loaded) is loaded
+        assert model_of(namespace, "a").active == 1
+        # By value, like a handle.
+        manager.release_model("a", "".join(list(loaded)))
+        with pytest.raises(NotAcquiredError):
+            manager.release_model("a", loaded)
+    assert (model_of(namespace, "a").loads, model_of(namespace, "a").hits) == (1, 1)
+    # Two copies at a time, and another model with the same text.
+    first, second = manager.acquire_model("a", lambda: loaded), manager.acquire_model("a", lambda: loaded)
+    other = manager.acquire_model("b", lambda: loaded)
+    assert first == second == other
+    assert (model_of(namespace, "a").active, model_of(namespace, "b").active) == (2, 1)
+    for tag in ("a", "a", "b"):
+        manager.release_model(tag, loaded)
+    assert manager.unload("a") == 2
+    assert copies_of(namespace, "a") == []
+    said = [record.getMessage() for record in caplog.records if "can be no handle" in record.getMessage()]
+    assert len(said) == 2
+    assert ("the loader of a " in said[0], "the loader of b " in said[1]) == (True, True)
     assert problems(namespace) == []
 
 

@@ -19,6 +19,7 @@ from mpmm.scheduling import Scheduler
 from mpmm.shared_state.core import HANDED_OVER, KEEP, KEEP_AND_CALL_UP, KEPT, TO_NEXT
 from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.tables import encoded_handle
 from mpmm.shared_state.transaction import Transaction
 
 __all__ = ["HeldInstances"]
@@ -270,7 +271,7 @@ class HeldInstances:
         """Record a copy that this process has just loaded and holds, and owns from now on if it is an object."""
         generation, uses = self._instances.use(row)
         copy = LoadedInstance(row, generation, tag, value)
-        if not isinstance(value, str):
+        if not encoded_handle(value):
             self._owned.add(copy)
         self._note_held(copy, uses, operation)
         return copy

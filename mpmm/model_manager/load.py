@@ -42,8 +42,9 @@ from mpmm.multi_process_shared.sleeping import record_of
 from mpmm.policy.out_of_memory import is_out_of_memory
 from mpmm.shared_state.events import EventKind
 from mpmm.shared_state.layout import Instance
-from mpmm.shared_state.tables import encode_text
+from mpmm.shared_state.tables import encoded_handle
 from mpmm.shared_state.transaction import Transaction
+from mpmm.text.arguments import in_brief
 from mpmm.text.printable import printable_logger
 
 __all__ = ["LoadAttempt", "give_up_booking", "resume"]
@@ -113,8 +114,10 @@ class LoadAttempt:
                 session.thread.loads.remove((booking.row, booking.generation))
             copy = None
             while copy is None:
-                if isinstance(value, str):
+                if encoded_handle(value):
                     self._wake(value)
+                elif isinstance(value, str):
+                    self._warn_of_no_handle(value)
                 # The load has taken seconds; giving up on a crowded lock after one second would waste them.
                 with session.namespace.lock.patient_here():
                     copy = self._book_in(value, growth)
@@ -192,14 +195,14 @@ class LoadAttempt:
         """
         session, namespace, row, tag = self._session, self._session.namespace, self._booking.row, self._tag
         tables = namespace.tables
-        handle = encode_text(value, Instance.HANDLE_BYTES, f"handle of {tag!r}") if isinstance(value, str) else b""
+        handle = encoded_handle(value)
         # None also for an object, or for a handle without a server.
-        record = record_of(value) if isinstance(value, str) else None
+        record = record_of(value) if handle else None
         server_pid = record.pid if record is not None and record.is_running() else None
         # Read here, because an object's attribute may be code, which must not run under the lock.
-        own_mb = declared_mb(record if isinstance(value, str) else value)
+        own_mb = declared_mb(record if handle else value)
         seen = session.figures.sample_after_load(row)
-        grown_mb = growth.mb() if seen and not isinstance(value, str) else 0.0
+        grown_mb = growth.mb() if seen and not handle else 0.0
         way = session.suspender.way_of(value, row)
         with namespace.transaction() as t:
             self._expect_ours()
@@ -246,6 +249,18 @@ class LoadAttempt:
             return _Size(session.scheduler.expected_mb(model), shares_mb)
         # At most what the policy has found room for: on a smaller device the default is reduced.
         return _Size(min(session.scheduler.expected_mb(model), instance.reserved_mb), shares_mb)
+
+    def _warn_of_no_handle(self, text: str) -> None:
+        """Log, once per tag, that a loader has returned a text that is kept as an object of this process."""
+        session, tag = self._session, self._tag
+        if tag not in session.tags_without_handles:
+            session.tags_without_handles.add(tag)
+            shown = session.namespace.tables.shown_for(tag)
+            _LOG.warning(
+                "mpmm %s: pid %d: the loader of %s has returned %s, which can be no handle (a str of 1 to %d bytes "
+                "that can be encoded): it is kept as an object of this process, and no other process uses it",
+                *(session.namespace.name, session.namespace.pid, shown, in_brief(text), Instance.HANDLE_BYTES),
+            )
 
     def _warn_of_twins(self, t: Transaction, handle: str) -> None:
         """Log, once per tag, that a loader has returned a handle that was returned before."""
@@ -313,7 +328,7 @@ class LoadAttempt:
             if session.held.is_loaded(*at):
                 return True
             # If another thread has struck the object off, that one unloads it.
-            is_object = not isinstance(operation.held[0].value, str)
+            is_object = not encoded_handle(operation.held[0].value)
             return session.held.forget_loaded(*at) is None and is_object
         return True
 
@@ -347,11 +362,11 @@ class LoadAttempt:
         A loader may return the handle of an existing server, which others use.
         """
         namespace = self._session.namespace
-        if not isinstance(value, str) or not namespace.is_usable:
+        handle = encoded_handle(value)
+        if not handle or not namespace.is_usable:
             return False
-        # No row has a handle that cannot be encoded; and another thread may leave the namespace meanwhile.
-        with suppress(InvalidArgumentError, ValueError):
-            handle = encode_text(value, Instance.HANDLE_BYTES, "handle")
+        # Another thread may leave the namespace meanwhile.
+        with suppress(ValueError):
             return bool(namespace.transitions.twins.of(handle, self._booking.row))
         return False
 

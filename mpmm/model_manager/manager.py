@@ -62,7 +62,8 @@ class ModelManager(BeamNames):
     Prefer `with manager.model(tag, loader) as model:`; `acquire_model` and `release_model` are Beam's names. If a
     loader returns a `str`, that is a *handle* (the tag of a `MultiProcessShared`, say), which any process can use and
     unload. Any other object belongs to the process that loaded it: only that process reuses it, but all processes
-    account for its memory and may have it evicted.
+    account for its memory and may have it evicted. So does a `str` that can be no handle: an empty one, or one of more
+    than 631 bytes.
 
     A manager may be pickled and may cross a fork: the copy is a manager on the same state.
     """

@@ -86,6 +86,7 @@ class Session:
     unload_on_release: tags whose instances this process was last told to unload as soon as they are idle.
     request_defaults: by tag, the values of options that a request does not give, see `PlacementRequest.with_defaults`.
     tags_with_twins: those whose loaders have returned handles of other instances.
+    tags_without_handles: those whose loaders have returned texts that can be no handles.
     warn_after_s: after how many seconds the log says that a request waits.
     """
 
@@ -120,6 +121,7 @@ class Session:
         self.unload_on_release: set[str] = set()
         self.request_defaults: dict[str, PlacementRequest] = {}
         self.tags_with_twins: set[str] = set()
+        self.tags_without_handles: set[str] = set()
         self.scheduler = scheduler = Scheduler(namespace)
         self.samples = samples = SharedSamples(namespace, scheduler)
         self.estimator = SharedResourceEstimator(namespace, verbose_logging)

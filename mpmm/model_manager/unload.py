@@ -34,6 +34,7 @@ from mpmm.shared_state.events import Cause, EventKind
 from mpmm.shared_state.layout import Instance, Member, Model, device_rows
 from mpmm.shared_state.liveness import is_member_here
 from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.tables import encoded_handle
 from mpmm.shared_state.transaction import Transaction
 from mpmm.suspend.suspender import Suspender
 from mpmm.text.printable import printable_logger
@@ -423,7 +424,7 @@ class Unloads:
 
 def unload_made(value: Any) -> None:
     """Unload what a loader has made, a handle or an object; None stands for nothing."""
-    if isinstance(value, str):
+    if encoded_handle(value):
         with contextlib.suppress(OSError, EOFError):
             multi_process_shared.unload(value)
     elif value is not None:

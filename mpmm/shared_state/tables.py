@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from mpmm.errors import InvalidArgumentError, SegmentCorruptError
@@ -13,7 +15,7 @@ from mpmm.shared_state.table_rows import TableRows
 from mpmm.text.arguments import encoded_text
 from mpmm.text.display_names import display_name, shown_tag
 
-__all__ = ["Tables", "encode_text", "fit_text"]
+__all__ = ["Tables", "encode_text", "encoded_handle", "fit_text"]
 
 
 def encode_text(text: str, max_bytes: int, what: str) -> bytes:
@@ -27,6 +29,18 @@ def encode_text(text: str, max_bytes: int, what: str) -> bytes:
     if len(encoded) > max_bytes:
         raise InvalidArgumentError(f"{what} {text[:40]!r}… has {len(encoded)} bytes; the limit is {max_bytes}")
     return encoded
+
+
+def encoded_handle(value: object) -> bytes:
+    """Return what a loader has returned as the row of a copy has it; empty if it is no handle, but an object.
+
+    That is any value but a str, and a str that no row can have: an empty one, a very long one, and one with a lone
+    surrogate.
+    """
+    if isinstance(value, str):
+        with suppress(InvalidArgumentError):
+            return encode_text(value, Instance.HANDLE_BYTES, "handle")
+    return b""
 
 
 def fit_text(text: str, max_bytes: int) -> bytes:

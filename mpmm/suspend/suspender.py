@@ -29,6 +29,7 @@ from mpmm.shared_state.liveness import is_member_here
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.rows import InstanceRow
 from mpmm.shared_state.settings import ALWAYS, NEVER
+from mpmm.shared_state.tables import encoded_handle
 from mpmm.shared_state.transaction import Transaction
 from mpmm.sources.host_memory import host_memory_left_mb, host_memory_mb
 from mpmm.sources.process_tree import is_ending, is_stopped
@@ -99,7 +100,7 @@ class Suspender:
 
     def way_of(self, value: Any, row: int) -> Way:
         """Return how the value that a loader has made for a row can be suspended."""
-        if not isinstance(value, str):
+        if not encoded_handle(value):
             return Way.COOPERATIVE if can_sleep(value) else Way.NONE
         record = record_of(value)
         if record is None:
