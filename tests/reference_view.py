@@ -221,7 +221,7 @@ class Reference:
             at, coming = self.placed(row, self.shares(row)), one.state in COMING
             found.append(
                 BusyInstance(
-                    *(row, at.model, at.device, at.mb, free_in_s, self.pinned(row), owner, coming),
+                    *(row, at.model, at.device, at.mb, free_in_s, self.pinned(row), owner, coming, self.goes(row)),
                     other_shares=at.other_shares,
                 )
             )

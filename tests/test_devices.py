@@ -390,6 +390,35 @@ def test_copies_on_other_devices_take_no_room_from_a_preload(new_manager: NewMan
     assert manager.preload("a", Loads(), copies=2) == 0
 
 
+@pytest.mark.parametrize("devices", [None, [0]])
+def test_a_copy_that_is_to_be_unloaded_takes_no_room_from_a_preload(
+    devices: list[int] | None, namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager()
+    held = manager.acquire_model("a", Loads(), expect_mb=800)
+    unloads, _ = in_thread(lambda: manager.unload("a"))
+    wait_until(lambda: copies_of(namespace, "a")[0].unload_on_release, "it is to be unloaded")
+    loads, outcome = in_thread(lambda: manager.preload("a", Loads(), devices=devices))
+    wait_until(lambda: waiting(namespace, "a") or outcome, "the preload waits")
+    assert outcome == []
+    manager.release_model("a", held)
+    unloads.join()
+    loads.join()
+    assert outcome == [1]
+
+
+def test_an_object_of_another_process_makes_room_for_a_preload(
+    namespace: str, new_manager: NewManager, new_process: NewProcess
+) -> None:
+    owner, manager = new_process(), new_manager()
+    know(manager, a=800)
+    owner.call(learn, a=800)
+    owner.call(acquire, "a", LoadsObject())
+    owner.call(release, "a")
+    assert manager.preload("a", LoadsObject()) == 1
+    assert len(copies_of(namespace, "a")) == 1
+
+
 def test_a_load_in_a_loop_does_not_end_the_isolation_of_what_its_thread_has_loaded_before(
     namespace: str, new_manager: NewManager, new_device: NewDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from policy_views import ME, NOW, OTHER, RULES, A, B, device, idle, model, ticket, view
+from policy_views import ME, NOW, OTHER, RULES, A, B, device, idle, model, ticket, usable_on, view
 
 from mpmm.policy.admission import largest_limit_mb, limit_mb, widened
 from mpmm.policy.demand import Demand
@@ -75,12 +75,13 @@ def test_a_waiter_for_some_devices_does_not_see_the_copies_elsewhere() -> None:
         BusyInstance(30, B, 0, 100.0, math.inf),
     ]
     copies = [idle(1, A, on=0), idle(2, A, on=1), idle(3, A, on=0, owner=OTHER)]
+    there += [replace(one, row=40 + one.row, leaving=True) for one in there]
     state = PlanState(view([], [], copies=copies, devices=[device(0), device(1)], busy=tuple(there)))
-    whole = model(A, shared=4, owned={ME: 1, OTHER: 1}, loading={ME: 1})
+    whole = replace(model(A, shared=4, owned={ME: 1, OTHER: 1}, loading={ME: 1}), leaving=4)
     assert state.usable_part(ticket(1, A), whole) is whole
     for on, shared, owned, loading in ((0, 2, {ME: 1, OTHER: 1}, {}), (1, 2, {}, {ME: 1})):
         part = state.usable_part(replace(ticket(1, A), usable_on=(on,)), whole)
-        assert (part.shared, part.owned, part.loading) == (shared, owned, loading)
+        assert (part.shared, part.owned, part.loading, part.leaving) == (shared, owned, loading, 2)
 
 
 def test_whoever_takes_a_place_in_a_copy_leaves_its_own_row_as_another_place() -> None:
@@ -97,6 +98,30 @@ def test_a_preload_for_more_copies_than_fit_together_is_refused() -> None:
     small = view([model(A, 1.0, shared=1)], [ticket(1, A, priority=2, preload=2)], devices=[device(total=2.0)])
     [decision] = make_plan(small).decisions
     assert isinstance(decision, Refuse)
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "there"),
+    [
+        ({"leaving": 1}, {"leaving": True}),
+        ({"owned": {OTHER: 1}}, {"owner": OTHER}),
+        ({"loading": {OTHER: 1}}, {"owner": OTHER, "loading": True}),
+    ],
+)
+def test_a_preload_waits_for_the_room_of_copies_that_do_not_stay_or_are_of_no_use_to_it(
+    restricted: bool, counts: dict[str, Any], there: dict[str, Any]
+) -> None:
+    preload = ticket(1, A, priority=2, preload=1)
+    state = view(
+        [replace(model(A, 800.0), load_s=1.0, **counts)],
+        [usable_on(preload, 0) if restricted else preload],
+        busy=(BusyInstance(7, A, 0, 800.0, 5.0, **there),),
+        devices=[device(used=800.0)],
+    )
+    [decision] = make_plan(state).decisions
+    assert isinstance(decision, Wait)
+    assert decision.reason == Reason.MEMORY
 
 
 def test_each_step_of_urgency_is_worth_the_head_start() -> None:

@@ -87,16 +87,20 @@ def _refuse(attempt: _Attempt) -> Decision | None:
             # A second copy would be too large, but there is one to wait for.
             return Wait(ticket.row, Reason.ONLY_COPY, Why(Reason.ONLY_COPY, need_mb, largest))
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
-    if ticket.preload and not _fit_together(state, ticket, _copies_where_it_loads(attempt), attempt.share_mb):
+    if ticket.preload and not _fit_together(state, ticket, _lasting_copies(attempt), attempt.share_mb):
         return Refuse(ticket.row, Why(Reason.TOO_LARGE, need_mb, largest))
     return None
 
 
-def _copies_where_it_loads(attempt: _Attempt) -> int:
-    """Return how many copies there are on the devices where the waiter may load: others take no room there."""
+def _lasting_copies(attempt: _Attempt) -> int:
+    """Return how many copies a preload's load needs room beside: those that its member can use where it may load.
+
+    Others lie elsewhere, are to be unloaded when they are given back, or can be evicted for the preload.
+    """
     ticket = attempt.ticket
     there = replace(ticket, usable_on=ticket.loadable_on or ticket.usable_on)
-    return attempt.state.usable_part(there, attempt.model).copies
+    part = attempt.state.usable_part(there, attempt.model)
+    return part.usable_by(ticket.member) + part.coming_for(ticket.member)
 
 
 def _fit_together(state: PlanState, ticket: TicketView, copies: int, share_mb: float) -> bool:

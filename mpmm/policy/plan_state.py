@@ -173,13 +173,15 @@ class PlanState:
         if not ticket.usable_on:
             return model
         view = self.view
-        busy = [one for one in view.busy if one.model == model.model and one.is_within(ticket.usable_on)]
+        used = [one for one in view.busy if one.model == model.model and one.is_within(ticket.usable_on)]
+        busy = [one for one in used if not one.leaving]
         loaded_owners = Counter(one.owner for one in busy if not one.loading)
         idle = (one for one in view.idle if one.model == model.model and one.place_in is None)
         loaded_owners.update(one.owner for one in idle if one.is_within(ticket.usable_on))
         owned = {owner: count for owner, count in loaded_owners.items() if owner is not None}
         loading = Counter(one.owner for one in busy if one.loading and one.owner is not None)
-        return replace(model, shared=loaded_owners[None], owned=owned, loading=loading)
+        leaving = len(used) - len(busy)
+        return replace(model, shared=loaded_owners[None], owned=owned, loading=loading, leaving=leaving)
 
     def need_mb(self, ticket: TicketView, model: ModelView) -> float:
         """Return how much memory a load needs. For an unknown model that is assumed, and must not rule the load out.

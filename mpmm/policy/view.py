@@ -243,13 +243,15 @@ class SuspendedInstance(PlacedInstance):
 class BusyInstance(PlacedInstance):
     """An instance that is in use or being loaded, and when it is expected to be idle; `inf` if that is not known.
 
-    owner: the only member that can use it, or that is loading it; None if any can.
+    owner: the only member that can use it, or that is loading it; None if any can. leaving: it will be unloaded when it
+    is given back, so no request can use it.
     """
 
     free_in_s: float
     pinned: bool = False
     owner: int | None = None
     loading: bool = False
+    leaving: bool = False
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ class CopiesReader:
         for device, mb in ((copy.device, copy.mb), *copy.other_shares):
             copies.booked_mb[device] += mb
         # If its own row was given back it is UNLOADING, but the unload begins only once the last seat is given back.
-        if copy.state == Instance.UNLOADING or copy.to_go:
+        leaving = copy.state == Instance.UNLOADING or copy.to_go
+        if leaving:
             copies.leaving[copy.model] += 1
         else:
             if copy.owner:
@@ -129,6 +130,7 @@ class CopiesReader:
             copies.busy.append(
                 BusyInstance(
                     *(row, copy.model, copy.device, copy.mb, free_in_s, copy.pinned, copy.owner or None),
+                    leaving=leaving,
                     other_shares=copy.other_shares,
                 )
             )
@@ -171,6 +173,7 @@ class CopiesReader:
         copies.busy.append(
             BusyInstance(
                 *(one.row, one.model, one.device, one.mb, free_in_s, one.pinned, one.owner or None),
+                leaving=one.to_go,
                 other_shares=one.other_shares,
             )
         )
@@ -187,7 +190,7 @@ class CopiesReader:
         free_in_s = self._free_in_s(one, now_ns, loading=True)
         copies.busy.append(
             BusyInstance(
-                *(one.row, one.model, one.device, one.mb, free_in_s, one.pinned, one.holder, True),
+                *(one.row, one.model, one.device, one.mb, free_in_s, one.pinned, one.holder, True, one.to_go),
                 other_shares=one.other_shares,
             )
         )
