@@ -447,7 +447,8 @@ def beside_the_head(seen: View, head: TicketView, ticket: TicketView, room_is_co
     state.eviction_plan = making_room.choose_room(state, head, seen.models[head.model].need_mb / head.span, due=False)
     found = backfill(state, ticket, model) or make_room_ahead(state, ticket, model)
     plan, free = state.eviction_plan, [free_mb(device, 0.0) for device in state.devices.values()]
-    return found, plan.left_mb if plan else (), state.room_is_coming, sorted(state.no_backfill), free
+    hopeless = sorted({model for model, *_ in state.no_backfill})
+    return found, plan.left_mb if plan else (), state.room_is_coming, hopeless, free
 
 
 def before_leases(seen: View, waiting: TicketView, ticket: TicketView, mb: float, awaited: bool) -> object:

@@ -8,7 +8,23 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from policy_views import OTHER, A, B, C, at_most, device, held_for_long, idle, in_use, model, ticket, view, wanted
+from policy_views import (
+    ME,
+    OTHER,
+    A,
+    B,
+    C,
+    at_most,
+    device,
+    held_for_long,
+    idle,
+    in_use,
+    model,
+    ticket,
+    usable_on,
+    view,
+    wanted,
+)
 
 from mpmm.policy.admission import free_mb, limit_mb
 from mpmm.policy.fairness import overtaking_limited, overtaking_over, queue_order
@@ -18,6 +34,7 @@ from mpmm.policy.view import (
     Evict,
     Grant,
     Load,
+    ModelView,
     Reason,
     Resume,
     SuspendedInstance,
@@ -219,6 +236,37 @@ def test_a_small_load_does_not_go_on_where_there_are_as_many_copies_as_there_may
     )
     expected = (Load(2, (0,), 50, alone=False),) if most == 2 else ()
     assert make_plan(state).decisions == (Wait(1, Reason.IN_USE), *expected)
+
+
+def behind_a_head_on_the_first_device(models: list[ModelView], *behind: TicketView, **state: Any) -> View:
+    """The first device is in use by C, the second one is empty; the head waits to load A on the first one."""
+    head = usable_on(ticket(1, A), 0)
+    users = (in_use(5, C, 900, 1.0), *state.pop("busy", ()))
+    devices = [device(0, used=900), device(1)]
+    return view([model(A, 800), *models, model(C, shared=1)], [head, *behind], devices=devices, busy=users, **state)
+
+
+def test_copies_that_a_waiter_cannot_use_do_not_have_it_wait_behind_the_head() -> None:
+    there = model(B, 50, shared=1)
+    for on, decision in ((1, Load(2, (1,), 50, alone=False)), (0, None)):
+        behind = usable_on(ticket(2, B), on)
+        state = behind_a_head_on_the_first_device([there], behind, busy=(in_use(6, B, 50, 1.0),))
+        assert make_plan(state).decisions[1:] == ((decision,) if decision else ())
+    own = behind_a_head_on_the_first_device(
+        [replace(there, shared=0, owned={ME: 1})],
+        usable_on(ticket(2, B), 1),
+        busy=(replace(in_use(6, B, 50, 1.0), owner=ME),),
+    )
+    assert make_plan(own).decisions[1:] == (Load(2, (1,), 50, alone=False),)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [usable_on(ticket(2, B), 0), replace(ticket(2, B), loadable_on=(0,)), replace(ticket(2, B), span=2)],
+)
+def test_a_waiter_that_fits_nowhere_behind_the_head_says_nothing_of_other_requests(other: TicketView) -> None:
+    state = behind_a_head_on_the_first_device([model(B, 200)], other, ticket(3, B))
+    assert make_plan(state).decisions[1:] == (Load(3, (1,), 200, alone=False),)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,39 @@ def test_room_is_made_for_a_suspended_copy_as_for_a_load() -> None:
     assert isinstance(decision, Evict) and decision.instances == (4,)
 
 
+def beside_a_holder(in_use: bool = True, other_mb: float = 1000.0, **ticket: Any) -> View:
+    """Return a view of two devices, and of a model with a suspended copy on the first, which another model fills."""
+    first, second = DeviceView(0, 1000.0, 900.0, 0.0, 0.0, 0.0), DeviceView(1, 1000.0, 1000.0 - other_mb, 0.0, 0.0, 0.0)
+    there = view(1000.0, **ticket)
+    held = BusyInstance(9, 1, 0, 900.0, 5.0)
+    idle = IdleInstance(9, 1, 0, 900.0, 50.0)
+    models = {0: there.models[0], 1: replace(there.models[1], shared=1)}
+    rules = replace(RULES, max_model_copies=1)
+    state = replace(there, devices=(first, second), models=models, rules=rules)
+    return replace(state, busy=(held,)) if in_use else replace(state, idle=(idle,))
+
+
+@pytest.mark.parametrize("ticket", [{}, {"preload": 1}])
+def test_where_the_room_of_a_suspended_copy_is_in_use_another_one_is_loaded_on_another_device(
+    ticket: dict[str, Any],
+) -> None:
+    assert make_plan(beside_a_holder(**ticket)).decisions == (Load(3, (1,), 400.0, alone=False),)
+    for state in (beside_a_holder(other_mb=300.0, **ticket), beside_a_holder(loadable_on=(0,), **ticket)):
+        (decision,) = make_plan(state).decisions
+        assert isinstance(decision, Wait) and decision.reason == Reason.IN_USE
+    (decision,) = make_plan(beside_a_holder(in_use=False, **ticket)).decisions
+    assert isinstance(decision, Evict), "a resume is quicker than a load"
+
+
+def test_so_it_is_behind_the_head_of_the_line() -> None:
+    state = beside_a_holder()
+    head = TicketView(4, 0, 1, 2, 1, 98.0, loadable_on=(0,), usable_on=(0,))
+    models = {**state.models, 2: ModelView(2, True, 900.0, 0, {}, 1)}
+    waits, loads = make_plan(replace(state, tickets=(head, *state.tickets), models=models)).decisions
+    assert isinstance(waits, Wait) and waits.first
+    assert loads == Load(3, (1,), 400.0, alone=False)
+
+
 @pytest.mark.parametrize("kept", [1, 2])
 def test_of_two_models_the_one_whose_copy_would_be_suspended_makes_room(kept: int) -> None:
     idle = tuple(IdleInstance(3 + model, model, 0, 450.0, 50.0, suspendable=model == kept) for model in (1, 2))

@@ -6,41 +6,56 @@ see `fairness`, nothing is loaded or resumed where the head may load.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import replace
 
 from mpmm.policy.admission import free_mb
 from mpmm.policy.fairness import overtaking_over
 from mpmm.policy.placement import best_place
-from mpmm.policy.plan_state import PlanState, resized
+from mpmm.policy.plan_state import PlanState, as_resume
 from mpmm.policy.sharing import presumed
-from mpmm.policy.view import Decision, DeviceView, ModelView, Reason, TicketView
+from mpmm.policy.view import Decision, DeviceView, Load, ModelView, Reason, TicketView
 
 __all__ = ["backfill"]
 
 
 def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision | None:
     """Let a waiter load, or resume, an instance that fits beside the room for the head of the line; None if none."""
-    head, eviction_plan = state.head, state.eviction_plan
-    if head is None or ticket.steady:
+    if state.head is None or ticket.steady:
         return None
+    part = state.usable_part(ticket, model)
     # A request that only resumes does not want an instance to use, of which there may be some.
-    if not ticket.resumes and (state.must_run_alone(ticket, model) or model.shared or state.has_most_copies(model)):
-        state.no_backfill.add(model.model)
+    if not ticket.resumes and (state.must_run_alone(ticket, model) or part.shared or state.has_most_copies(model)):
+        state.note_hopeless(ticket)
         return None
-    usable = model.usable_by(ticket.member) or presumed(model, state.seen).coming_for(ticket.member)
+    usable = part.usable_by(ticket.member) or presumed(part, state.seen).coming_for(ticket.member)
     instance = state.suspended_for(ticket)
     if instance is None if ticket.resumes else usable:
         return None
     if instance is not None:
-        mb = math.fsum(instance.mb_on(device) for device in instance.devices)
-        ticket = replace(ticket, loadable_on=instance.devices, span=len(instance.devices))
-        model = resized(model, mb)
+        load = _load_beside_head(state, *as_resume(ticket, model, instance))
+        if load is not None:
+            return state.resume_instead(load, instance)
+        # Another one may be loaded on another device; where this one lies, there is no room for it either.
+        return None if ticket.resumes else _load_beside_head(state, ticket, model, instance.devices)
+    load = _load_beside_head(state, ticket, model)
+    if load is None:
+        state.note_hopeless(ticket)
+    return load
+
+
+def _load_beside_head(
+    state: PlanState, ticket: TicketView, model: ModelView, but_not_on: Collection[int] = ()
+) -> Load | None:
+    """Let a waiter load on devices where that does not delay the head of the line; None if there is no room."""
+    head, eviction_plan = state.head, state.eviction_plan
+    if head is None:
+        return None
     share_mb = model.need_mb / ticket.span
     left = _left_mb(state)
-    place = best_place(_beside_head(state, ticket, model, head, left), share_mb, state.slack, ticket.span)
+    beside = [one for one in _beside_head(state, ticket, model, head, left) if one.device not in but_not_on]
+    place = best_place(beside, share_mb, state.slack, ticket.span)
     if place is None:
-        state.no_backfill.add(model.model)
         return None
     if eviction_plan:
         taken = {device.device for device in place.devices}
@@ -48,8 +63,7 @@ def backfill(state: PlanState, ticket: TicketView, model: ModelView) -> Decision
         state.eviction_plan = replace(eviction_plan, left_mb=left_mb)
     # The devices without the room that is kept for the head of the line.
     devices = tuple(state.devices[device.device] for device in place.devices)
-    load = state.load_on(ticket, devices, model.need_mb, Reason.BACKFILL, head.model)
-    return load if instance is None else state.resume_instead(load, instance)
+    return state.load_on(ticket, devices, model.need_mb, Reason.BACKFILL, head.model)
 
 
 def _left_mb(state: PlanState) -> dict[int, float]:

@@ -7,7 +7,6 @@ the line); they share `plan_state`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ from mpmm.policy.isolation import devices_to_drain, is_kept_out_by_leases, isola
 from mpmm.policy.loading import load, needs_only_free_memory
 from mpmm.policy.making_room import choose_room, holds_up_others
 from mpmm.policy.placement import best_place
-from mpmm.policy.plan_state import PlanState, can_use, resized
+from mpmm.policy.plan_state import PlanState, as_resume, can_use
 from mpmm.policy.room_ahead import make_room_ahead
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
@@ -105,7 +104,7 @@ class Planner:
 
     def _is_hopeless(self, ticket: TicketView) -> bool:
         """Tell whether a waiter with the same request was found to fit nowhere behind the head of the line."""
-        return ticket.model in self._state.no_backfill and not ticket.preload and not ticket.loadable_on
+        return self._state.is_hopeless(ticket) and not ticket.preload
 
     def _name_more_urgent(self, decided: dict[int, Decision | None]) -> None:
         """Tell waiters behind a head of the line that came later than they did that it is more urgent."""
@@ -238,16 +237,29 @@ class Planner:
 
     def _resume(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance | None) -> Decision | None:
         """Let a waiter resume an instance, or have room made for that on its device; None if a load should be tried."""
-        decision = None if suspended is None else self._resume_there(ticket, model, suspended)
+        if suspended is None or self._fits_only_elsewhere(ticket, model, suspended):
+            return None
+        decision = self._resume_there(ticket, model, suspended)
         # If others leave no room for it on its device, there may be room for another copy on a different one.
         return None if _is_hopeless_there(decision) else decision
 
+    def _fits_only_elsewhere(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance) -> bool:
+        """Tell whether a resume would have to wait for instances in use, while another device has room for a load."""
+        state = self._state
+        if not state.lacks_room(suspended):
+            return False
+        elsewhere = [device for device in state.open_to(ticket) if device.device not in suspended.devices]
+        share_mb = model.need_mb / ticket.span
+        if best_place(elsewhere, share_mb, state.slack, ticket.span) is None:
+            return False
+        there, resumed = as_resume(ticket, model, suspended)
+        due = overtaking_limited(self._view, ticket)
+        room = choose_room(state, there, resumed.need_mb / there.span, due)
+        return room is None or bool(room.awaited)
+
     def _resume_there(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance) -> Decision | None:
         """Let a waiter resume an instance, have room made for that, or wait."""
-        devices = suspended.devices
-        mb = math.fsum(suspended.mb_on(device) for device in devices)
-        there = replace(ticket, loadable_on=devices, span=len(devices))
-        decision = self._load(there, resized(model, mb))
+        decision = self._load(*as_resume(ticket, model, suspended))
         return self._state.resume_instead(decision, suspended) if isinstance(decision, Load) else decision
 
     def _only_resume(self, ticket: TicketView, model: ModelView) -> Decision | None:

@@ -32,7 +32,9 @@ from mpmm.policy.view import (
     Why,
 )
 
-__all__ = ["PlanState", "can_use", "most_free_mb", "resized"]
+__all__ = ["PlanState", "as_resume", "can_use", "most_free_mb"]
+
+LoadWanted = tuple[int, tuple[int, ...], tuple[int, ...], int, bool, bool]
 
 
 class PlanState:
@@ -68,9 +70,9 @@ class PlanState:
         # Whether the room for the head of the line is coming, and for the waiters behind it that were decided so far;
         # see `room_ahead`.
         self.room_is_coming = False
-        # Models that cannot be loaded beside the room for the head of the line. Each is tried once, because room only
-        # shrinks, and most waiters behind the head want the same few.
-        self.no_backfill: set[int] = set()
+        # Requests for loads that cannot be made beside the room for the head of the line, see `_load_wanted`. Each is
+        # tried once, because room only shrinks, and most waiters behind the head want the same few.
+        self.no_backfill: set[LoadWanted] = set()
         # Devices where something starts quietly, so that idle instances are used, but nothing is loaded or unloaded:
         # device -> its model.
         self.quiet = {device.device: device.steady for device in view.devices if device.steady is not None}
@@ -82,6 +84,14 @@ class PlanState:
         # much each needs on each of its devices.
         self.lease_is_awaited = False
         self.awaiting_leases: list[tuple[TicketView, float]] = []
+
+    def note_hopeless(self, ticket: TicketView) -> None:
+        """Note that what a waiter wants cannot be loaded beside the room for the head of the line."""
+        self.no_backfill.add(_load_wanted(ticket))
+
+    def is_hopeless(self, ticket: TicketView) -> bool:
+        """Tell whether that was noted of a waiter with the same request; not if there is an instance to resume."""
+        return _load_wanted(ticket) in self.no_backfill and self.suspended_for(ticket) is None
 
     # ---- where ---------------------------------------------------------------------------------------------
 
@@ -227,9 +237,9 @@ class PlanState:
         if ticket.steady or not self.suspended:
             return []
         closed = {device.device for device in self.view.devices} - set(self.devices)
-        return sorted((one for one in self.suspended if _can_resume(ticket, one, closed)), key=self._lacks_room)
+        return sorted((one for one in self.suspended if _can_resume(ticket, one, closed)), key=self.lacks_room)
 
-    def _lacks_room(self, instance: SuspendedInstance) -> bool:
+    def lacks_room(self, instance: SuspendedInstance) -> bool:
         """Tell whether a suspended instance cannot be resumed at once."""
         return any(
             device in self.quiet or free_mb(self.devices[device], self.slack) < instance.mb_on(device)
@@ -312,9 +322,16 @@ def can_use(ticket: TicketView, instance: IdleInstance, closed: Set[int] = froze
     return usable and not closed & set(instance.devices)
 
 
-def resized(model: ModelView, mb: float) -> ModelView:
-    """Return the model as if a copy were known to take `mb`."""
-    return replace(model, known=True, need_mb=mb)
+def as_resume(ticket: TicketView, model: ModelView, instance: SuspendedInstance) -> tuple[TicketView, ModelView]:
+    """Return a waiter and its model as if it wanted to load what a resume of this instance takes, on its devices."""
+    devices = instance.devices
+    mb = math.fsum(instance.mb_on(device) for device in devices)
+    return replace(ticket, loadable_on=devices, span=len(devices)), replace(model, known=True, need_mb=mb)
+
+
+def _load_wanted(ticket: TicketView) -> LoadWanted:
+    """Return what tells one request for a load from another behind the head of the line."""
+    return ticket.model, ticket.loadable_on, ticket.usable_on, ticket.span, ticket.nested, ticket.resumes
 
 
 def most_free_mb(devices: Iterable[DeviceView], slack_percentage: float) -> float:

@@ -15,7 +15,7 @@ from mpmm.policy.admission import free_mb, widened
 from mpmm.policy.backoff import left_s
 from mpmm.policy.eviction import EvictionPlan, plan_eviction
 from mpmm.policy.fairness import overtaking_over
-from mpmm.policy.plan_state import PlanState, resized
+from mpmm.policy.plan_state import PlanState, as_resume
 from mpmm.policy.sharing import presumed
 from mpmm.policy.view import Decision, ModelView, Reason, TicketView, Wait, Why
 
@@ -38,8 +38,7 @@ def make_room_ahead(state: PlanState, ticket: TicketView, model: ModelView) -> D
         return None
     instance = state.suspended_for(ticket)
     if instance is not None:
-        ticket = replace(ticket, loadable_on=instance.devices, span=len(instance.devices))
-        model = resized(model, math.fsum(instance.mb_on(device) for device in instance.devices))
+        ticket, model = as_resume(ticket, model, instance)
     plan = _cheapest_room(state, ticket, model.need_mb) if ticket.span == 1 else None
     if plan is None or (plan.victims and not _all_are_suspended(state, plan)):
         state.room_is_coming = False

@@ -1,0 +1,130 @@
+"""Requests that could be served on one device do not wait for another one: real managers, and sizes that are given."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from harness import NewManager, copies_of, wait_until, waiting
+from loaders import Loads
+from patience import DEADLINE_S
+
+from mpmm import ModelManager, MpmmError
+from mpmm.sources import DeviceInfo, DeviceSample
+
+HANDLES = Loads()
+
+
+class Accounts:
+    """A source of several devices, of which only the accounts tell what is in use."""
+
+    name = "booked"
+    measures_processes = False
+    frees_late = False
+    cheap = True
+    accounting_only = True
+
+    def __init__(self, *totals_mb: float) -> None:
+        self._totals_mb = totals_mb
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices."""
+        return tuple(DeviceInfo(row, f"booked-{row}", "booked", mb) for row, mb in enumerate(self._totals_mb))
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Return samples without a figure."""
+        now_ns = time.monotonic_ns()
+        return tuple(DeviceSample(row, None, now_ns, done_ns=now_ns) for row in range(len(self._totals_mb)))
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Sleeps:
+    """An object that can be suspended."""
+
+    def sleep(self, level: int = 1) -> None:
+        """Do nothing."""
+
+    def wake_up(self) -> None:
+        """Do nothing."""
+
+
+class Requests:
+    """Requests of threads, each of which keeps its copy until `over`."""
+
+    def __init__(self, namespace: str, manager: ModelManager) -> None:
+        self.over = threading.Event()
+        self.threads: list[threading.Thread] = []
+        self._namespace = namespace
+        self.manager = manager
+
+    def make(self, tag: str, mb: float | None = None, loader: Callable[[], Any] = HANDLES, **wishes: Any) -> list[Any]:
+        """Have a thread acquire a copy; return a list in which True, or the exception, appears."""
+        outcome: list[Any] = []
+
+        def use() -> None:
+            try:
+                with self.manager.model(tag, loader, expect_mb=mb, **wishes):
+                    outcome.append(True)
+                    self.over.wait(3 * DEADLINE_S)
+            except MpmmError as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        self.threads.append(thread)
+        return outcome
+
+    def hold(self, tag: str, mb: float | None = None, loader: Callable[[], Any] = HANDLES, **wishes: Any) -> None:
+        """Have a thread hold a copy."""
+        outcome = self.make(tag, mb, loader, **wishes)
+        wait_until(lambda: outcome, f"{tag} is held")
+        assert outcome == [True]
+
+    def wait(self, tag: str, mb: float | None = None, **wishes: Any) -> None:
+        """Have a thread wait for a copy."""
+        self.make(tag, mb, **wishes)
+        wait_until(lambda: waiting(self._namespace, tag), f"{tag} waits")
+
+    def loads_on(self, device: int, tag: str, mb: float | None = None, **wishes: Any) -> None:
+        """Have a thread acquire a copy, and check that one has been loaded for it on this device."""
+        self.hold(tag, mb, **wishes)
+        assert device in [copy.device for copy in copies_of(self._namespace, tag)]
+
+
+@pytest.fixture
+def requests(namespace: str, new_manager: NewManager) -> Iterator[Requests]:
+    """Makes requests for two devices of 1000 MB; those that still wait are served at the end, or give up."""
+    made = Requests(namespace, new_manager(memory_source=Accounts(1000, 1000), wait_timeout_seconds=3 * DEADLINE_S))
+    yield made
+    made.over.set()
+    for thread in made.threads:
+        thread.join()
+
+
+def test_a_suspended_copy_whose_room_is_in_use_leaves_a_request_to_another_device(
+    requests: Requests, namespace: str
+) -> None:
+    with requests.manager.model("a", Sleeps, expect_mb=800, devices=[0]):
+        pass
+    assert requests.manager.suspend("a") == 1
+    requests.hold("x", 800, devices=[0])
+    requests.loads_on(1, "a", loader=Sleeps)
+    assert sorted(copy.state for copy in copies_of(namespace, "a")) == ["active", "suspended"]
+
+
+def test_a_copy_elsewhere_does_not_have_a_request_wait_behind_one_for_another_device(requests: Requests) -> None:
+    requests.hold("a", 800, devices=[0])
+    requests.wait("c", 800, devices=[0])
+    requests.loads_on(1, "a", devices=[1])
+
+
+def test_a_request_for_one_device_does_not_hold_up_one_for_any(requests: Requests) -> None:
+    requests.hold("x", 800, devices=[0])
+    requests.wait("c", 800, devices=[0])
+    requests.wait("a", 500, devices=[0])
+    requests.loads_on(1, "a")
