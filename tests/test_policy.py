@@ -6,7 +6,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from policy_views import ME, OTHER, RULES, A, B, C, D, at_most, device, held_for_long, idle, model, ticket, view
+from policy_views import (
+    ME,
+    OTHER,
+    RULES,
+    A,
+    B,
+    C,
+    D,
+    at_most,
+    device,
+    held_for_long,
+    idle,
+    model,
+    ticket,
+    usable_on,
+    view,
+)
 
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import (
@@ -95,7 +111,27 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             copies=[idle(7, A, owner=OTHER, pinned=True)],
             rules=at_most(1),
         ),
-        [Wait(1, Reason.COPIES)],
+        [Wait(1, Reason.PINNED)],
+    ),
+    "no copy makes way for a load that never fits": (
+        view(
+            [model(A, 800, shared=1)],
+            [usable_on(ticket(1, A), 1)],
+            copies=[idle(7, A, mb=800)],
+            devices=[device(0), device(1, 400)],
+            rules=at_most(1),
+        ),
+        [Refuse(1)],
+    ),
+    "a pinned copy on another device does not make way either": (
+        view(
+            [model(A, shared=1)],
+            [usable_on(ticket(1, A), 1)],
+            copies=[idle(7, A, pinned=True)],
+            devices=[device(0), device(1)],
+            rules=at_most(1),
+        ),
+        [Wait(1, Reason.PINNED)],
     ),
     "another's object does not make way for who has one": (
         view(

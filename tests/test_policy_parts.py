@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from policy_views import ME, NOW, OTHER, RULES, A, B, device, idle, model, ticket, usable_on, view
+from policy_views import ME, NOW, OTHER, RULES, A, B, C, D, device, idle, model, ticket, usable_on, view
 
 from mpmm.policy.admission import largest_limit_mb, limit_mb, widened
 from mpmm.policy.demand import Demand
@@ -22,7 +22,7 @@ from mpmm.policy.plan import make_plan
 from mpmm.policy.plan_state import PlanState
 from mpmm.policy.sharing import Seen, expected_wait_s
 from mpmm.policy.suspension import HostRoom, Kept, Movable, Way, pays
-from mpmm.policy.view import BusyInstance, Evict, Grant, PlacedInstance, Reason, Refuse, Wait
+from mpmm.policy.view import BusyInstance, Evict, Grant, Load, PlacedInstance, Reason, Refuse, Wait
 
 # ---- devices -----------------------------------------------------------------------------------------------
 
@@ -122,6 +122,42 @@ def test_a_preload_waits_for_the_room_of_copies_that_do_not_stay_or_are_of_no_us
     [decision] = make_plan(state).decisions
     assert isinstance(decision, Wait)
     assert decision.reason == Reason.MEMORY
+
+
+@pytest.mark.parametrize(
+    ("closed", "decision"),
+    [
+        ({"steady": B}, Wait(1, Reason.QUIET)),
+        ({"isolated": True}, None),
+        ({"steady": B, "leased_mb": 500.0}, Wait(1, Reason.LEASED)),
+        ({"steady": B, "external_mb": 500.0, "external_least_mb": 500.0}, Wait(1, Reason.EXTERNAL)),
+    ],
+)
+@pytest.mark.parametrize("open_device", [{"leased_mb": 500.0}, {"external_mb": 500.0, "external_least_mb": 500.0}])
+def test_one_that_only_a_closed_device_could_take_waits_for_that(
+    closed: dict[str, Any], decision: Wait | None, open_device: dict[str, Any]
+) -> None:
+    where = [device(0, used=500.0, **closed), device(1, used=500.0, **open_device)]
+    state = view([model(A, 600.0), model(B)], [ticket(1, A)], devices=where)
+    if decision is not None and decision.reason == Reason.LEASED and "leased_mb" not in open_device:
+        decision = Wait(1, Reason.EXTERNAL)
+    if decision is not None and decision.reason == Reason.QUIET:
+        [wait] = make_plan(state).decisions
+        assert isinstance(wait, Wait)
+        assert (wait.why.other, wait.why.devices) == (B, (0,))
+    assert make_plan(state).decisions == (() if decision is None else (decision,))
+
+
+def test_a_later_lease_does_not_starve_one_that_waits_for_a_device_where_something_starts() -> None:
+    where = [device(0, used=500.0, steady=B), device(1, used=500.0, reserved_mb=200.0, leased_mb=400.0)]
+    lease = replace(model(C, 150.0), lease=True)
+    leases = (PlacedInstance(7, D, 1, 200.0), PlacedInstance(8, D, 1, 200.0))
+    for waited, granted in ((1.0, 1), (9.0, 0)):
+        tickets = [ticket(1, A, waited=waited), ticket(2, C)]
+        models = [model(A, 600.0), model(B), lease, replace(model(D), lease=True)]
+        waits, later = make_plan(view(models, tickets, devices=where, leases=leases)).decisions
+        assert isinstance(waits, Wait) and waits.reason == Reason.QUIET
+        assert isinstance(later, Load) is bool(granted)
 
 
 def test_each_step_of_urgency_is_worth_the_head_start() -> None:

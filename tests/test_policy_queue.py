@@ -36,6 +36,7 @@ from mpmm.policy.view import (
     Load,
     ModelView,
     Reason,
+    Refuse,
     Resume,
     SuspendedInstance,
     TicketView,
@@ -258,6 +259,29 @@ def test_copies_that_a_waiter_cannot_use_do_not_have_it_wait_behind_the_head() -
         busy=(replace(in_use(6, B, 50, 1.0), owner=ME),),
     )
     assert make_plan(own).decisions[1:] == (Load(2, (1,), 50, alone=False),)
+
+
+@pytest.mark.parametrize("behind", [ticket(2, B), ticket(2, B, priority=2, preload=1), usable_on(ticket(2, B), 0)])
+def test_a_load_that_never_fits_is_refused_behind_the_head_too(behind: TicketView) -> None:
+    state = behind_a_head_on_the_first_device([model(B, 5000)], behind)
+    assert make_plan(state).decisions[1:] == (Refuse(2),)
+
+
+@pytest.mark.parametrize(
+    "there",
+    [{"shared": 1}, {"owned": {ME: 1}}, {"loading": {ME: 1}}, {"suspending": 1}],
+)
+def test_a_waiter_behind_the_head_is_not_refused_if_there_is_a_copy_to_wait_for(there: dict[str, Any]) -> None:
+    state = behind_a_head_on_the_first_device([replace(model(B, 5000), **there)], ticket(2, B))
+    assert len(make_plan(state).decisions) == 1
+    suspended = (SuspendedInstance(7, B, 0, 500.0, since_s=1.0),)
+    resumes = replace(behind_a_head_on_the_first_device([model(B, 5000)], ticket(2, B)), suspended=suspended)
+    assert len(make_plan(resumes).decisions) == 1
+
+
+def test_behind_one_that_waits_for_the_first_device_to_be_known_no_load_is_refused() -> None:
+    state = view([model(A), model(B, 5000)], [ticket(1, A), ticket(2, B)], devices=[])
+    assert make_plan(state).decisions == (Wait(1, Reason.NO_DEVICE),)
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,9 @@ def test_a_decision_has_its_reason_and_the_reason_its_sentence(reason: Reason) -
     assert not isinstance(decision, Satisfied)
     why = decision.why
     assert why.reason == reason
-    assert explain(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, "b", why.devices) == sentence
+    # With another model it is about copies of that model, and has a sentence of its own.
+    other = None if reason is Reason.PINNED else "b"
+    assert explain(why.reason, why.need_mb, why.free_mb, why.coming_mb, why.seconds, other, why.devices) == sentence
 
 
 @pytest.mark.parametrize("reason", ELSEWHERE, ids=lambda reason: reason.name.lower())

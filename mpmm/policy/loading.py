@@ -15,17 +15,20 @@ from mpmm.policy.eviction import EvictionPlan
 from mpmm.policy.fairness import overtaking_limited
 from mpmm.policy.making_room import (
     choose_room,
+    closed_devices_needed,
     is_delayed_by_loads,
     room_by_unloading_all,
     wait_for_others,
     wait_without_room,
+    with_closed_devices,
 )
 from mpmm.policy.placement import Place, best_place
 from mpmm.policy.plan_state import PlanState
 from mpmm.policy.quiet_start import start_quietly, wait_for_quiet_start
+from mpmm.policy.sharing import presumed
 from mpmm.policy.view import Decision, DeviceView, ModelView, Reason, Refuse, TicketView, Wait, Why
 
-__all__ = ["RULES", "load", "needs_only_free_memory"]
+__all__ = ["RULES", "load", "needs_only_free_memory", "refuse"]
 
 # Called for a waiter that could load now: lets another one, whose load should come first, load; tells if there is one.
 LoadOtherFirst = Callable[[TicketView, ModelView], bool]
@@ -54,15 +57,20 @@ class _Attempt:
 
 def load(state: PlanState, ticket: TicketView, model: ModelView, load_other_first: LoadOtherFirst) -> Decision | None:
     """Return what happens to a waiter whose model is to be loaded; None if it waits for devices closed by others."""
-    need_mb = state.need_mb(ticket, model)
-    attempt = _Attempt(state, ticket, model, need_mb, need_mb / ticket.span, load_other_first, [])
+    attempt = _attempt(state, ticket, model, load_other_first)
     refused = _refuse(attempt)
     if refused is not None:
         return refused
     attempt.look_for_place()
     if len(attempt.where) < ticket.span:
         # On the devices where it may load, an instance runs alone or starts quietly, or is about to.
-        return wait_for_quiet_start(state, ticket, need_mb)
+        return wait_for_quiet_start(state, ticket, attempt.need_mb, state.allowed_for(ticket))
+    closed = [] if attempt.place is not None else closed_devices_needed(state, ticket, attempt.where, attempt.share_mb)
+    if closed:
+        if state.count_fitting(attempt.where, attempt.share_mb, external=False) < ticket.span:
+            # The end of leases would serve it, too, so later leases must not starve it.
+            _await_leases(attempt)
+        return wait_for_quiet_start(state, ticket, attempt.need_mb, closed)
     for rule in RULES:
         decision = rule(attempt)
         if decision is not None:
@@ -76,6 +84,30 @@ def needs_only_free_memory(state: PlanState, ticket: TicketView, model: ModelVie
     need_mb = state.need_mb(ticket, model)
     fits = best_place(state.open_to(ticket), need_mb / ticket.span, state.slack, ticket.span) is not None
     return fits or need_mb > largest
+
+
+def refuse(state: PlanState, ticket: TicketView, model: ModelView) -> Decision | None:
+    """Refuse a waiter that cannot load now, if its load can never fit; None if it may, or need not load.
+
+    Otherwise it would wait for its turn, perhaps for long, only to be refused then.
+    """
+    if not state.view.devices or state.must_run_alone(ticket, model):
+        return None
+    if model.suspending or state.has_suspended_for(ticket):
+        return None
+    part = presumed(state.usable_part(ticket, model), state.seen)
+    if not ticket.preload and (part.usable_by(ticket.member) or part.coming_for(ticket.member)):
+        return None
+    return _refuse(_attempt(state, ticket, model, _no_other_first))
+
+
+def _no_other_first(ticket: TicketView, model: ModelView) -> bool:
+    return False
+
+
+def _attempt(state: PlanState, ticket: TicketView, model: ModelView, load_other_first: LoadOtherFirst) -> _Attempt:
+    need_mb = state.need_mb(ticket, model)
+    return _Attempt(state, ticket, model, need_mb, need_mb / ticket.span, load_other_first, [])
 
 
 def _refuse(attempt: _Attempt) -> Decision | None:
@@ -144,10 +176,17 @@ def _leases_stay_in_order(attempt: _Attempt) -> Decision | None:
 
 def _waits_for_others(attempt: _Attempt) -> Decision | None:
     """Let a waiter that no eviction would help wait without holding up others."""
-    waits = wait_for_others(attempt.state, attempt.ticket, attempt.where, attempt.share_mb)
+    where = with_closed_devices(attempt.state, attempt.ticket, attempt.where, attempt.share_mb)
+    waits = wait_for_others(attempt.state, attempt.ticket, where, attempt.share_mb)
     if waits is not None and waits.reason == Reason.LEASED:
-        attempt.state.awaiting_leases.append((attempt.ticket, attempt.share_mb))
+        _await_leases(attempt)
     return waits
+
+
+def _await_leases(attempt: _Attempt) -> None:
+    """Have later leases take their turn behind a waiter that the end of leases would serve."""
+    attempt.state.lease_is_awaited = True
+    attempt.state.awaiting_leases.append((attempt.ticket, attempt.share_mb))
 
 
 def _makes_room(attempt: _Attempt) -> Decision | None:

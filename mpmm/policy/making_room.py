@@ -17,11 +17,13 @@ from mpmm.policy.view import BusyInstance, DeviceView, ModelView, Reason, Ticket
 __all__ = [
     "cheapest_room",
     "choose_room",
+    "closed_devices_needed",
     "holds_up_others",
     "is_delayed_by_loads",
     "room_by_unloading_all",
     "wait_for_others",
     "wait_without_room",
+    "with_closed_devices",
 ]
 
 
@@ -107,6 +109,30 @@ def is_delayed_by_loads(state: PlanState, ticket: TicketView, share_mb: float) -
         for one in state.taken
     ]
     return cheapest_room(state, ticket, share_mb, in_use) is None
+
+
+def with_closed_devices(
+    state: PlanState, ticket: TicketView, where: Sequence[DeviceView], share_mb: float
+) -> list[DeviceView]:
+    """Return these devices, and those where a waiter may load once a model there runs no longer alone, or has started.
+
+    What leaves too little room on the open devices alone is not what the waiter waits for.
+    """
+    rows = {device.device for device in where}
+    closed = (device for device in state.allowed_for(ticket) if device.device not in rows)
+    return [*where, *(widened(device, share_mb, state.slack) for device in closed)]
+
+
+def closed_devices_needed(
+    state: PlanState, ticket: TicketView, where: Sequence[DeviceView], share_mb: float
+) -> list[DeviceView]:
+    """Return the closed devices that could take a waiter's load, if no eviction on the open ones is enough for it."""
+    allowed = with_closed_devices(state, ticket, where, share_mb)
+    if len(allowed) == len(where) or state.count_fitting(where, share_mb, pinned=True) >= ticket.span:
+        return []
+    if state.count_fitting(allowed, share_mb, pinned=True) < ticket.span:
+        return []
+    return [device for device in allowed[len(where) :] if state.count_fitting([device], share_mb, pinned=True)]
 
 
 def wait_for_others(state: PlanState, ticket: TicketView, where: list[DeviceView], share_mb: float) -> Wait | None:

@@ -14,7 +14,7 @@ from mpmm.policy.backfill import backfill
 from mpmm.policy.backoff import left_s
 from mpmm.policy.fairness import overtaking_limited, overtaking_over, queue_order
 from mpmm.policy.isolation import devices_to_drain, is_kept_out_by_leases, isolate
-from mpmm.policy.loading import load, needs_only_free_memory
+from mpmm.policy.loading import load, needs_only_free_memory, refuse
 from mpmm.policy.making_room import choose_room, holds_up_others
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan_state import PlanState, as_resume, can_use
@@ -197,7 +197,8 @@ class Planner:
         if ticket.preload and self._has_enough(ticket, model):
             return Satisfied(ticket.row)
         if state.head is not None:
-            return backfill(state, ticket, model) or make_room_ahead(state, ticket, model)
+            refused = refuse(state, ticket, model)
+            return refused or backfill(state, ticket, model) or make_room_ahead(state, ticket, model)
         if not self._view.devices:
             return state.wait_at_head(ticket, Why(Reason.NO_DEVICE))
         backs_off = self._back_off(ticket, model)
@@ -360,14 +361,16 @@ class Planner:
         state = self._state
         here = state.usable_part(ticket, model)
         if not here.usable_by(ticket.member) and not here.coming_for(ticket.member):
-            others = [
-                one
-                for one in state.idle[ticket.model]
-                if one.place_in is None
-                and not (one.pinned or can_use(ticket, one) or state.quiet.keys() & set(one.devices))
-            ]
+            refused = refuse(state, ticket, model)
+            if refused is not None:
+                return refused
+            idle = [one for one in state.idle[ticket.model] if one.place_in is None and not can_use(ticket, one)]
+            others = [one for one in idle if not (one.pinned or state.quiet.keys() & set(one.devices))]
             if others:
                 return state.evict_for(ticket, others[-1:], Why(Reason.EXCHANGED, model.need_mb))
+            if any(one.pinned for one in idle):
+                # The other model is its own one: its copies are in the way, and not the memory that they take.
+                return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, model.need_mb, other=ticket.model))
         return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES))
 
 

@@ -33,9 +33,11 @@ def start_quietly(
     return decision
 
 
-def wait_for_quiet_start(state: PlanState, ticket: TicketView, need_mb: float) -> Wait | None:
-    """Let a waiter wait for another one's quiet start on devices where it may load; None if there is none."""
-    for device in state.allowed_for(ticket):
+def wait_for_quiet_start(
+    state: PlanState, ticket: TicketView, need_mb: float, where: Sequence[DeviceView]
+) -> Wait | None:
+    """Let a waiter wait for another one's quiet start on one of these devices; None if there is none."""
+    for device in where:
         other = state.quiet.get(device.device)
         if other is not None:
             why = Why(Reason.QUIET, need_mb, other=other, devices=state.named([device]))

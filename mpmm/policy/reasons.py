@@ -81,6 +81,8 @@ _OVERDUE: dict[Reason, str] = {
     Reason.SUSPENDING: "waits for its copy to be suspended and then resumed, for an unknown time: that should have "
     "ended by now",
 }
+#: Instead of the sentence for `Reason.PINNED`, if the pinned copies are those of the waiter's own model.
+_PINNED_COPIES = "waits: max_model_copies allows no more copies of {other}, and those that it cannot use are pinned"
 #: Instead of the sentence for `Reason.BEHIND`, if it is known what the waiter waits behind.
 _BEHIND: dict[Behind, str] = {
     Behind.RUNS_ALONE: "waits: {other} runs alone{on} until it has been measured",
@@ -119,6 +121,8 @@ def explain(
         sentence = SENTENCES[known]
     except (KeyError, ValueError):
         return f"reason {reason}"
+    if known is Reason.PINNED and other:
+        sentence = _PINNED_COPIES
     time = f"about {seconds:.2f} s" if seconds >= 0.005 else "less than 0.01 s"
     if not math.isfinite(seconds):
         sentence, time = _OVERDUE.get(known, sentence), "an unknown time"

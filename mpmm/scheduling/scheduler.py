@@ -41,6 +41,8 @@ __all__ = ["Scheduler"]
 
 # Waits that only other programs, or the users of a pinned model, can end.
 OTHERS_END = frozenset({Reason.EXTERNAL, Reason.PINNED})
+# Waits for the model that their sentence names: once that is another one, the sentence is wrong.
+NAMES_ANOTHER = frozenset({Reason.OUTRANKED, Reason.IN_USE})
 
 
 class Scheduler:
@@ -266,10 +268,11 @@ class Scheduler:
         self._note_wait(t, evict.ticket, replace(evict.why, reason=Reason.UNLOADING), evict.first)
 
     def _note_wait(self, t: Transaction, ticket: int, why: Why, first: bool) -> None:
-        told = self._queue.told(ticket)
+        told, cause = self._queue.told(ticket), _cause(why)
         # Usually nothing has changed, and there are many waiters.
-        if told.reason != why.reason or told.on != device_bits(why.devices):
-            cause = _cause(why)
+        if (told.reason, told.on) != (cause.reason, cause.on) or (
+            cause.reason in NAMES_ANOTHER and told.other != cause.other
+        ):
             if cause.reason == Reason.RETURNING and told.reason == Reason.UNLOADING:
                 # It is still the memory of the same copies.
                 cause = cause._replace(other=told.other)
