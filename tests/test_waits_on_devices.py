@@ -175,8 +175,9 @@ def test_one_that_only_a_device_where_something_starts_could_take_waits_for_that
         requests.manager.reserve(500, devices=[0], steady=True) as lease,
         requests.manager.reserve(600, name="other", devices=[1]),
     ):
-        outcome = requests.make("a")
-        wait_until(lambda: waiting(namespace, "a"), "it waits")
+        outcome = requests.make("a", 450)
+        wait_until(lambda: waiting(namespace, "a") or outcome, "it waits")
+        assert outcome == []
         assert [Reason(one.reason) for one in waiting(namespace, "a")] == [Reason.QUIET]
         lease.settled()
         wait_until(lambda: outcome, "it is served")
