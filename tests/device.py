@@ -86,3 +86,32 @@ class SimulatedDevice:
             allocation.rename(allocation.with_name(f"freed_{time.monotonic()}_{mb}_{os.getpid()}-{number}"))
         else:
             allocation.unlink()
+
+
+class BookedDevices:
+    """A memory source of several devices that measures nothing, so that a model is known from the start."""
+
+    name = "booked"
+    measures_processes = False
+    frees_late = False
+    cheap = True
+    accounting_only = True
+
+    def __init__(self, *totals_mb: float) -> None:
+        self.totals_mb = totals_mb
+
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """Return the devices."""
+        from mpmm.sources import DeviceInfo
+
+        return tuple(DeviceInfo(i, f"booked-{i}", "booked", mb) for i, mb in enumerate(self.totals_mb))
+
+    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
+        """Return samples without figures."""
+        from mpmm.sources import DeviceSample
+
+        now_ns = time.monotonic_ns()
+        return tuple(DeviceSample(i, None, now_ns, done_ns=now_ns) for i in range(len(self.totals_mb)))
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -6,9 +6,11 @@ import asyncio
 import os
 import random
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
+from device import BookedDevices
 from devices.many_gpus_crew import Setting, measure
 from harness import (
     NewDevice,
@@ -186,6 +188,26 @@ def test_a_waiter_that_is_tied_is_not_handed_a_copy_elsewhere(
     manager.release_model("a", second)
     other.result()
     assert [(copy.state, copy.device) for copy in copies_of(namespace, "a")] == [("idle", 0), ("active", 1)]
+
+
+def test_two_waiters_that_are_tied_to_the_device_of_the_other_ones_copy_are_served(
+    namespace: str, new_manager: NewManager
+) -> None:
+    manager = new_manager(memory_source=BookedDevices(1000, 1000), slack_percentage=0, wait_timeout_seconds=DEADLINE_S)
+    held = [(tag, manager.acquire_model(tag, Loads(), devices=[on], expect_mb=800)) for on, tag in enumerate("ab")]
+
+    def use_on(tag: str, on: int) -> None:
+        with manager.model(tag, Loads(), devices=[on]):
+            pass
+
+    calls = [in_thread(partial(use_on, tag, 1 - on)) for on, tag in enumerate("ab")]
+    wait_until(lambda: len(waiting(namespace)) == 2, "both wait")
+    for tag, handle in held:
+        manager.release_model(tag, handle)
+    for thread, _ in calls:
+        thread.join(DEADLINE_S)
+    assert [outcome for _, outcome in calls] == [[None], [None]]
+    assert problems(namespace) == []
 
 
 @pytest.mark.parametrize(

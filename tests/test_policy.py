@@ -336,6 +336,25 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Load(1, (1,), 300, False)],
     ),
+    "who has a copy only where it cannot use it displaces others like one without": (
+        view(
+            [model(A, 800, shared=1), model(B, 800, shared=1)],
+            [usable_on(ticket(1, A), 1), usable_on(ticket(2, B), 0)],
+            copies=[idle(7, A, mb=800), idle(8, B, mb=800, on=1)],
+            devices=[device(0, used=800), device(1, used=800)],
+        ),
+        [Evict(1, (8,))],
+    ),
+    "who has a copy where it is bound to displaces none for which as many wait": (
+        view(
+            [held_for_long(model(A, 400, shared=1)), model(B, 400, shared=1, waiting=1)],
+            [usable_on(ticket(1, A), 1)],
+            copies=[idle(8, B, mb=400, on=1)],
+            busy=(BusyInstance(9, A, 1, 500, 9.0),),
+            devices=[device(0), device(1, used=900)],
+        ),
+        [Wait(1, Reason.MEMORY)],
+    ),
     "another model that is in use where a waiter is bound to is of no use for it": (
         view(
             [replace(model(A, 300), load_s=9.0, hold_s=0.1), model(B, shared=1)],

@@ -97,11 +97,11 @@ def eviction_order(view: View, copies: Sequence[IdleInstance], ticket: TicketVie
     A waiter whose model has a copy that it could use displaces only models with fewer waiters; a waiter without one
     displaces any idle copy, so that it does not starve.
     """
-    left = Counter({row: model.loaded for row, model in view.models.items()})
+    left, below = Counter({row: model.loaded for row, model in view.models.items()}), _displaces_below(view, ticket)
     ranked: list[tuple[bool, int, float, int, IdleInstance]] = []
     # Oldest first, so that of several copies of one model the oldest are the surplus ones.
     for copy in sorted(copies, key=lambda copy: copy.idle_since_s):
-        if not copy.pinned and _may_displace(view, ticket, copy.model):
+        if not copy.pinned and _waiters_of(view, copy.model) < below:
             wanted = not _is_superseded(view, copy.model)
             ranked.append((wanted, score(view, copy, left[copy.model]), copy.idle_since_s, copy.row, copy))
             left[copy.model] -= 1
@@ -123,8 +123,9 @@ def plan_eviction(
     coming = free_mb(device, view.rules.slack_percentage) + device.returning_mb + device.unloading_mb
     if coming >= need_mb:
         return EvictionPlan((device,), (), (), 0.0, 0.0, 0.0, (coming - need_mb,))
-    here = [one for one in idle if _may_be_evicted(view, device, ticket, one)]
-    used = [one for one in busy if one.model != ticket.model and _may_be_evicted(view, device, ticket, one)]
+    below = _displaces_below(view, ticket)
+    here = [one for one in idle if _may_be_evicted(view, device, below, one)]
+    used = [one for one in busy if one.model != ticket.model and _may_be_evicted(view, device, below, one)]
     missing_mb = need_mb - coming
     if math.fsum(one.mb_on(device.device) for one in (*here, *used)) < missing_mb:
         return None
@@ -261,10 +262,22 @@ def _is_superseded(view: View, row: int) -> bool:
     return model is not None and model.superseded
 
 
-def _may_be_evicted(view: View, device: DeviceView, ticket: TicketView, copy: IdleInstance | BusyInstance) -> bool:
-    return device.device in copy.devices and not copy.pinned and _may_displace(view, ticket, copy.model)
+def _may_be_evicted(view: View, device: DeviceView, below: float, copy: IdleInstance | BusyInstance) -> bool:
+    return device.device in copy.devices and not copy.pinned and _waiters_of(view, copy.model) < below
 
 
-def _may_displace(view: View, ticket: TicketView, row: int) -> bool:
-    requesting, model = view.models[ticket.model], view.models.get(row)
-    return requesting.usable_by(ticket.member) == 0 or (model.waiting if model else 0) < requesting.waiting
+def _displaces_below(view: View, ticket: TicketView) -> float:
+    """Return how many waiters protect another model from being displaced for a waiter; see `eviction_order`."""
+    requesting = view.models[ticket.model]
+    usable = requesting.usable_by(ticket.member)
+    if usable and ticket.usable_on:
+        # Two waiters, each bound to the device where only the other one's copy lies, would otherwise wait for ever.
+        loaded: list[IdleInstance | BusyInstance] = [*view.idle, *(one for one in view.busy if not one.loading)]
+        mine = (one for one in loaded if one.model == ticket.model and one.owner in (None, ticket.member))
+        usable = any(one.is_within(ticket.usable_on) for one in mine)
+    return requesting.waiting if usable else math.inf
+
+
+def _waiters_of(view: View, row: int) -> int:
+    model = view.models.get(row)
+    return model.waiting if model else 0
