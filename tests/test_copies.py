@@ -9,9 +9,11 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
+from device import BookedDevices
 from harness import (
     NewDevice,
     NewGate,
@@ -20,6 +22,7 @@ from harness import (
     Seat,
     acquire,
     copies_of,
+    in_thread,
     learn,
     model_of,
     problems,
@@ -28,7 +31,8 @@ from harness import (
     wait_until,
     waiting,
 )
-from loaders import LoadFails, Loads, LoadsObject
+from loaders import Gate, LoadFails, Loads, LoadsObject
+from patience import DEADLINE_S, Stopwatch
 
 from mpmm.errors import AcquireTimeoutError, InvalidArgumentError, ModelTooLargeError, NotAcquiredError, TableFullError
 from mpmm.model_manager import ModelManager
@@ -89,6 +93,29 @@ def test_one_that_wants_many_copies_for_itself_does_not_wait_for_each(namespace:
         manager.release_model("a", handle)
 
 
+def test_no_more_are_loaded_at_a_time_than_there_may_be_where_some_requests_name_devices(
+    namespace: str, new_manager: NewManager, new_gate: NewGate
+) -> None:
+    manager = new_manager(memory_source=BookedDevices(1000, 1000), max_model_copies=1)
+    lease, go = manager.reserve(1800, span=2), new_gate()
+
+    def use_on(*devices: int) -> None:
+        with manager.model("a", Loads(go=go), devices=devices or None, expect_mb=500):
+            pass
+
+    threads = []
+    for devices in ((0,), ()):
+        threads.append(in_thread(partial(use_on, *devices)))
+        wait_until(lambda: len(waiting(namespace, "a")) == len(threads), "it waits for the lease to end")
+    lease.release()
+    wait_until(lambda: copies_of(namespace, "a"), "one loads")
+    assert (len(copies_of(namespace, "a")), problems(namespace)) == (1, [])
+    go.open()
+    for thread, _ in threads:
+        thread.join(DEADLINE_S)
+    assert [outcome for _, outcome in threads] == [[None], [None]]
+
+
 def test_who_waits_for_a_model_that_is_being_loaded_takes_what_is_loaded(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:
@@ -114,6 +141,63 @@ def test_an_object_of_another_process_makes_way_where_there_may_be_no_more(
     owner.call(release)
     other.result()
     assert len(copies_of(namespace, "a")) == 1
+    assert problems(namespace) == []
+
+
+def use_over_and_over(manager: ModelManager, loader: Callable[[], Any], stop: threading.Event) -> None:
+    """Acquire and release a model until the event is set; other threads that do the same get each copy in between."""
+    while not stop.is_set():
+        with manager.model("a", loader, expect_mb=300):
+            time.sleep(0.01)
+
+
+def use_with_three_threads(seat: Seat, loader: Callable[[], Any], stop: Gate) -> None:
+    """Use a model in three threads at a time until the gate is open."""
+    done = threading.Event()
+    threads = [in_thread(partial(use_over_and_over, seat.manager, loader, done)) for _ in range(3)]
+    stop.wait()
+    done.set()
+    for thread, _ in threads:
+        thread.join()
+    assert [outcome for _, outcome in threads] == [[None]] * 3
+
+
+def test_an_object_that_its_process_uses_over_and_over_makes_way_for_another_process(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, new_gate: NewGate
+) -> None:
+    arguments: dict[str, Any] = {"memory_source": BookedDevices(1000), "max_model_copies": 1}
+    manager = new_manager(**arguments, max_overtake_seconds=1.0, wait_timeout_seconds=DEADLINE_S)
+    busy, stop = new_process(**arguments), new_gate()
+    busy.send(use_with_three_threads, LoadsObject(), stop)
+    wait_until(lambda: waiting(namespace, "a"), "its threads wait for each other")
+    watch = Stopwatch()
+    with manager.model("a", LoadsObject(), expect_mb=300):
+        assert watch.calm_s() < 1.0 + SOON_S
+    stop.open()
+    busy.result()
+    assert problems(namespace) == []
+
+
+def test_a_copy_that_is_used_over_and_over_makes_way_for_one_on_the_device_that_a_request_names(
+    namespace: str, new_manager: NewManager
+) -> None:
+    arguments: dict[str, Any] = {"memory_source": BookedDevices(1000, 1000), "max_model_copies": 1}
+    manager = new_manager(**arguments, max_overtake_seconds=1.0, wait_timeout_seconds=DEADLINE_S)
+    with manager.model("a", HANDLES, devices=[0], expect_mb=300):
+        pass
+    stop = threading.Event()
+    threads = [in_thread(partial(use_over_and_over, manager, HANDLES, stop)) for _ in range(3)]
+    try:
+        wait_until(lambda: waiting(namespace, "a"), "they wait for each other")
+        watch = Stopwatch()
+        with manager.model("a", HANDLES, devices=[1]):
+            assert watch.calm_s() < 1.0 + SOON_S
+            assert [copy.device for copy in copies_of(namespace, "a") if copy.state != "unloading"] == [1]
+    finally:
+        stop.set()
+        for thread, _ in threads:
+            thread.join()
+    assert [outcome for _, outcome in threads] == [[None]] * 3
     assert problems(namespace) == []
 
 

@@ -95,6 +95,23 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view([model(A)], [ticket(1, A), ticket(2, A, member=OTHER)], rules=at_most(1)),
         [Load(1, (0,), 100, False), Wait(2, Reason.COPIES)],
     ),
+    "so do loads on the devices that a waiter names": (
+        view(
+            [model(A), model(B)],
+            [usable_on(ticket(1, A), 1), ticket(2, A, member=OTHER), usable_on(ticket(3, A), 0), ticket(4, B)],
+            rules=at_most(1),
+            devices=[device(0), device(1)],
+        ),
+        [Load(1, (1,), 100, False), Wait(2, Reason.COPIES), Wait(3, Reason.COPIES), Load(4, (0,), 100, False)],
+    ),
+    "waiters that are bound to the same devices share a load there": (
+        view(
+            [model(A)],
+            [usable_on(ticket(1, A), 1), usable_on(ticket(2, A), 1), usable_on(ticket(3, A), 0)],
+            devices=[device(0), device(1)],
+        ),
+        [Load(1, (1,), 100, False), Wait(2, Reason.SHARING), Load(3, (0,), 100, False)],
+    ),
     "another's idle object makes way where there may be no more": (
         view(
             [model(A, owned={OTHER: 2})],

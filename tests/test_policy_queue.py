@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from policy_views import (
     ME,
+    NOW,
     OTHER,
     A,
     B,
@@ -74,6 +75,88 @@ def test_a_model_that_takes_nothing_goes_to_a_device_whose_total_is_known() -> N
     (decision,) = make_plan(state).decisions
     assert isinstance(decision, Load)
     assert decision.devices == (1,)
+
+
+# ---- overtaking one that can use no copy of its model, of which there may be no more ------------------------
+
+
+def exchanged_for_me(head_for_s: float | None, *others: ModelView, **more: Any) -> View:
+    """The only copy there may be of A is another member's, and idle; that member wants it again, behind this one."""
+    values: dict[str, Any] = {"copies": [idle(7, A, owner=OTHER)], "devices": [device(used=100)], **more}
+    tickets = [ticket(1, A, head_for=head_for_s), ticket(2, A, member=OTHER)]
+    return view([model(A, owned={OTHER: 1}), *others], tickets, rules=at_most(1), **values)
+
+
+@pytest.mark.parametrize(
+    ("of", "first"),
+    [
+        (model(A, owned={OTHER: 1}), True),
+        (model(A, owned={ME: 1}), False),
+        (replace(model(A, loading={OTHER: 1}), shares=False), True),
+        (replace(model(A, loading={ME: 1}), shares=False), False),
+    ],
+)
+def test_the_time_of_one_begins_that_can_use_no_copy_of_as_many_as_there_may_be(of: ModelView, first: bool) -> None:
+    state = view([of, model(B)], [ticket(1, A), ticket(2, B)], in_use=1, rules=at_most(1))
+    decision, other = make_plan(state).decisions
+    assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.COPIES), first)
+    # It holds up nobody.
+    assert isinstance(other, Load)
+
+
+def test_the_copy_is_exchanged_once_its_users_have_overtaken_the_one_that_cannot_use_it_for_long_enough() -> None:
+    for head_for_s in (None, 1.9):
+        granted, waits = reversed(make_plan(exchanged_for_me(head_for_s)).decisions)
+        assert (granted, waits) == (Grant(2, 7), Wait(1, Reason.COPIES))
+    assert make_plan(exchanged_for_me(2.0)).decisions[0] == Evict(1, (7,))
+
+
+@pytest.mark.parametrize("reason", ["no room", "pinned", "quiet", "failing"])
+def test_nothing_is_kept_for_an_exchange_that_would_be_in_vain(reason: str) -> None:
+    match reason:
+        case "no room":
+            state = exchanged_for_me(9.0, devices=[device(used=1000, reserved_mb=900, leased_mb=900)])
+        case "pinned":
+            state = exchanged_for_me(9.0, copies=[idle(7, A, owner=OTHER, pinned=True)])
+        case "quiet":
+            state = exchanged_for_me(9.0, devices=[device(used=100, steady=B), device(1)])
+        case _:
+            state = exchanged_for_me(9.0)
+            state = replace(state, models={A: replace(state.models[A], failures=3, failed_ago_s=0.1)})
+    assert Grant(2, 7) in make_plan(state).decisions
+
+
+def test_a_copy_with_several_users_is_kept_until_it_has_none() -> None:
+    # The first of its places is in use.
+    place = replace(idle(8, A, mb=0, owner=OTHER), place_in=7)
+    used = exchanged_for_me(2.0, copies=[place], busy=(BusyInstance(7, A, 0, 100, 1.0, owner=OTHER),))
+    assert make_plan(used).decisions == (Wait(1, Reason.COPIES), Wait(2, Reason.COPIES))
+    # All of its users are gone.
+    unused = exchanged_for_me(2.0, copies=[idle(7, A, owner=OTHER), place])
+    assert make_plan(unused).decisions[0] == Evict(1, (7,))
+
+
+def test_where_others_leave_no_room_for_another_copy_these_are_kept_first() -> None:
+    def beside(*busy: BusyInstance, **more: Any) -> View:
+        tickets = [replace(usable_on(ticket(1, A), 1), head_since_s=NOW - 2.0), ticket(2, A), ticket(3, B)]
+        return view(
+            [model(A, 800, shared=1), model(B, 800, shared=1)],
+            tickets,
+            rules=at_most(1),
+            busy=busy,
+            devices=[device(0, used=800), device(1, used=800)],
+            **more,
+        )
+
+    b_is_used = beside(in_use_on_1(8, B), copies=[idle(7, A, mb=800)])
+    assert Grant(2, 7) in make_plan(b_is_used).decisions
+    b_is_idle = beside(copies=[idle(7, A, mb=800), idle(8, B, mb=800, on=1)])
+    assert make_plan(b_is_idle).decisions[0] == Evict(1, (7,))
+    assert not any(isinstance(decision, Grant) for decision in make_plan(b_is_idle).decisions)
+
+
+def in_use_on_1(row: int, of: int) -> BusyInstance:
+    return BusyInstance(row, of, 1, 800, 1.0)
 
 
 # ---- overtaking one that waits for room ---------------------------------------------------------------------

@@ -223,6 +223,8 @@ def check_answers(made: RandomTables, scheduler: Scheduler) -> None:
                 assert cause.seconds == pytest.approx(known[1])
         for ticket in rules.all_waiting():
             moves_up = ticket.reason in {Reason.BEHIND, Reason.OUTRANKED, *FOR_A_COPY}
+            # It can use none of the copies, so others may be kept for it.
+            moves_up = moves_up and not (ticket.reason == Reason.COPIES and ticket.head_of_line_at)
             wanted = tables.models[ticket.model]
             mates = [one for one in rules.all_waiting() if one.model == ticket.model and one.at != ticket.at]
             if wanted.active or wanted.loading:

@@ -21,6 +21,7 @@ from mpmm.policy.plan_state import PlanState, as_resume, can_use
 from mpmm.policy.room_ahead import make_room_ahead
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
+    BusyInstance,
     Decision,
     Evict,
     Grant,
@@ -151,6 +152,8 @@ class Planner:
                 closed = closed or self._drained_for(ticket, model)
                 if len(closed) == len(state.devices):
                     break
+            elif state.has_most_copies(model):
+                kept |= self._kept_to_exchange(ticket, model)
             elif ticket.head_since_s is not None and holds_up_others(state, ticket, model):
                 overtaken = overtaken or ticket
                 reserved = self._reserved_for(ticket, model)
@@ -185,6 +188,33 @@ class Planner:
             return set()
         plan = choose_room(self._state, ticket, model.need_mb / ticket.span, due=True)
         return None if plan is None else {one.row for one in (*plan.victims, *plan.awaited)}
+
+    def _kept_to_exchange(self, ticket: TicketView, model: ModelView) -> set[int]:
+        """Return the instances kept for a waiter that needs one of its model's exchanged; see `_swap_instance`.
+
+        Otherwise those that can use them might hand them on to each other for ever. Nothing is kept as long as the
+        waiter may be overtaken, nor if an exchange would be in vain, because no room can be made for another instance.
+        """
+        state, view = self._state, self._view
+        if not overtaking_limited(view, ticket) or not self._can_use_none(ticket, model):
+            return set()
+        instances: list[IdleInstance | BusyInstance] = [*view.idle, *view.busy]
+        own = {
+            one.row
+            for one in instances
+            if one.model == ticket.model and not (one.pinned or state.quiet.keys() & set(one.devices))
+        }
+        plan = choose_room(state, ticket, state.need_mb(ticket, model) / ticket.span, due=True) if own else None
+        if plan is None:
+            return set()
+        room = {one.row for one in (*plan.victims, *plan.awaited)}
+        # Its own model's instances stay in use until the others are no longer.
+        return room if plan.awaited else room | own
+
+    def _can_use_none(self, ticket: TicketView, model: ModelView) -> bool:
+        """Tell whether a waiter can use none of its model's instances, nor any that is being loaded."""
+        here = self._state.usable_part(ticket, model)
+        return not here.usable_by(ticket.member) and not here.coming_for(ticket.member)
 
     # ---- loads ---------------------------------------------------------------------------------------------
 
@@ -291,8 +321,7 @@ class Planner:
         if seconds <= 0:
             return None
         if self._state.has_most_copies(model):
-            here = self._state.usable_part(ticket, model)
-            if here.usable_by(ticket.member) or here.coming_for(ticket.member):
+            if not self._can_use_none(ticket, model):
                 # It waits for one of these copies, and not for a load.
                 return None
         elif self._needs_no_room(ticket, model):
@@ -356,11 +385,12 @@ class Planner:
     def _swap_instance(self, ticket: TicketView, model: ModelView) -> Decision:
         """Let a waiter wait for a copy, because there may be no more of them; or evict one that it cannot use.
 
-        Only if it can use none of them, nor any that is being loaded, the oldest idle one makes way for another.
+        Only if it can use none of them, nor any that is being loaded, the oldest idle one makes way for another. Those
+        that can use them may overtake it for a while, as if it were the head of the line; but it holds up no others.
         """
         state = self._state
-        here = state.usable_part(ticket, model)
-        if not here.usable_by(ticket.member) and not here.coming_for(ticket.member):
+        needs_another = self._can_use_none(ticket, model)
+        if needs_another:
             refused = refuse(state, ticket, model)
             if refused is not None:
                 return refused
@@ -371,7 +401,7 @@ class Planner:
             if any(one.pinned for one in idle):
                 # The other model is its own one: its copies are in the way, and not the memory that they take.
                 return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, model.need_mb, other=ticket.model))
-        return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES))
+        return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES), first=needs_another)
 
 
 def _is_hopeless_there(decision: Decision | None) -> bool:

@@ -78,6 +78,8 @@ class PlanState:
         self.quiet = {device.device: device.steady for device in view.devices if device.steady is not None}
         # The devices where this plan loads or resumes something.
         self.begun: set[int] = set()
+        # What it loads or resumes there, or keeps room for.
+        self.coming: list[BusyInstance] = []
         # The answers that later waiters with the same request get, too; cleared as soon as something else is planned.
         self.repeated_waits: dict[tuple[object, ...], Wait] = {}
         # Whether requests wait for leases to end, so that not every further lease is granted; these waiters, and how
@@ -183,7 +185,8 @@ class PlanState:
         if not ticket.usable_on:
             return model
         view = self.view
-        used = [one for one in view.busy if one.model == model.model and one.is_within(ticket.usable_on)]
+        there = (*view.busy, *self.coming)
+        used = [one for one in there if one.model == model.model and one.is_within(ticket.usable_on)]
         busy = [one for one in used if not one.leaving]
         loaded_owners = Counter(one.owner for one in busy if not one.loading)
         idle = (one for one in view.idle if one.model == model.model and one.place_in is None)
@@ -273,17 +276,22 @@ class PlanState:
             first, *others = [device.device for device in devices]
             other_shares = tuple((device, share_mb) for device in others)
             self.leases.append(PlacedInstance(-1, model.model, first, share_mb, other_shares=other_shares))
-        self._count_load(ticket)
+        self.count_load(ticket, [device.device for device in devices])
         free = math.fsum(free_mb(device, self.slack) for device in devices)
         why = Why(reason, need_mb, free, other=other, devices=self.named(devices))
         return Load(ticket.row, tuple(device.device for device in devices), need_mb, False, why)
 
-    def _count_load(self, ticket: TicketView) -> None:
-        """Let waiters behind this one share its load."""
-        if not ticket.usable_on:
-            model = self.models[ticket.model]
-            loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
-            self.models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
+    def count_load(self, ticket: TicketView, devices: Sequence[int]) -> None:
+        """Count a waiter's load on these devices, so that waiters behind it share it, and load no copy too many."""
+        model = self.models[ticket.model]
+        loading = {**model.loading, ticket.member: model.loading.get(ticket.member, 0) + 1}
+        self.models[ticket.model] = replace(model, loading=loading, loading_for_s=0.0)
+        first, *others = devices
+        shares = tuple((device, 0.0) for device in others)
+        # Its memory is counted as reserved on its devices.
+        row, mb, whose = -1, 0.0, ticket.member
+        load = BusyInstance(row, model.model, first, mb, math.inf, owner=whose, loading=True, other_shares=shares)
+        self.coming.append(load)
 
     def resume_instead(self, load: Load, instance: SuspendedInstance) -> Resume:
         """Turn a load that was allowed into the resume of an instance on its device."""
@@ -308,7 +316,7 @@ class PlanState:
         left[device] = left_mb
         where = tuple(self.devices[row] for row in left)
         self.eviction_plan = replace(head_plan, devices=where, left_mb=tuple(left.values()))
-        self._count_load(ticket)
+        self.count_load(ticket, [device])
 
     def wait_at_head(self, ticket: TicketView, why: Why) -> Wait:
         """Let a waiter wait as the head of the line: waiters behind it get only what does not delay it."""

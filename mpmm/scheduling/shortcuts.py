@@ -25,10 +25,11 @@ Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy
     kept yet, because nothing could be unloaded for the head, this is known only if all waiters want the newcomer's
     model.
 Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it waited behind another one, or for a
-    copy of its own model, and none of these is idle: no memory was kept for it, and waiters behind it only move up. An
-    idle copy of the model may be evicted for others once fewer requests wait for it. And where another one waits to
-    load a further copy of the model, it may rather wait for those in use then, and not hold up others any more. So may
-    one whose model has no figures of its own yet, and is judged by those of the models that are in use or waited for.
+    copy of its own model that it can use, and none is idle: nothing was kept for it, and waiters behind it only move
+    up. An idle copy of the model may be evicted for others once fewer requests wait for it. And where another one waits
+    to load a further copy of the model, it may rather wait for those in use then, and not hold up others any more. So
+    may one whose model has no figures of its own yet, and is judged by those of the models that are in use or waited
+    for.
 """
 
 from __future__ import annotations
@@ -171,7 +172,10 @@ class Shortcuts:
 
     def holds_up_nobody(self, ticket: int) -> bool:
         """Tell whether it is known without a plan that a waiter's leaving serves no other waiter; see Q5 above."""
-        if not self._queue.is_waiting(ticket) or self._queue.told(ticket).reason not in HELD_UP_REASONS:
+        if not self._queue.is_waiting(ticket):
+            return False
+        told = self._queue.told(ticket)
+        if told.reason not in HELD_UP_REASONS or (told.reason == Reason.COPIES and told.head_of_line):
             return False
         model = self._tables.tickets[ticket].model
         figures = self._models.figures(model)
