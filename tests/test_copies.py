@@ -116,6 +116,28 @@ def test_no_more_are_loaded_at_a_time_than_there_may_be_where_some_requests_name
     assert [outcome for _, outcome in threads] == [[None], [None]]
 
 
+def test_an_unknown_model_is_loaded_once_where_there_may_be_one_copy_of_it(
+    namespace: str, new_manager: NewManager, new_device: NewDevice, new_gate: NewGate
+) -> None:
+    manager = new_manager(memory_source=new_device(1000, 1000), max_model_copies=1)
+    began, go = new_gate(), new_gate()
+
+    def use_it() -> None:
+        with manager.model("a", LoadsObject("a", began, go)):
+            pass
+
+    threads = [in_thread(use_it)]
+    began.wait()
+    threads.append(in_thread(use_it))
+    wait_until(lambda: waiting(namespace, "a") or len(copies_of(namespace, "a")) > 1, "the other one has been answered")
+    assert len(copies_of(namespace, "a")) == 1
+    go.open()
+    for thread, _ in threads:
+        thread.join(DEADLINE_S)
+    assert [outcome for _, outcome in threads] == [[None], [None]]
+    assert problems(namespace) == []
+
+
 def test_who_waits_for_a_model_that_is_being_loaded_takes_what_is_loaded(
     namespace: str, new_process: NewProcess, new_gate: NewGate
 ) -> None:

@@ -104,6 +104,25 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Load(1, (1,), 100, False), Wait(2, Reason.COPIES), Wait(3, Reason.COPIES), Load(4, (0,), 100, False)],
     ),
+    "so do loads that run alone": (
+        view(
+            [model(A, known=False), model(B, known=False)],
+            [ticket(1, A, priority=0), ticket(2, A, member=OTHER, priority=0), ticket(3, B, priority=0)],
+            rules=at_most(1),
+            devices=[device(0), device(1)],
+        ),
+        [Load(1, (0,), 100, True), Wait(2, Reason.COPIES), Load(3, (1,), 100, True)],
+    ),
+    "no device is drained for a model of which there are as many copies as there may be": (
+        view(
+            [model(A, known=False, owned={OTHER: 1}), model(B, shared=1)],
+            [ticket(1, A, priority=0), ticket(2, B)],
+            copies=[idle(7, B)],
+            rules=at_most(1),
+            in_use=1,
+        ),
+        [Wait(1, Reason.COPIES), Grant(2, 7)],
+    ),
     "waiters that are bound to the same devices share a load there": (
         view(
             [model(A)],

@@ -87,4 +87,5 @@ def _run_alone(state: PlanState, ticket: TicketView, place: Sequence[DeviceView]
         why = Why(Reason.RETURNING, need_mb, free, returning_mb, devices=on)
         return Wait(ticket.row, why.reason, why, first=True)
     chosen = tuple(device.device for device in place)
+    state.count_load(ticket, chosen)
     return Load(ticket.row, chosen, need_mb, True, Why(Reason.ALONE, need_mb, free, devices=on))

@@ -148,12 +148,12 @@ class Planner:
             if left_s(model) > 0:
                 # During the back-off nothing is kept for it, or drained.
                 continue
-            if state.must_run_alone(ticket, model):
+            if state.has_most_copies(model):
+                kept |= self._kept_to_exchange(ticket, model)
+            elif state.must_run_alone(ticket, model):
                 closed = closed or self._drained_for(ticket, model)
                 if len(closed) == len(state.devices):
                     break
-            elif state.has_most_copies(model):
-                kept |= self._kept_to_exchange(ticket, model)
             elif ticket.head_since_s is not None and holds_up_others(state, ticket, model):
                 overtaken = overtaken or ticket
                 reserved = self._reserved_for(ticket, model)
@@ -232,13 +232,14 @@ class Planner:
         if not self._view.devices:
             return state.wait_at_head(ticket, Why(Reason.NO_DEVICE))
         backs_off = self._back_off(ticket, model)
+        # A preload is satisfied then.
+        if state.has_most_copies(model):
+            return backs_off or self._swap_instance(ticket, model)
         if state.must_run_alone(ticket, model):
             return backs_off or isolate(state, ticket, model.need_mb)
         suspended = state.suspended_for(ticket)
         if ticket.preload:
             return self._resume(ticket, model, suspended) or backs_off or self._load(ticket, model)
-        if state.has_most_copies(model):
-            return backs_off or self._swap_instance(ticket, model)
         shares = self._share(ticket, model, suspended)
         if shares is not None:
             return shares
