@@ -97,11 +97,14 @@ def exchanged_for_me(head_for_s: float | None, *others: ModelView, **more: Any) 
     ],
 )
 def test_the_time_of_one_begins_that_can_use_no_copy_of_as_many_as_there_may_be(of: ModelView, first: bool) -> None:
-    state = view([of, model(B)], [ticket(1, A), ticket(2, B)], in_use=1, rules=at_most(1))
+    used = BusyInstance(7, A, 0, 100, 1.0, owner=OTHER)
+    state = view([of, model(B)], [ticket(1, A), ticket(2, B)], busy=(used,), rules=at_most(1))
     decision, other = make_plan(state).decisions
     assert (decision, isinstance(decision, Wait) and decision.first) == (Wait(1, Reason.COPIES), first)
     # It holds up nobody.
     assert isinstance(other, Load)
+    pinned = replace(state, busy=(replace(used, pinned=True),))
+    assert not any(isinstance(decision, Wait) and decision.first for decision in make_plan(pinned).decisions)
 
 
 def test_the_copy_is_exchanged_once_its_users_have_overtaken_the_one_that_cannot_use_it_for_long_enough() -> None:

@@ -195,21 +195,22 @@ class Planner:
         Otherwise those that can use them might hand them on to each other for ever. Nothing is kept as long as the
         waiter may be overtaken, nor if an exchange would be in vain, because no room can be made for another instance.
         """
-        state, view = self._state, self._view
-        if not overtaking_limited(view, ticket) or not self._can_use_none(ticket, model):
+        state = self._state
+        if not overtaking_limited(self._view, ticket) or not self._can_use_none(ticket, model):
             return set()
-        instances: list[IdleInstance | BusyInstance] = [*view.idle, *view.busy]
-        own = {
-            one.row
-            for one in instances
-            if one.model == ticket.model and not (one.pinned or state.quiet.keys() & set(one.devices))
-        }
+        own = self._exchangeable(ticket)
         plan = choose_room(state, ticket, state.need_mb(ticket, model) / ticket.span, due=True) if own else None
         if plan is None:
             return set()
         room = {one.row for one in (*plan.victims, *plan.awaited)}
         # Its own model's instances stay in use until the others are no longer.
         return room if plan.awaited else room | own
+
+    def _exchangeable(self, ticket: TicketView) -> set[int]:
+        """Return the instances of a waiter's model that could make way for another one once they are not in use."""
+        instances: list[IdleInstance | BusyInstance] = [*self._view.idle, *self._view.busy]
+        mine = (one for one in instances if one.model == ticket.model and not one.pinned)
+        return {one.row for one in mine if not self._state.quiet.keys() & set(one.devices)}
 
     def _can_use_none(self, ticket: TicketView, model: ModelView) -> bool:
         """Tell whether a waiter can use none of its model's instances, nor any that is being loaded."""
@@ -402,7 +403,8 @@ class Planner:
             if any(one.pinned for one in idle):
                 # The other model is its own one: its copies are in the way, and not the memory that they take.
                 return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, model.need_mb, other=ticket.model))
-        return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES), first=needs_another)
+        first = needs_another and bool(self._exchangeable(ticket))
+        return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES), first=first)
 
 
 def _is_hopeless_there(decision: Decision | None) -> bool:
