@@ -334,7 +334,17 @@ class Reference:
         for model in {one.model for one in self.idle()}:
             idle = sum(one.model == model for one in self.idle())
             part += [row for row in rest if self.tables.tickets[row].model == model][: 2 * idle]
-        return part
+        firsts: dict[tuple[object, ...], int] = {}
+        for row in order:
+            firsts.setdefault(self._kind(row), row)
+        others = [row for row in firsts.values() if row in rest][:QUEUE_PART]
+        return part + [row for row in others if row not in part]
+
+    def _kind(self, row: int) -> tuple[object, ...]:
+        # Waiters of a kind ask for the same.
+        one = self.tables.tickets[row]
+        nested = bool(self.words[one.at + Ticket.NESTED])
+        return (one.model, one.preload, one.loadable_on, one.usable_on, one.span, one.steady, nested)
 
     def tickets(self, rows: Sequence[int]) -> list[TicketView]:
         """Return waiters."""

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 
+import pytest
 from harness import (
     NewDevice,
     NewGate,
@@ -108,6 +109,38 @@ def test_an_unknown_model_is_served_although_callers_of_a_hot_model_wait_for_eac
     longest = max(process.result()[0] for process in hot)
     assert waited <= 2 * longest + LOAD_S + 0.5, f"{waited:.2f} s, the longest hold was {longest:.2f} s"
     assert problems(namespace) == []
+
+
+@pytest.mark.parametrize("wait_for", ["a copy", "a lease"])
+def test_requests_that_hold_up_nobody_do_not_when_there_are_many_of_them(
+    wait_for: str, namespace: str, new_process: NewProcess
+) -> None:
+    holder, crowd, user = (new_process(max_model_copies=1) for _ in range(3))
+    holder.call(learn, crowded=500, small=100, other=100)
+    if wait_for == "a copy":
+        holder.call(acquire, "crowded")
+    else:
+        holder.call(reserve, 800)
+    crowd.send(acquire_in_threads, "crowded", 40)
+    wait_until(lambda: model_of(namespace, "crowded").waiting == 40, "forty wait")
+    user.call(acquire, "small")
+    user.call(acquire, "other")
+    assert model_of(namespace, "crowded").waiting == 40
+    holder.call(release if wait_for == "a copy" else end_leases)
+    crowd.result()
+    assert problems(namespace) == []
+
+
+def reserve(seat: Seat, mb: float) -> None:
+    """Take a lease."""
+    seat.held.append(("", seat.manager.reserve(mb)))
+
+
+def end_leases(seat: Seat) -> None:
+    """End all leases."""
+    for _, lease in seat.held:
+        lease.release()
+    seat.held.clear()
 
 
 def test_an_idle_copy_is_reused_however_many_wait_for_room(namespace: str, new_process: NewProcess) -> None:

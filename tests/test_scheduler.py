@@ -213,6 +213,19 @@ def test_the_queue_moves_up_once_its_first_part_is_answered(
     assert waiting == ([] if plans == 2 else tickets[answered:])
 
 
+def test_waiters_of_another_kind_are_answered_behind_a_part_of_the_queue_that_waits(made: RandomTables) -> None:
+    tickets = [enqueue(made, "a") for _ in range(QUEUE_PART + 1)] + [enqueue(made, "b") for _ in range(2)]
+    first, second = tickets[-2:]
+    with made.namespace.transaction():
+        assert [one.row for one in Scheduler(made.namespace).read_view().tickets] == [*tickets[:QUEUE_PART], first]
+    plans = [Plan((Refuse(one, Why(Reason.TOO_LARGE)),), queue_held_up=False) for one in (first, second)]
+    with planned() as plan, made.namespace.transaction() as t:
+        plan.side_effect = [*plans, Plan((), queue_held_up=False)]
+        Scheduler(made.namespace).advance(t)
+    assert plan.call_count == 3
+    assert [made.tables.tickets[one].state for one in (first, second)] == [Ticket.REFUSED] * 2
+
+
 def test_a_newcomer_counts_as_a_request_before_the_plan(made: RandomTables) -> None:
     scheduler, ticket = Scheduler(made.namespace), enqueue(made, "a")
     model = made.tables.tickets[ticket].model

@@ -318,8 +318,8 @@ class DeviceView:
 class View:
     """The input of a plan. `idle` lists instances, newest first; `busy` those in use or being loaded.
 
-    tickets: waiters in any order; at least the first ones of the queue, and for each model with idle copies
-        the first ones of that model.
+    tickets: waiters in any order; at least the first ones of the queue, for each model with idle copies the first ones
+        of that model, and the first ones of other kinds.
     leases: those that are held, with the memory of each. suspended: instances in host memory, newest first.
     host_free_mb: how much host memory is left for further ones; also 0 if no idle instance would be suspended.
     """

@@ -6,7 +6,7 @@ release, the end of a load or of an unload, a new sample, a reaped member. There
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mpmm.errors import TableFullError
@@ -20,6 +20,7 @@ from mpmm.policy.view import (
     Refuse,
     Resume,
     Satisfied,
+    TicketView,
     View,
     Wait,
     Why,
@@ -29,7 +30,7 @@ from mpmm.scheduling.demand import Demands
 from mpmm.scheduling.shortcuts import Shortcuts
 from mpmm.scheduling.suspension import SuspensionDecisions
 from mpmm.scheduling.table_rows import TableRows
-from mpmm.scheduling.views import Views
+from mpmm.scheduling.views import QUEUE_PART, Views
 from mpmm.scheduling.waiters import Waiters
 from mpmm.scheduling.wakes import Wakes
 from mpmm.shared_state.events import Cause
@@ -118,9 +119,11 @@ class Scheduler:
                     # the rows as they are then.
                     t.after.append(self.go_on)
                     return
-            if plan.queue_held_up or not view.tickets or not self._answered_all(view):
+            # If all waiters of this part of the queue have been answered, the rest moves up. If it holds up no others,
+            # those behind it move up that are of the kind of one that has been answered.
+            behind = view.tickets[QUEUE_PART:]
+            if plan.queue_held_up or not view.tickets or not (self._answered_all(view) or self._answered_any(behind)):
                 return
-            # All waiters of this part of the queue have been answered, so the rest moves up.
 
     def why_not_at_once(self, ticket: int, or_ever: bool = False) -> Why | None:
         """Return what a waiter would wait for, or have done for it; None if it is served now, at no cost to others.
@@ -203,6 +206,9 @@ class Scheduler:
 
     def _answered_all(self, view: View) -> bool:
         return not any(self._queue.is_waiting(ticket.row) for ticket in view.tickets)
+
+    def _answered_any(self, tickets: Sequence[TicketView]) -> bool:
+        return not all(self._queue.is_waiting(ticket.row) for ticket in tickets)
 
     def _carry_out(self, t: Transaction, decision: Decision, newcomer: int | None) -> None:
         """Carry out one decision.
