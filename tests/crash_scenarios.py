@@ -339,6 +339,11 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         lab.do(lambda t, tr: tr.unloads.ask(t, copy, Lab.victim))
         return copy
 
+    def checkpoints_ended(lab: Lab) -> Operation:
+        row = lab.idle("a", server=True)
+        lab.do(lambda t, tr: tr.suspensions.note_way(t, row, Way.CHECKPOINT))
+        return lambda t, tr: tr.suspensions.end_checkpoints(t, lab.server)
+
     def allowed_to_resume(lab: Lab) -> Operation:
         copy, ticket = lab.suspended("a"), lab.ticket("a")
         return lambda t, tr: tr.hand_over.allow_resume(t, ticket, copy)
@@ -517,6 +522,7 @@ def scenarios() -> dict[str, Callable[[Lab], Operation]]:
         "estimates.observe/recycling": observed_when_full,
         "estimates.note_solution": lambda lab: lambda t, tr: tr.estimates.note_solution(t, 5),
         "suspensions.note_way": on(Lab.idle, lambda t, tr, row: tr.suspensions.note_way(t, row, Way.COOPERATIVE)),
+        "suspensions.end_checkpoints": checkpoints_ended,
         "suspensions.expect": on(Lab.model, lambda t, tr, row: tr.suspensions.expect(t, row, 1.5, 0.5)),
         "suspensions.begin": on(Lab.sleeper, lambda t, tr, row: tr.suspensions.begin(t, row, Lab.victim, True)),
         "suspensions.end": on(Lab.suspending, lambda t, tr, row: tr.suspensions.end(t, row)),
@@ -586,6 +592,7 @@ STEPS = {
     "models.forget_failures",
     "estimates.raise_to",
     "ledgers.expect_back",
+    "ledgers.count_after_lease",
     "ledgers.await_nothing",
     "ledgers.settle",
     "isolation.begin",

@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from harness import NewManager, import_path
+from harness import NewManager, import_path, wait_until
 from loaders import Loads
 from test_run import at_terminal, read_all
 
@@ -147,8 +147,14 @@ def test_events_are_wrapped_in_a_terminal_and_whole_in_a_pipe(
     name = "a model/of a name/that is longer than its column"
     busy.acquire_model("idle", Loads("handle"))
     busy.pin(name)
-    assert main(["events"]) == 0
-    whole = capsys.readouterr().out
+
+    def events() -> str:
+        assert main(["events"]) == 0
+        return capsys.readouterr().out
+
+    # What waits for the copies that have just been taken is told so by the next plan.
+    wait_until(lambda: "where idle is in use" in events(), "the waiting request was told")
+    whole = events()
     assert max(map(len, whole.splitlines())) > 100
     for variable in ("COLUMNS", "LINES"):
         monkeypatch.delenv(variable, raising=False)

@@ -97,9 +97,9 @@ class NotedCalls:
         if not self._replaced:
             return
         self._replaced.clear()
-        for name, imported in list(sys.modules.items()):
+        for name, imported in sys.modules.copy().items():
             if name not in self._modules and isinstance(imported, ModuleType):
-                for bound, value in list(vars(imported).items()):
+                for bound, value in vars(imported).copy().items():
                     if type(value) is _Noting:
                         vars(imported)[bound] = value.__wrapped__
 
