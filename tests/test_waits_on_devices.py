@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from device import BookedDevices
 from harness import NewManager, copies_of, in_thread, wait_until, waiting
 from loaders import Loads
 from patience import DEADLINE_S
@@ -16,34 +16,8 @@ from mpmm import AcquireTimeoutError, ModelManager, ModelTooLargeError, MpmmErro
 from mpmm.observability.formatting import whys
 from mpmm.policy.view import Reason
 from mpmm.shared_state.snapshot import read_snapshot
-from mpmm.sources import DeviceInfo, DeviceSample
 
 HANDLES = Loads()
-
-
-class Accounts:
-    """A source of several devices, of which only the accounts tell what is in use."""
-
-    name = "booked"
-    measures_processes = False
-    frees_late = False
-    cheap = True
-    accounting_only = True
-
-    def __init__(self, *totals_mb: float) -> None:
-        self._totals_mb = totals_mb
-
-    def devices(self) -> tuple[DeviceInfo, ...]:
-        """Return the devices."""
-        return tuple(DeviceInfo(row, f"booked-{row}", "booked", mb) for row, mb in enumerate(self._totals_mb))
-
-    def sample(self, server_pids: Sequence[int]) -> tuple[DeviceSample, ...]:
-        """Return samples without a figure."""
-        now_ns = time.monotonic_ns()
-        return tuple(DeviceSample(row, None, now_ns, done_ns=now_ns) for row in range(len(self._totals_mb)))
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class Sleeps:
@@ -102,7 +76,9 @@ class Requests:
 @pytest.fixture
 def requests(namespace: str, new_manager: NewManager) -> Iterator[Requests]:
     """Makes requests for two devices of 1000 MB; those that still wait are served at the end, or give up."""
-    made = Requests(namespace, new_manager(memory_source=Accounts(1000, 1000), wait_timeout_seconds=3 * DEADLINE_S))
+    made = Requests(
+        namespace, new_manager(memory_source=BookedDevices(1000, 1000), wait_timeout_seconds=3 * DEADLINE_S)
+    )
     yield made
     made.over.set()
     for thread in made.threads:
@@ -145,7 +121,7 @@ def test_a_model_that_never_fits_is_refused_at_once_behind_a_request_that_waits(
 
 
 def test_no_copy_makes_way_for_one_that_never_fits(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(memory_source=Accounts(1000, 400), max_model_copies=1)
+    manager = new_manager(memory_source=BookedDevices(1000, 400), max_model_copies=1)
     assert manager.preload("a", HANDLES, expect_mb=800) == 1
     with pytest.raises(ModelTooLargeError):
         manager.acquire_model("a", HANDLES, devices=[1])
@@ -153,7 +129,7 @@ def test_no_copy_makes_way_for_one_that_never_fits(namespace: str, new_manager: 
 
 
 def test_one_that_a_pinned_copy_would_have_to_make_way_for_is_told_so(namespace: str, new_manager: NewManager) -> None:
-    manager = new_manager(memory_source=Accounts(1000, 1000), max_model_copies=1)
+    manager = new_manager(memory_source=BookedDevices(1000, 1000), max_model_copies=1)
     assert manager.preload("a", HANDLES, expect_mb=800, devices=[0]) == 1
     manager.pin("a")
     thread, outcome = in_thread(lambda: manager.acquire_model("a", HANDLES, devices=[1]))
