@@ -296,7 +296,7 @@ class Lab:
 
     def problems(self) -> list[str]:
         """Check the invariants."""
-        return check_invariants(read_snapshot(self.namespace.name))
+        return check_invariants(read_snapshot(self.namespace.name, events=False))
 
 
 @dataclass(frozen=True)

@@ -417,7 +417,7 @@ class Sweep(Points):
 
     def snapshot(self) -> Snapshot:
         """Return the state of the manager's namespace."""
-        return read_snapshot(self.manager.namespace)
+        return read_snapshot(self.manager.namespace, events=False)
 
 
 @pytest.fixture

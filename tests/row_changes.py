@@ -284,7 +284,7 @@ class RowChanges:
         lines = [*self._rows_since(before), *self._events_since(events), *map(self._call, after)]
         if result is not None:
             lines.append(f"returns {result}")
-        broken = check_invariants(read_snapshot(self.namespace.name))
+        broken = check_invariants(read_snapshot(self.namespace.name, events=False))
         return "\n".join([*lines, *broken])
 
     def _rows_since(self, before: list[int]) -> list[str]:

@@ -189,7 +189,7 @@ class Survivor:
         """Clean up as any survivor does; nothing of the child may be left, and the own copy can be used."""
         self.worker.namespace.reap_dead_members()
         self.worker.unloads.unload_assigned()
-        snapshot = read_snapshot("calls")
+        snapshot = read_snapshot("calls", events=False)
         assert check_invariants(snapshot) == [], what
         assert [member.pid for member in snapshot.members] == [os.getpid()], what
         assert not snapshot.tickets, what

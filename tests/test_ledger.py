@@ -175,7 +175,7 @@ def test_what_is_on_no_list_any_more_may_still_be_there_until_its_unload_has_end
         """Note a sample with what it lists of the server, if that; return what is free then."""
         lab.do(lambda t, tr: tr.measurements.measure(t, lab.server, dict(enumerate(listed_mb))))
         lab.do(lambda t, tr: tr.devices.sample(t, 0, used_mb, time.monotonic_ns()))
-        snapshot = read_snapshot("ledger")
+        snapshot = read_snapshot("ledger", events=False)
         return snapshot.devices[0].limit_mb - snapshot.devices[0].committed_mb
 
     assert sample(600.0, 600.0) == 300.0

@@ -28,19 +28,20 @@ def simulated(*arguments: str) -> dict[str, dict[str, Any]]:
 Found = dict[str, dict[str, Any]]
 # The numbers of requests with one client, and with 64: enough for all of them to queue.
 ALONE, CROWDED = scaled(1000), scaled(400)
+SEEDS = ("--seeds", *map(str, range(scaled(1))))
 
 
 @pytest.fixture(scope="module")
 def alone(once_per_run: OncePerRun) -> Found:
     """All made traces, one request at a time."""
-    found: Found = once_per_run("alone", lambda: simulated("--requests", str(ALONE), "--seeds", "0", "1"))
+    found: Found = once_per_run("alone", lambda: simulated("--requests", str(ALONE), *SEEDS))
     return found
 
 
 @pytest.fixture(scope="module")
 def crowded(once_per_run: OncePerRun) -> Found:
     """The same with 64 clients at once."""
-    arguments = ("--requests", str(CROWDED), "--seeds", "0", "1", "--clients", "64")
+    arguments = ("--requests", str(CROWDED), *SEEDS, "--clients", "64")
     found: Found = once_per_run("crowded", lambda: simulated(*arguments))
     return found
 

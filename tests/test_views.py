@@ -93,7 +93,7 @@ def _without_members(model: Any) -> Any:
     return dataclasses.replace(model, owned={}, loading={})
 
 
-@pytest.mark.parametrize("seed", range(scaled(30)))
+@pytest.mark.parametrize("seed", range(scaled(15)))
 def test_a_view_says_what_the_rows_say(seed: int) -> None:
     made = RandomTables(seed)
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
@@ -107,7 +107,7 @@ def test_a_view_says_what_the_rows_say(seed: int) -> None:
                 expected = Reference(made.namespace, made.now)
                 check_view(scheduler.read_view(), expected)
                 check_expected_waits(scheduler, expected)
-            assert check_invariants(read_snapshot(made.namespace.name)) == []
+            assert check_invariants(read_snapshot(made.namespace.name, events=False)) == []
 
 
 @pytest.fixture
