@@ -330,7 +330,6 @@ def _of_the_queue(draw: Draw) -> Iterator[Call]:
     enqueued_ns, urgency = draw.pick(10**15, 10**15 + 7), draw.pick(-10, -1, 0, 1, 10)
     yield fairness.rank_ns, (enqueued_ns, urgency)
     yield fairness.urgency_of, (enqueued_ns, fairness.rank_ns(enqueued_ns, urgency))
-    yield fairness.effective_priority, (draw.pick(0, 1, 2), draw.pick(7.0, 8.0, 9.0), 2.0)
     seen = draw.view(tickets=4)
     yield fairness.queue_order, (seen,)
     yield fairness.overtaking_limited, (seen, draw.ticket())

@@ -24,7 +24,7 @@ from mpmm.policy.view import (
 )
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Table, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace
-from mpmm.shared_state.rows import InstanceRow, TicketRow
+from mpmm.shared_state.rows import InstanceRow
 
 COMING = (Instance.LOADING, Instance.RESUMING)
 GOING = (Instance.UNLOADING, Instance.SUSPENDING)
@@ -311,16 +311,22 @@ class Reference:
     def queue(self) -> list[int]:
         """Return the rows of the waiters, in the order of the queue."""
         rows = [row for row in self._used(self.layout.tickets) if self.tables.tickets[row].state == Ticket.WAITING]
-        tickets = {row: self.tables.tickets[row] for row in rows}
-        return sorted(
-            (row for row, one in tickets.items() if one.deadline > self.now),
-            key=lambda row: (self._class(tickets[row]), tickets[row].rank, tickets[row].number),
-        )
+        tickets = {row: self.tables.tickets[row] for row in rows if self.tables.tickets[row].deadline > self.now}
+        patient = [tickets[row].rank for row in self.patient(list(tickets))]
 
-    def _class(self, ticket: TicketRow) -> int:
-        # After four times the bound, a waiter for a known model is ranked among those for unknown ones.
-        long = self.now - ticket.enqueued >= 4e9 * self.settings.max_overtake_seconds
-        return 0 if ticket.priority == 1 and long else ticket.priority
+        def place(row: int) -> tuple[int, int, int]:
+            one = tickets[row]
+            # After four times the bound, a waiter for a known model, and those before it, rank among unknown ones.
+            promoted = one.priority == 1 and any(one.rank <= rank for rank in patient)
+            return (0 if promoted else one.priority), one.rank, one.number
+
+        return sorted(tickets, key=place)
+
+    def patient(self, rows: list[int]) -> list[int]:
+        """Return those of the waiters that want a known model and have waited for long."""
+        bound_ns = 4e9 * self.settings.max_overtake_seconds
+        tickets = self.tables.tickets
+        return [row for row in rows if tickets[row].priority == 1 and self.now - tickets[row].enqueued >= bound_ns]
 
     def chosen(self) -> list[int]:
         """Return the rows of the waiters that a plan considers."""
@@ -338,7 +344,9 @@ class Reference:
         for row in order:
             firsts.setdefault(self._kind(row), row)
         others = [row for row in firsts.values() if row in rest][:QUEUE_PART]
-        return part + [row for row in others if row not in part]
+        patient = self.patient(order)
+        last = [max(patient, key=lambda row: self.tables.tickets[row].rank)] if patient else []
+        return list(dict.fromkeys([*part, *others, *last]))
 
     def _kind(self, row: int) -> tuple[object, ...]:
         # Waiters of a kind ask for the same.

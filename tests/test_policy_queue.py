@@ -61,8 +61,10 @@ def test_overtaking_ends_exactly_at_the_bound() -> None:
 
 
 def test_a_known_model_that_has_waited_long_enough_stands_among_the_unknown() -> None:
-    tickets = [ticket(1, A, waited=7.9), ticket(2, B, waited=8.0), ticket(3, C, priority=0)]
-    assert [t.row for t in queue_order(view([], tickets))] == [2, 3, 1]
+    came = [ticket(1, B, waited=8.0), ticket(2, A, waited=7.9), ticket(3, C, priority=0)]
+    tickets = [replace(waiter, rank=number) for number, waiter in enumerate(came)]
+    assert [t.row for t in queue_order(view([], tickets))] == [1, 3, 2]
+    assert [t.row for t in queue_order(view([], tickets[1:]))] == [3, 2]
 
 
 def test_free_memory_is_the_limit_less_what_is_used_and_reserved() -> None:

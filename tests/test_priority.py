@@ -41,15 +41,20 @@ def test_nobody_is_overtaken_by_one_who_comes_later_than_the_head_start_between_
     came = sorted(drawn, key=lambda drawn: drawn[0])
     waiters = [one(number, NOW - 400.0 + at, urgency, kind) for number, (at, urgency, kind) in enumerate(came)]
     order = queue_order(view([model(A)], waiters))
-    # Long waiters are of the first class, whatever they want; among these, too, the rank decides.
     for place, later in enumerate(order):
         for earlier in order[place + 1 :]:
             if earlier.enqueued_s < later.enqueued_s and earlier.priority == later.priority == 1:
                 steps_between = urgency_of(int(later.enqueued_s * 1e9), later.rank) - urgency_of(
                     int(earlier.enqueued_s * 1e9), earlier.rank
                 )
-                promoted = later.enqueued_s <= NOW - 8.0 < earlier.enqueued_s
-                assert promoted or later.enqueued_s - earlier.enqueued_s <= HEAD_START_S * steps_between + 1e-6
+                assert later.enqueued_s - earlier.enqueued_s <= HEAD_START_S * steps_between + 1e-6
+
+
+def test_a_long_wait_for_unknown_models_changes_nothing_among_known_ones() -> None:
+    long, urgent, usual = one(0, NOW - 9.0, 0), one(1, NOW - 1.0, 5), one(2, NOW - 1.0, 0)
+    unknown = one(3, NOW - 2.0, 0, of_class=0)
+    order = queue_order(view([model(A)], [usual, unknown, long, urgent]))
+    assert [waiter.number for waiter in order] == [1, 0, 3, 2]
 
 
 @settings(deadline=None)

@@ -7,6 +7,8 @@ the two, does not overtake it. That is 200 s at the very most, and 0 s if no req
 
 The class is 0 for unknown models, 1 for known ones, and 2 for preloads. Unknown models come first, but not before a
 known one that has waited for `UNKNOWN_FIRST` times `max_overtake_seconds`: a stream of unknown models starves no other.
+It moves to the first class then, together with the known ones that rank before it, so that the order of known models
+never depends on the wait for unknown ones.
 
 The first waiter for which there is no room is the *head of the line*. For the next `max_overtake_seconds`, waiters
 behind it may overtake it by reusing any idle instance, so that the waiters of one model are served together before its
@@ -51,7 +53,7 @@ from mpmm.policy.admission import limit_mb
 from mpmm.policy.view import DeviceView, TicketView, View
 
 __all__ = [
-    *("HEAD_START_S", "HIGHEST_URGENCY", "UNKNOWN_FIRST", "effective_priority"),
+    *("HEAD_START_S", "HIGHEST_URGENCY", "UNKNOWN_FIRST"),
     *("may_be_leased_before", "overtaking_limited", "overtaking_over", "queue_order", "rank_ns", "urgency_of"),
 ]
 
@@ -79,25 +81,18 @@ def urgency_of(enqueued_ns: int, rank: int) -> int:
     return HIGHEST_URGENCY - round((rank - enqueued_ns) / (HEAD_START_S * 1e9))
 
 
-def effective_priority(priority: int, waited_s: float, max_overtake_seconds: float) -> int:
-    """Return the class after a wait: a waiter that has waited long enough moves to the first class, by rank.
-
-    A preload (priority 2) does not: no request waits for the copies that it loads.
-    """
-    return 0 if priority == 1 and waited_s >= UNKNOWN_FIRST * max_overtake_seconds else priority
-
-
 def queue_order(view: View) -> list[TicketView]:
     """Return the waiters in the order of the queue; equal ranks in the order of their numbers."""
-    bound = view.rules.max_overtake_seconds
-    return sorted(
-        view.tickets,
-        key=lambda ticket: (
-            effective_priority(ticket.priority, view.now_s - ticket.enqueued_s, bound),
-            ticket.rank,
-            ticket.number,
-        ),
-    )
+    patient_s = UNKNOWN_FIRST * view.rules.max_overtake_seconds
+    # A preload (class 2) stays where it is: no request waits for the copies that it loads.
+    patient = (one.rank for one in view.tickets if one.priority == 1 and view.now_s - one.enqueued_s >= patient_s)
+    first_class_up_to = max(patient, default=-1)
+
+    def place(ticket: TicketView) -> tuple[int, int, int]:
+        is_promoted = ticket.priority == 1 and ticket.rank <= first_class_up_to
+        return 0 if is_promoted else ticket.priority, ticket.rank, ticket.number
+
+    return sorted(view.tickets, key=place)
 
 
 def overtaking_limited(view: View, ticket: TicketView) -> bool:

@@ -179,6 +179,8 @@ class Views:
                 # Twice as many as there are copies: a copy may be of no use to its first waiter's process.
                 chosen += rest[models[rest] == model][: 2 * idle].tolist()
             chosen += self._of_other_kinds(order, set(chosen))
+            # The plan sorts the known models' waiters up to this one among the unknown ones', wherever it stands.
+            chosen += [row for row in self._last_patient(order) if row not in chosen]
         return self._reads.queue.views(chosen)
 
     def _of_other_kinds(self, order: npt.NDArray[np.intp], chosen: Collection[int]) -> list[int]:
@@ -197,16 +199,24 @@ class Views:
         # Left out, because a copy granted to a waiter that gives up would stay idle until the waiter notices.
         waiting = waiting[tickets.deadline[waiting] > now]
         priorities = tickets.priority[waiting]
-        # The rule of `policy.fairness.effective_priority`, for all waiters at once.
-        bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
-        # Otherwise a stream of new unknown models could overtake known ones for ever.
-        promoted = (priorities == 1) & (tickets.enqueued[waiting] + np.uint64(bound_ns) <= now)
-        priorities = np.where(promoted, 0, priorities)
+        ranks = tickets.rank[waiting]
+        # The rule of `policy.fairness.queue_order`, for all waiters at once.
+        for row in self._last_patient(waiting):
+            priorities = np.where((priorities == 1) & (ranks <= tickets.rank[row]), 0, priorities)
         ordered: npt.NDArray[np.intp] = waiting[
             # The last key counts most. Ranks may be equal, numbers are not.
-            np.lexsort((tickets.number[waiting], tickets.rank[waiting], priorities))
+            np.lexsort((tickets.number[waiting], ranks, priorities))
         ]
         return ordered
+
+    def _last_patient(self, rows: npt.NDArray[np.intp]) -> list[int]:
+        """Return the waiter of the highest rank of those that have waited for so long that no unknown model's request
+        comes before them any more, if there is one."""
+        tickets = self._tables.ticket_columns()
+        bound_ns = to_ns(UNKNOWN_FIRST * self._namespace.settings.max_overtake_seconds)
+        long = tickets.enqueued[rows] + np.uint64(bound_ns) <= time.monotonic_ns()
+        patient = rows[(tickets.priority[rows] == 1) & long]
+        return [int(patient[np.argmax(tickets.rank[patient])])] if patient.size else []
 
     def need_mb(self, model: int) -> float:
         """Return how much has to be free for a copy of a model: what it is expected to take, but above its bound."""
