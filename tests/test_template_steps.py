@@ -41,6 +41,7 @@ from mpmm.multi_process_shared.forkserver.orders import (
     IMPORTED,
     READ,
     READY,
+    REFUSED,
     UNFORKABLE,
     Descriptor,
     ForkOrder,
@@ -289,6 +290,45 @@ def test_a_template_runs_its_hooks_then_imports_between_its_other_duties_until_i
         ("end", 0),
         (["/one", "/two"], ["program", "--shard"]),
     ]
+
+
+def test_a_careful_template_leaves_out_modules_that_servers_cannot_share_or_that_do_not_come_to_an_end(
+    ends: tuple[Any, Any], tmp_path: Path
+) -> None:
+    code = {
+        "own": "import uuid; ID = uuid.uuid4()",
+        "own.inner": "",
+        "ends": "import os; os._exit(0)",
+        "dies": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "hangs": "import time; time.sleep(1000)",
+        "fails": "raise SystemExit",
+        "good": "import mpmm_test_small",
+        "small": "",
+    }
+    (tmp_path / "mpmm_test_own").mkdir()
+    for name, text in code.items():
+        place = "own/__init__" if name == "own" else name.replace(".", "/")
+        (tmp_path / f"mpmm_test_{place}.py").write_text(text)
+    names = [f"mpmm_test_{name}" for name in code]
+
+    def judge(limit_s: float) -> Any:
+        patched: Any = template
+        patched.TRIAL_TIMEOUT_S, patched.REFUSALS_S = 1, limit_s
+        made = Template(KIND, {}, ends[1], names.copy(), careful=True)
+        made.watch = Watch({})
+        sys.path.insert(0, str(tmp_path))
+        while made.modules:
+            made.make_ready(made.modules.pop(0))
+        ends[0].send((IMPORT, ["json"]))
+        said = []
+        while ends[0].poll():
+            said.append(ends[0].recv())
+        return said, [name for name in names if name in sys.modules], made.obey(), made.modules, made.unforkable
+
+    left_out = [(REFUSED, f"mpmm_test_{name}") for name in ("own", "ends", "dies", "hangs")]
+    there = ["mpmm_test_good", "mpmm_test_small"]
+    assert in_child(lambda: judge(100.0)) == (left_out, there, True, ["json"], False)
+    assert in_child(lambda: judge(1.0)) == (left_out[:4], [], True, [], False), "it has spent its time"
 
 
 def test_a_template_whose_folder_is_gone_ends(ends: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from forked_servers import (
     shared,
     templates_of,
     wait_for_template_with,
+    zygote_of,
 )
 from harness import SCALE
 from patience import DEADLINE_S, Stopwatch
@@ -331,6 +332,30 @@ def test_what_a_module_draws_or_makes_as_it_is_imported_differs_between_servers(
     assert len(set(kept)) == 5, kept
     if "getpid" in code:
         assert kept == [proxy.pid() for proxy in servers]
+
+
+def test_a_program_has_templates_however_many_of_its_modules_are_kept_out_of_them(path: str, modules: Any) -> None:
+    keeping = [modules(f"mpmm_test_keeps_{number}", "import uuid\nkept = str(uuid.uuid4())") for number in range(7)]
+    good = modules("mpmm_test_harmless")
+    code = "".join(f"import {name}\n" for name in (*keeping, good))
+    program = modules("mpmm_test_program", f"import sys\n{code}kept = [sys.modules[name].kept for name in {keeping}]")
+    found = [shared(path, "first", Imports(program))]
+    watch = Stopwatch()
+    for number in itertools.count():
+        proxy = shared(path, f"tag {number}", Imports(program))
+        if proxy.parent() != zygote_of(path):
+            found.append(proxy)
+            if len(found) == 4:
+                break
+        else:
+            unload(f"tag {number}", path=path)
+        assert watch.calm_s() < LEARN_TIMEOUT_S, "no template forks a server"
+        time.sleep(0.02)
+    pids = {proxy.pid() for proxy in found}
+    assert len(pids & set(pids_that_imported(modules, good))) == 1, "each template imports what it can"
+    assert pids <= set(pids_that_imported(modules, keeping[0]))
+    kept = [proxy.value("kept") for proxy in found]
+    assert len({one for each in kept for one in each}) == len(keeping) * len(found), kept
 
 
 def test_a_template_imports_with_the_folder_and_the_arguments_of_the_server(

@@ -30,6 +30,7 @@ from mpmm.multi_process_shared.forkserver.orders import (
     IMPORTED,
     READ,
     READY,
+    REFUSED,
     RETIRE,
     UNFORKABLE,
     WAIT,
@@ -38,6 +39,7 @@ from mpmm.multi_process_shared.forkserver.orders import (
     Order,
 )
 from mpmm.multi_process_shared.forkserver.zygote import (
+    CAREFUL_AFTER_FAILURES,
     MESSAGE_BYTES,
     MOST_FAILURES,
     MOST_TEMPLATES,
@@ -352,9 +354,9 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("known", "failures"), [(True, CAREFUL_AFTER_FAILURES - 1), (False, CAREFUL_AFTER_FAILURES)])
 def test_the_fork_becomes_a_template_with_what_is_known_of_its_kind(
-    zygote: Steps, monkeypatch: pytest.MonkeyPatch, exits: list[int], known: bool
+    zygote: Steps, monkeypatch: pytest.MonkeyPatch, exits: list[int], known: bool, failures: int
 ) -> None:
     made: list[Any] = []
 
@@ -367,13 +369,15 @@ def test_the_fork_becomes_a_template_with_what_is_known_of_its_kind(
     monkeypatch.setattr(module, "Template", template)
     monkeypatch.setattr(os, "fork", lambda: 0)
     kind = kind_of(A="1")
+    zygote.failures[kind] = failures
     if known:
         zygote.environments[kind] = {"A": "1", "CUDA_VISIBLE_DEVICES": "2"}
         zygote.modules[kind], zygote.unforkable[kind] = ["one", "two"], {"two"}
     with pytest.raises(_Ended):
         zygote.make_template(kind)
     environment = {"A": "1", "CUDA_VISIBLE_DEVICES": "2"} if known else {"A": "1"}
-    assert made == [(kind, environment, theirs, ["one"] if known else []), "run"]
+    careful = failures >= CAREFUL_AFTER_FAILURES
+    assert made == [(kind, environment, theirs, ["one"] if known else [], careful), "run"]
     assert exits == [1], "a template ends by itself, and never goes on as a zygote"
 
 
@@ -477,6 +481,15 @@ def test_a_template_that_has_become_unforkable_is_followed_by_one_without_that_m
         assert template.link.sent == [(RETIRE, None)]
         assert (zygote.unforkable, zygote.failures) == ({kind_of(): {"bad"}}, {kind_of(): before + 1})
         assert [other.kind for other in zygote.templates] == [kind_of()] * (1 + made), known
+
+
+def test_a_template_that_has_refused_a_module_goes_on_and_no_other_is_told_of_the_module(zygote: Steps) -> None:
+    template = zygote.have_template(kind_of())
+    template.link.received = [(REFUSED, "bad")]
+    zygote.listen_to(template)
+    zygote.note_imports(kind_of(), ["bad", "bad.inner", "good"])
+    assert (template.retired, template.link.sent) == (False, [(IMPORT, ["good"])])
+    assert zygote.failures == {}
 
 
 def test_a_template_whose_imports_read_a_variable_is_followed_by_one_for_this_value(zygote: Steps) -> None:

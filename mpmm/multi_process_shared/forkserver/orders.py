@@ -22,7 +22,7 @@ from mpmm.multi_process_shared.server_process import ServerPlan
 
 __all__ = [
     *("BACK", "BORN", "CONVERSATION_TIMEOUT_S", "ENDED", "FORK", "IDLE", "IMPORT", "IMPORTED", "READ", "READY"),
-    *("RETIRE", "UNFORKABLE", "WAIT", "Descriptor", "ForkOrder", "Kind", "Order", "hand_over", "receive"),
+    *("REFUSED", "RETIRE", "UNFORKABLE", "WAIT", "Descriptor", "ForkOrder", "Kind", "Order", "hand_over", "receive"),
     *("receive_descriptors", "send", "take_over"),
 ]
 
@@ -30,7 +30,8 @@ __all__ = [
 BORN, ENDED, WAIT = "born", "ended", "wait"
 # Messages to a template, and messages from it.
 IMPORT, FORK, RETIRE = "import", "fork", "retire"
-READY, IDLE, UNFORKABLE, READ, IMPORTED, BACK = "ready", "idle", "unforkable", "read", "imported", "back"
+READY, IDLE, UNFORKABLE, REFUSED = "ready", "idle", "unforkable", "refused"
+READ, IMPORTED, BACK = "read", "imported", "back"
 
 CONVERSATION_TIMEOUT_S = 5.0
 

@@ -25,6 +25,7 @@ from mpmm.multi_process_shared.forkserver.orders import (
     IMPORTED,
     READ,
     READY,
+    REFUSED,
     RETIRE,
     UNFORKABLE,
     Kind,
@@ -38,14 +39,25 @@ __all__ = ["Template"]
 HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
 PROBE_FORK_TIMEOUT_S = 2.0
 THREADS_END_S = 0.1
+# The kernel ends a trial whose import takes longer, or never ends.
+TRIAL_TIMEOUT_S = 60
+# The exit code of a trial that has passed: not 0, with which the module itself may end the process.
+PASSED = 87
+# A template that has spent so long on trials of modules that it then refused imports nothing more.
+REFUSALS_S = 60.0
 
 
 class Template(ForkParent):
     """A fork of the zygote that imports what servers of one kind need, and forks them."""
 
-    def __init__(self, kind: Kind, environment: dict[str, str], zygote: Connection, modules: list[str]) -> None:
+    def __init__(
+        self, kind: Kind, environment: dict[str, str], zygote: Connection, modules: list[str], careful: bool = False
+    ) -> None:
+        """careful: try each import in a fork first, and leave out the modules after which no server can be forked."""
         super().__init__()
         self.kind = kind
+        self.careful = careful
+        self.refusals_s = 0.0
         self.zygote = close_in_children(zygote)
         self.modules = _in_order(modules)
         self.environment = environment
@@ -86,7 +98,8 @@ class Template(ForkParent):
         try:
             what, value = self.zygote.recv()
             if what == IMPORT:
-                self.modules += _in_order(value)
+                if self.refusals_s < REFUSALS_S:
+                    self.modules += _in_order(value)
                 return True
             if what == RETIRE:
                 self.retired = True
@@ -110,6 +123,24 @@ class Template(ForkParent):
         module, _, function = name.partition(":")
         if self.unforkable or (module in sys.modules and not function):
             return
+        if self.careful and not function and not self.passes_trial(module):
+            self.modules = [other for other in self.modules if not other.startswith(f"{module}.")]
+            self.tell(REFUSED, module)
+            return
+        self.do(module, function)
+        # Undo handlers of imports: SIGTERM must end this process, and a server that has not installed its own handler.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # What a hook's own module reads makes no difference: all servers of this kind call the hook, and no others do.
+        reads = self.watch.reads(but_by=module if function else "") - {pinned for pinned, _ in self.kind.pinned}
+        if not self.may_fork():
+            self.give_up(UNFORKABLE, name)
+        elif reads:
+            self.give_up(READ, sorted(reads))
+        elif name in FIRST:
+            self.watch.known(name)
+
+    def do(self, module: str, function: str) -> None:
+        """Import a module and call its function, if one is named, while `watch` looks on."""
         self.watch.begin()
         try:
             imported = importlib.import_module(module)
@@ -120,16 +151,35 @@ class Template(ForkParent):
             pass
         finally:
             self.watch.end()
-        # Undo handlers of imports: SIGTERM must end this process, and a server that has not installed its own handler.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # What a hook's own module reads makes no difference: all servers of this kind call the hook, and no others do.
-        reads = self.watch.reads(but_by=module if function else "") - {pinned for pinned, _ in self.kind.pinned}
-        if not _may_fork() or self.watch.problem() is not None:
-            self.give_up(UNFORKABLE, name)
-        elif reads:
-            self.give_up(READ, sorted(reads))
-        elif name in FIRST:
-            self.watch.known(name)
+
+    def may_fork(self) -> bool:
+        """Tell whether servers can be forked after what was done last."""
+        return _may_fork() and self.watch.problem() is None
+
+    def passes_trial(self, module: str) -> bool:
+        """Import a module in a fork; return whether servers could be forked after that."""
+        began = time.monotonic()
+        try:
+            trial = os.fork()
+        except OSError:
+            # Too many processes: that says nothing about the module.
+            return True
+        if trial == 0:
+            try:
+                # The template may be killed meanwhile, and would then end no import that hangs.
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(TRIAL_TIMEOUT_S)
+                self.do(module, "")
+                os._exit(PASSED if self.may_fork() else 1)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(trial, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == PASSED:
+            return True
+        self.refusals_s += time.monotonic() - began
+        if self.refusals_s >= REFUSALS_S:
+            self.modules.clear()
+        return False
 
     def give_up(self, what: str, value: Any) -> None:
         """Fork no more servers, and tell the zygote why."""

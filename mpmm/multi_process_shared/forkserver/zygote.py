@@ -17,9 +17,10 @@ template of their own.
 No process forks while another of its threads runs, or in the middle of an import: zygote and template have one thread,
 and do one thing at a time. A module whose import leaves a thread behind, opens an accelerator, or leaves anything else
 that servers cannot share (see `leftovers`) makes the template that imported it *unforkable*: another template is made
-without that module. State that can be renewed in each server is renewed, above all random generators. Threads that
-their library ends before every fork, as OpenBLAS does, are allowed. By the same rule, importing torch, TensorFlow or
-JAX is fine: only the first use of the device must not happen before a fork.
+without that module. From the third template of a kind on, the template first tries each import in a fork of its own,
+and leaves out the modules that it must not import. State that can be renewed in each server is renewed, above all
+random generators. Threads that their library ends before every fork, as OpenBLAS does, are allowed. By the same rule,
+importing torch, TensorFlow or JAX is fine: only the first use of the device must not happen before a fork.
 
 A dead server stays a zombie until the process that ordered it has asked for its exit code, or is gone: the connection
 of the order stays open for that. If zygote or template die, servers live on, but their exit codes are lost.
@@ -56,6 +57,7 @@ from mpmm.multi_process_shared.forkserver.orders import (
     IMPORTED,
     READ,
     READY,
+    REFUSED,
     RETIRE,
     UNFORKABLE,
     WAIT,
@@ -86,7 +88,10 @@ TEMPLATE_USED_S = 60.0
 MOST_UNREAD_BYTES = 65_536
 # The most that a message takes of it beyond its length.
 MESSAGE_BYTES = 1024
+# Each failed template has imported in vain everything up to the module that made it unforkable, or that ended it.
 MOST_FAILURES = 5
+# From then on templates try each import in a fork first: it costs twice the time, once, and finds all such modules.
+CAREFUL_AFTER_FAILURES = 2
 
 
 class _TemplateHandle:
@@ -269,7 +274,9 @@ class _Zygote(ForkParent):
         if pid == 0:
             try:
                 modules = self.clean(kind, self.modules.get(kind, []))
-                Template(kind, self.environments.get(kind, dict(kind.environment)), theirs, modules).run()
+                environment = self.environments.get(kind, dict(kind.environment))
+                careful = self.failures.get(kind, 0) >= CAREFUL_AFTER_FAILURES
+                Template(kind, environment, theirs, modules, careful).run()
             finally:
                 os._exit(1)
         theirs.close()
@@ -330,6 +337,8 @@ class _Zygote(ForkParent):
             template.busy, template.unread_bytes = False, 0
         elif what == IMPORTED:
             self.note_imports(template.kind, value)
+        elif what == REFUSED:
+            self.unforkable.setdefault(template.kind, set()).add(value)
         elif what == UNFORKABLE:
             self.unforkable.setdefault(template.kind, set()).add(value)
             self.failures[template.kind] = self.failures.get(template.kind, 0) + 1
