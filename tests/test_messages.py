@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import errno
 import fcntl
 import functools
@@ -16,7 +17,7 @@ import struct
 import sys
 import threading
 from collections.abc import Generator, Iterator
-from multiprocessing import AuthenticationError
+from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -429,54 +430,93 @@ def test_a_result_that_cannot_be_sent_or_received_is_an_error_that_names_it() ->
 # What a new process gets.
 
 
-class Dumps:
-    """A pickler that may refuse, and has a module."""
+def pickler(name: str, refuses: bool = False) -> Any:
+    """Return a class of picklers whose pickles are its name, and which may refuse."""
 
-    __module__ = "some._pickler"
+    class Named:
+        __module__ = f"some._{name}"
 
-    def __init__(self, name: str, refuses: bool = False) -> None:
-        self.__module__ = f"some._{name}"
-        self.name, self.refuses = name, refuses
+        def __init__(self, file: Any) -> None:
+            self.file = file
 
-    def __call__(self, thing: object) -> bytes:
-        if self.refuses:
-            raise TypeError(f"{self.name} refuses")
-        return self.name.encode()
+        def dump(self, thing: object) -> None:
+            if refuses:
+                raise TypeError(f"{name} refuses")
+            self.file.write(name.encode())
+
+    return Named
 
 
 def test_a_constructor_is_pickled_by_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = Dumps("first"), Dumps("second")
-    monkeypatch.setattr(protocol, "_dumpers", lambda: [first, second])
-    assert protocol.dump_for_server(1, "it") == b"first"
-    first.refuses = True
-    assert protocol.dump_for_server(1, "it") == b"second"
-    second.refuses = True
+    def dumped(first_refuses: bool, second_refuses: bool) -> bytes:
+        picklers = [pickler("first", first_refuses), pickler("second", second_refuses)]
+        monkeypatch.setattr(protocol, "_picklers", lambda: picklers)
+        return protocol.dump_for_server(1, "it")
+
+    assert dumped(False, False) == b"first"
+    assert dumped(True, False) == b"second"
     with pytest.raises(
         InvalidArgumentError, match=r"it cannot be sent .* \(first: first refuses; second: second refuses\)"
     ):
-        protocol.dump_for_server(1, "it")
+        dumped(True, True)
+
+
+class CutAtOnce:
+    """A pickler in Python that reduces all objects in its own way, as cloudpickle reduces some."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def reducer_override(self, thing: object) -> object:
+        return f"reduced {thing}"
+
+    def dump(self, thing: object) -> None:
+        self.file.write(str(self.reducer_override(thing)).encode())
+
+
+def test_a_pickler_reduces_as_before_what_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_picklers", lambda: [CutAtOnce])
+    assert protocol.dump_for_server(1, "it") == b"reduced 1"
+
+
+def test_a_constructor_with_a_file_of_this_process_in_it_is_refused_unless_its_class_says_how_it_is_pickled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = Pipe()
+    one, other = socket.socketpair()
+    with ours, theirs, one, other:
+        for thing in (ours, one):
+            kind = type(thing)
+            constructor = functools.partial(print, [thing])
+            refused = (
+                rf"^it cannot be sent to a model server: a {kind.__name__} is a file descriptor of this process .*s$"
+            )
+            with pytest.raises(InvalidArgumentError, match=refused):
+                protocol.dump_for_server(constructor, "it")
+            monkeypatch.setitem(copyreg.dispatch_table, kind, lambda thing: (str, ("as registered",)))
+            assert pickle.loads(protocol.dump_for_server(constructor, "it")).args == (["as registered"],)
 
 
 def test_cloudpickle_comes_first_for_a_main_module_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     package: Any = ModuleType("cloudpickle")
-    package.dumps = Dumps("cloudpickle")
+    package.CloudPickler = pickler("cloudpickle")
     of_beam: Any = ModuleType("apache_beam.internal.cloudpickle")
-    of_beam.dumps = Dumps("of Beam")
+    of_beam.CloudPickler = pickler("of Beam")
     monkeypatch.setitem(sys.modules, "cloudpickle", package)
     monkeypatch.setitem(sys.modules, of_beam.__name__, of_beam)
     for installed, beam, importable, expected in (
-        (True, True, True, [pickle.dumps, package.dumps]),
-        (True, True, False, [package.dumps, pickle.dumps]),
-        (False, True, True, [pickle.dumps, of_beam.dumps]),
-        (False, True, False, [of_beam.dumps, pickle.dumps]),
-        (False, False, False, [pickle.dumps]),
+        (True, True, True, [pickle.Pickler, package.CloudPickler]),
+        (True, True, False, [package.CloudPickler, pickle.Pickler]),
+        (False, True, True, [pickle.Pickler, of_beam.CloudPickler]),
+        (False, True, False, [of_beam.CloudPickler, pickle.Pickler]),
+        (False, False, False, [pickle.Pickler]),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(importlib.util, "find_spec", lambda name, installed=installed: name if installed else None)
             patched.setattr(protocol, "is_main_importable", lambda importable=importable: importable)
             if not beam:
                 patched.delitem(sys.modules, of_beam.__name__)
-            assert protocol._dumpers() == expected, (installed, beam, importable)
+            assert protocol._picklers() == expected, (installed, beam, importable)
 
 
 # Memory for what arrives.

@@ -586,6 +586,36 @@ def test_a_constructor_that_cannot_be_pickled_goes_through_cloudpickle_or_is_ref
         shared(path, "it", lambda: Counter(start), spawn_process=True).acquire()
 
 
+@pytest.mark.parametrize("spawn_process", [True, False])
+def test_a_constructor_with_a_connection_is_refused_where_it_would_be_sent_to_a_server(
+    path: str, spawn_process: bool
+) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    constructors: list[Callable[[], Any]] = [functools.partial(Holding, ours)]
+    if importlib.util.find_spec("cloudpickle") is not None:
+        constructors.append(lambda: Holding(ours))
+    with ours, theirs:
+        for number, constructor in enumerate(constructors):
+            shared_object = shared(path, f"tag {number}", constructor, spawn_process=spawn_process)
+            if spawn_process:
+                refused = rf"^the constructor of 'tag {number}' cannot be sent .*: a Connection is a file descriptor"
+                with pytest.raises(InvalidArgumentError, match=refused):
+                    shared_object.acquire()
+            else:
+                assert shared_object.acquire().is_readable()
+                assert unload(f"tag {number}", path=path)
+
+
+class Holding:
+    """Has a connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def is_readable(self) -> bool:
+        return self.connection.readable
+
+
 def test_only_the_object_that_is_meant_is_unloaded(path: str) -> None:
     """One that this process has itself is told apart from others as a server is."""
     MultiProcessShared(Counter, tag="mine", path=path).acquire()

@@ -14,7 +14,8 @@ change, and plain pickle can load the result.
                         with Beam, which sends messages by multiprocessing's own pickler
     sockets, Connections are refused: those are numbers of files of one process. Plain pickle would send the number of a
                         Connection, and the copy would close whatever file has that number in the other process.
-                        Multiprocessing hands over the file itself, but only to processes with its own authkey
+                        Multiprocessing hands over the file itself, but only to processes with its own authkey, or to a
+                        process that it is just about to spawn
 
 No library is imported for this: a library that has not been imported yet has no objects that could be pickled.
 """
@@ -33,7 +34,7 @@ from typing import Any, NoReturn
 
 from mpmm.multi_process_shared.rpc.channel import LARGE_BYTES, Message
 
-__all__ = ["PROTOCOL", "dump", "load", "plain"]
+__all__ = ["PROTOCOL", "FileRefusedError", "dump", "load", "plain", "refuse_files"]
 
 PROTOCOL = 5
 _PLAIN_NUMBERS = "biufc"
@@ -41,6 +42,10 @@ _Reducer = Callable[[Any], Any]
 # What ForkingPickler keeps for `register`; it has no other way to read it.
 _REGISTERED: dict[type, _Reducer] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]  # not in typeshed
 _OF_TORCH = "torch.multiprocessing.reductions"
+
+
+class FileRefusedError(TypeError):
+    """A socket or Connection was to be sent."""
 
 
 def dump(thing: object) -> Message:
@@ -72,6 +77,13 @@ def load(message: Message) -> Any:
     return pickle.loads(message.head, buffers=message.buffers)
 
 
+def refuse_files(thing: object) -> None:
+    """Raise FileRefusedError if pickle itself would send a number of a file."""
+    kind = type(thing)
+    if _is_file(kind) and kind not in copyreg.dispatch_table:
+        _refuse(thing)
+
+
 class _Reducers(dict[type, _Reducer]):
     """Reducers by type: ours for arrays, tensors and views of dicts, then multiprocessing's and copyreg's."""
 
@@ -89,9 +101,14 @@ class _Reducers(dict[type, _Reducer]):
             reducer = copyreg.dispatch_table.get(kind)
         if reducer is not None:
             return reducer
-        if issubclass(kind, (socket.socket, Connection)) and not _says_how(kind):
+        if _is_file(kind):
             return _refuse
         raise KeyError(kind)
+
+
+def _is_file(kind: Any) -> bool:
+    """Tell whether objects of a class are files of this process, for which the class does not define a pickle."""
+    return issubclass(kind, (socket.socket, Connection)) and not _says_how(kind)
 
 
 def _says_how(kind: Any) -> bool:
@@ -117,7 +134,7 @@ def _reduce_view(view: Any) -> Any:
 
 
 def _refuse(thing: Any) -> NoReturn:
-    raise TypeError(
+    raise FileRefusedError(
         f"a {type(thing).__name__} is a file descriptor of this process and cannot be sent to another one: send the "
         "address of a socket or multiprocessing.connection.Listener instead, to which the other process connects"
     )

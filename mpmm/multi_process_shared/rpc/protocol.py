@@ -15,6 +15,7 @@ own.
 from __future__ import annotations
 
 import importlib.util
+import io
 import pickle
 import sys
 import traceback
@@ -197,28 +198,45 @@ def outcome(kind: int, value: Any, tag: str, method: str) -> Any:
 def dump_for_server(thing: object, what: str) -> bytes:
     """Return `thing`, called `what` in errors, pickled for a new process; with cloudpickle if pickle refuses.
 
-    Raises InvalidArgumentError if neither can.
+    Raises InvalidArgumentError if neither can, or if a socket or Connection is in it.
     """
     refusals = []
-    for dump in _dumpers():
+    for pickler in _picklers():
         try:
-            return bytes(dump(thing))
+            return _dumped(thing, pickler)
+        except pickling.FileRefusedError as error:
+            raise InvalidArgumentError(f"{what} cannot be sent to a model server: {error}") from None
         except Exception as error:
-            refusals.append(f"{dump.__module__.rpartition('.')[2].lstrip('_')}: {_text_of(error)}")
+            refusals.append(f"{pickler.__module__.rpartition('.')[2].lstrip('_')}: {_text_of(error)}")
     raise InvalidArgumentError(
         f"{what} cannot be sent to a model server ({'; '.join(refusals)}); "
         "define it at the top level of a module, or install cloudpickle"
     )
 
 
-def _dumpers() -> list[Any]:
-    dumpers: list[Any] = [pickle.dumps]
+class _RefusesFiles:
+    """Goes before a class of picklers."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        pickling.refuse_files(thing)
+        inherited = getattr(super(), "reducer_override", None)
+        return NotImplemented if inherited is None else inherited(thing)
+
+
+def _dumped(thing: object, pickler: Any) -> bytes:
+    file = io.BytesIO()
+    type("Pickler", (_RefusesFiles, pickler), {})(file).dump(thing)
+    return file.getvalue()
+
+
+def _picklers() -> list[Any]:
+    picklers: list[Any] = [pickle.Pickler]
     if (cloudpickle := _cloudpickle()) is not None:
-        dumpers.append(cloudpickle.dumps)
+        picklers.append(cloudpickle.CloudPickler)
         # The new process could not resolve pickle's references to the main module.
         if not is_main_importable():
-            dumpers.reverse()
-    return dumpers
+            picklers.reverse()
+    return picklers
 
 
 def _cloudpickle() -> Any:
