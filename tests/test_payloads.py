@@ -100,6 +100,23 @@ def test_arrays_arrive_as_from_a_plain_pickle_but_writable(proxy: Any) -> None:
     assert wrong == {}
 
 
+def test_arrays_own_their_memory_where_they_do_with_beam(proxy: Any) -> None:
+    # Beam's pickles are of this protocol: up to 1000 bytes are copied out of them.
+    owned = [name for name, array in ARRAYS.items() if owns_memory(pickle.loads(pickle.dumps(array, 4)))]
+    assert {"small", "read-only, small", "Fortran order, small", "objects", "texts"} <= set(owned)
+    for name in owned:
+        found = proxy.echo(ARRAYS[name])
+        assert owns_memory(found), name
+        if type(found) is np.ndarray:
+            found.resize(100)
+            assert len(found) == 100, name
+
+
+def owns_memory(array: Any) -> bool:
+    """Tell whether an array owns its memory."""
+    return isinstance(array, np.ndarray) and array.flags.owndata
+
+
 def test_nested_structures_arrive_equal(proxy: Any) -> None:
     batch = [np.full(75_000, float(number)) for number in range(32)]
     found = proxy.echo({"batch": batch, "deep": (NUMBERS, [{"text": "x" * LARGE_BYTES}]), 3: None})
