@@ -965,14 +965,14 @@ def test_one_that_leaves_puts_nothing_back_from_then_on(
     other = Namespace.join(namespace)
     leave_row = Namespace._leave_row
 
-    def look_meanwhile(member: Namespace, close: bool = False) -> bool:
+    def look_meanwhile(member: Namespace, *arguments: Any) -> bool:
         """Leave while the background thread looks after the files."""
         token = member.runtime.file("token")
         token.unlink()
         member._files.put_back()
         assert not token.exists()
         other._files.put_back()
-        return leave_row(member, close)
+        return leave_row(member, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(Namespace, "_leave_row", look_meanwhile)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from device import SimulatedDevice
@@ -39,7 +41,7 @@ from mpmm.model_manager import leader as leader_module
 from mpmm.model_manager.leader import DEPUTIES
 from mpmm.shared_state.layout import Header
 from mpmm.shared_state.lock_file import LockFile
-from mpmm.shared_state.namespace import Namespace
+from mpmm.shared_state.namespace import LEAST_LEAVE_S, Namespace
 from mpmm.shared_state.snapshot import read_snapshot
 from mpmm.sources import DeviceSample
 
@@ -183,6 +185,46 @@ def test_a_process_can_leave_while_the_locks_holder_is_stopped(namespace: str, n
     wait_until(lambda: [m.pid for m in read_snapshot(namespace).members] == [sleeper.pid], "the other one is gone")
     assert waiting(namespace) == []
     assert problems(namespace) == []
+
+
+def test_a_process_leaves_within_one_time_out_of_the_lock_though_its_background_thread_waits_for_it(
+    namespace: str, new_process: NewProcess
+) -> None:
+    sleeper, other = new_process(lock_timeout_seconds=3.0), new_process()
+    other.call(acquire, "a")
+    sleeper.send(stop_in_transaction)
+    sleeper.wait_until_stopped()
+    other.call(have_background_wait)
+    waited_s, allowed_s, took_s = other.call(shut_down_and_say_how_long_it_may_wait)
+    print(f"left after {took_s:.2f} s")
+    # A second more, for what else a busy machine does before the second wait.
+    assert allowed_s < max(LEAST_LEAVE_S, 3.0 - waited_s) + 1.0
+    sleeper.resume()
+    sleeper.result()
+    wait_until(lambda: [m.pid for m in read_snapshot(namespace).members] == [sleeper.pid], "the other one is gone")
+    assert model_of(namespace, "a").active == 0
+    assert problems(namespace) == []
+
+
+def have_background_wait(seat: Seat) -> None:
+    """Leave a change to the background thread, and wait until it waits for the lock."""
+    session = seat.manager._connected()
+    session.deferred.defer(lambda t: False)
+    wait_until(lambda: session.namespace.lock.may_be_abandoned, "it waits for the lock")
+
+
+def shut_down_and_say_how_long_it_may_wait(seat: Seat) -> tuple[float, float, float]:
+    """Leave; return when this began to wait for the lock, for how long it may do so, and how long all took."""
+    watch, waits = Stopwatch(), []
+    leave_row = Namespace._leave_row
+
+    def note(member: Namespace, close: bool = False, timeout_s: float = math.inf) -> bool:
+        waits.append((watch.s(), timeout_s))
+        return leave_row(member, close, timeout_s)
+
+    with patch.object(Namespace, "_leave_row", note):
+        seat.manager.shutdown()
+    return *waits[0], watch.s()
 
 
 def wait_in_a_thread(seat: Seat, tag: str) -> None:

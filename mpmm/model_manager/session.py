@@ -202,9 +202,12 @@ class Session:
             self._closer = call
             self.closing = True
             self.unloads.leave()
+        began = time.monotonic()
         self._send_waiters_away()
         leading = self.leader.leading
         self.background.stop()
+        # The thread may just have waited for a stopped process that has the lock; the callers of this wait only once.
+        waited_s = time.monotonic() - began
         if leading:
             self.keep_estimates(at_last=True)
         objects = self.owned.all()
@@ -223,7 +226,7 @@ class Session:
             collect_garbage()
         # From here on no sample, not even one in progress, is published to memory that is about to be unmapped.
         self.monitor.bind(None)
-        self.namespace.leave(self._unload_everything, timeout_s)
+        self.namespace.leave(self._unload_everything, timeout_s, waited_s)
         self.monitor.close_source()
         _sessions.discard(self)
         self.is_closed = True

@@ -82,6 +82,8 @@ _LOG = printable_logger("mpmm")
 AGAIN_S = 0.005
 # A cleaner may remove a folder while a file is opened in it, but hardly each time.
 PUT_BACK_TRIES = 5
+# Among 64 processes that want it all the time, the longest wait for the lock is 0.4 s (see `transaction`).
+LEAST_LEAVE_S = 0.5
 _attached: weakref.WeakSet[Namespace] = weakref.WeakSet()
 
 
@@ -371,12 +373,17 @@ class Namespace:
                 before = self.transitions.reset(t, before)
 
     def leave(
-        self, unload_everything: Callable[[], None] | None = None, timeout_s: float = LIFECYCLE_TIMEOUT_S
+        self,
+        unload_everything: Callable[[], None] | None = None,
+        timeout_s: float = LIFECYCLE_TIMEOUT_S,
+        waited_s: float = 0.0,
     ) -> None:
         """Give up membership; the last worker to leave removes segment and directory.
 
         unload_everything: the last worker calls it, with the lifecycle lock held, while it still is a member.
         timeout_s: how long to wait for that lock; after that the process leaves without it, and removes nothing.
+        waited_s: how long this process has waited for the segment's lock as it began to leave. It waits for the rest of
+        the lock's time-out, or `LEAST_LEAVE_S`; after that others free its row, as for a process that has died.
         Calling `leave` again does nothing.
         """
         if not self.is_usable or self.slot < 0:
@@ -388,7 +395,7 @@ class Namespace:
         self._files.put_back()
         with contextlib.ExitStack() as stack:
             try:
-                self._leave_locked(stack, unload_everything, timeout_s)
+                self._leave_locked(stack, unload_everything, timeout_s, waited_s)
             except BaseException:
                 # This process may hold `alive.lock` exclusively, and newcomers wait for a shared lock.
                 if not self._usable:
@@ -398,7 +405,11 @@ class Namespace:
                 raise
 
     def _leave_locked(
-        self, stack: contextlib.ExitStack, unload_everything: Callable[[], None] | None, timeout_s: float
+        self,
+        stack: contextlib.ExitStack,
+        unload_everything: Callable[[], None] | None,
+        timeout_s: float,
+        waited_s: float,
     ) -> None:
         try:
             stack.enter_context(Lifecycle(self.runtime, timeout_s))
@@ -413,7 +424,7 @@ class Namespace:
             self._usable = False
             self._files.give_up()
             try:
-                last = self._leave_row(close=last)
+                last = self._leave_row(last, max(LEAST_LEAVE_S, self.lock.timeout_seconds - waited_s))
             except LockTimeoutError:
                 # A stopped process has the lock. It is no worker, or this process would not be the last one.
                 if last:
@@ -428,14 +439,14 @@ class Namespace:
             # Other processes do what is left undone, as for a process that has died.
             self._detach()
 
-    def _leave_row(self, close: bool = False) -> bool:
+    def _leave_row(self, close: bool = False, timeout_s: float | None = None) -> bool:
         """Give up the row in the members table; close the namespace to newcomers if `close` and no other worker lives.
 
-        Return whether it was closed.
+        Return whether it was closed. timeout_s: as for `transaction`.
         """
         left = False
         while not left:
-            with self.lock() as t:
+            with self.lock(timeout_s) as t:
                 left = self.transitions.members.leave(t, self.slot)
                 if left and close:
                     close = not self._others_work()
