@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import gc
 import io
 import os
 import select
 import signal
 import stat
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -38,6 +41,31 @@ def path(tmp_path: Path) -> Iterator[Path]:
     before = open_descriptors()
     yield tmp_path / "a.lock"
     assert open_descriptors() == before
+
+
+def test_a_missing_file_is_no_reason_to_keep_the_callers(path: Path, refused: Callable[[int], None]) -> None:
+    class Kept:
+        pass
+
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+    def call(ask: Callable[[], object]) -> None:
+        own = Kept()
+        kept.add(own)
+        with contextlib.suppress(OSError):
+            ask()
+
+    gc.disable()
+    try:
+        call(lambda: is_locked(path))
+        call(lambda: LockFile(path, create=False))
+        assert not kept
+        path.touch()
+        refused(errno.EIO)
+        call(lambda: is_locked(path))
+        assert not kept
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

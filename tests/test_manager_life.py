@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from functools import partial
 from pathlib import Path
@@ -361,6 +363,66 @@ def test_a_forgotten_manager_leaves_by_itself_also_when_an_unload_collects_it(
     manager.shutdown()
     gc.collect()
     wait_until(lambda: private not in find_namespaces(), "it has left")
+
+
+def use_in_block(manager: ModelManager, loader: Any) -> None:
+    with manager.model("a", loader):
+        pass
+
+
+def use_as_beam_does(manager: ModelManager, loader: Any) -> None:
+    manager.release_model("a", manager.acquire_model("a", loader))
+
+
+def use_in_task(manager: ModelManager, loader: Any) -> None:
+    async def use() -> None:
+        async with manager.model_async("a", loader):
+            pass
+
+    asyncio.run(use())
+
+
+def fail_to_load(manager: ModelManager, loader: Any) -> None:
+    def fail() -> None:
+        loader()
+        raise LookupError
+
+    with contextlib.suppress(LookupError):
+        use_in_block(manager, fail)
+
+
+@pytest.mark.parametrize("loader", [Loads(), LoadsObject()])
+@pytest.mark.parametrize("use", [use_in_block, use_as_beam_does, use_in_task, fail_to_load])
+def test_a_forgotten_manager_leaves_though_no_garbage_can_be_collected(use: Any, loader: Loads) -> None:
+    """A program may have turned the collector off; or a finalizer of another thread's collection takes long."""
+    began, go = threading.Event(), threading.Event()
+
+    class Slow:
+        def __del__(self) -> None:
+            began.set()
+            go.wait(DEADLINE_S)
+
+    def collect() -> None:
+        slow: Any = Slow()
+        slow.itself = slow
+        del slow
+        gc.collect()
+
+    forgotten = ModelManager(memory_source="booked")
+    private = forgotten.namespace
+    # It joins, and what that leaves is collected.
+    forgotten.preload("first", Loads())
+    gc.collect()
+    collecting, _ = in_thread(collect)
+    try:
+        assert began.wait(DEADLINE_S)
+        use(forgotten, loader)
+        del forgotten
+        assert gc.collect() == 0, "another thread collects"
+        wait_until(lambda: private not in find_namespaces(), "it has left", 2.0)
+    finally:
+        go.set()
+        collecting.join(DEADLINE_S)
 
 
 def test_a_join_that_is_too_late_is_given_up_in_time_though_others_have_the_locks(

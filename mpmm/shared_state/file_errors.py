@@ -39,9 +39,13 @@ def told_by_file(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         told = file_error(error, path)
-        if told is error:
-            raise
-        raise told from error
+        try:
+            if told is error:
+                raise
+            raise told from error
+        finally:
+            # Otherwise this frame, which is in its traceback, and the error would keep each other.
+            del told
 
 
 def file_error(error: OSError, path: str | Path) -> OSError:

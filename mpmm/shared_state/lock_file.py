@@ -369,22 +369,28 @@ def _open_private(path: str | Path, flags: int) -> int:
     try:
         fd = os.open(path, flags, 0o600)
     except OSError as error:
-        fd = _open_nevertheless(path, flags, error)
+        with told_by_file(path):
+            # Not raised by a function that has it as an argument: error, traceback and frame would keep each other, and
+            # all callers' frames with what these refer to, until garbage is collected. Most errors say that no server
+            # has the lock.
+            if not (isinstance(error, PermissionError) and _has_made_accessible(path)):
+                raise
+            fd = os.open(path, flags, 0o600)
     if flags & os.O_CREAT and stat.S_IMODE(os.fstat(fd).st_mode) & 0o600 != 0o600:
         os.fchmod(fd, 0o600)
     return fd
 
 
-def _open_nevertheless(path: str | Path, flags: int, error: OSError) -> int:
-    """Open a file whose mode made the first attempt fail; otherwise raise the error, explained if possible."""
-    with told_by_file(path):
-        if isinstance(error, PermissionError):
-            # A process whose umask denies even itself is making it right now, or died meanwhile.
-            found = os.lstat(path)
-            if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
-                os.chmod(path, 0o600)
-                return os.open(path, flags, 0o600)
-        raise error
+def _has_made_accessible(path: str | Path) -> bool:
+    """Let this user use a file of its own.
+
+    A process whose umask denies even itself is making it right now, or died meanwhile.
+    """
+    found = os.lstat(path)
+    if not (stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()):
+        return False
+    os.chmod(path, 0o600)
+    return True
 
 
 def _raise_what_it_means(error: OSError, path: str | Path) -> NoReturn:
@@ -397,7 +403,11 @@ def _raise_what_it_means(error: OSError, path: str | Path) -> NoReturn:
             path=str(path),
         ) from error
     if error.errno not in _UNSUPPORTED:
-        raise error
+        try:
+            raise error
+        finally:
+            # See `_open_private`.
+            del error
     raise RuntimeDirectoryError(
         f"the file system of {os.path.dirname(path)} refuses locks on files (flock: {error.strerror}), as network file "
         "systems like NFS and Lustre may; set MPMM_RUNTIME_DIR to a folder on a local file system",
