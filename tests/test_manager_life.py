@@ -15,6 +15,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from harness import (
@@ -44,11 +45,13 @@ from mpmm.errors import (
     ClosedError,
     InvalidArgumentError,
     LockTimeoutError,
+    MpmmError,
     NamespaceResetError,
     NotAcquiredError,
 )
 from mpmm.model_manager import ModelManager, attachment
 from mpmm.model_manager.attachment import Attachment, JoinsWith
+from mpmm.model_manager.out_of_memory import OutOfMemory
 from mpmm.model_manager.session import Session
 from mpmm.policy import eviction
 from mpmm.shared_state.lock_file import LockFile
@@ -391,8 +394,20 @@ def fail_to_load(manager: ModelManager, loader: Any) -> None:
         use_in_block(manager, fail)
 
 
+def run_out_of_memory(manager: ModelManager, loader: Any) -> None:
+    def fail() -> None:
+        loader()
+        raise MemoryError
+
+    def make_no_room(*_: object) -> None:
+        raise MpmmError("not now")
+
+    with patch.object(OutOfMemory, "make_room", make_no_room), contextlib.suppress(MemoryError):
+        use_in_block(manager, fail)
+
+
 @pytest.mark.parametrize("loader", [Loads(), LoadsObject()])
-@pytest.mark.parametrize("use", [use_in_block, use_as_beam_does, use_in_task, fail_to_load])
+@pytest.mark.parametrize("use", [use_in_block, use_as_beam_does, use_in_task, fail_to_load, run_out_of_memory])
 def test_a_forgotten_manager_leaves_though_no_garbage_can_be_collected(use: Any, loader: Loads) -> None:
     """A program may have turned the collector off; or a finalizer of another thread's collection takes long."""
     began, go = threading.Event(), threading.Event()

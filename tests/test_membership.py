@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -956,6 +958,33 @@ def test_a_row_is_given_up_in_as_many_transactions_as_it_takes(
     joined.leave()
     assert steps == [0, 0, 0], "it is closed when the row is free"
     assert segments_of(runtime_root) == set()
+
+
+def test_a_join_that_had_to_begin_again_keeps_no_callers(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept:
+        pass
+
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+    join_locked, tries = Namespace._join_locked, []
+
+    def find_it_removed_once(*arguments: Any) -> Namespace:
+        tries.append(1)
+        if len(tries) == 1:
+            raise FileNotFoundError
+        return join_locked(*arguments)
+
+    def join() -> None:
+        own = Kept()
+        kept.add(own)
+        Namespace.join(namespace).leave()
+
+    monkeypatch.setattr(Namespace, "_join_locked", find_it_removed_once)
+    gc.disable()
+    try:
+        join()
+        assert (len(tries), len(kept)) == (2, 0)
+    finally:
+        gc.enable()
 
 
 def test_one_that_leaves_puts_nothing_back_from_then_on(

@@ -238,9 +238,12 @@ def _load_booked(acquisition: Acquisition, booking: Booking, loader: Callable[[]
             acquisition.session.out_of_memory.make_room(attempt.devices)
             acquisition.session.unloads.wait_for_unloads(attempt.devices)
             found = _queue_again(acquisition)
-        if found is None:
-            raise failure
-        del failure
+        try:
+            if found is None:
+                raise failure
+        finally:
+            # Its traceback has this frame, so they would keep each other, and all callers, with the manager and loader.
+            del failure
     return None if found is None else found.value
 
 

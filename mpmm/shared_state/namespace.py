@@ -179,8 +179,9 @@ class Namespace:
             except NoNamespaceError as error:
                 raise FileNotFoundError(str(error)) from None
             except FileNotFoundError as error:
-                # The last member has removed the directory meanwhile: begin again with a new one.
-                missing = error
+                # The last member has removed the directory meanwhile: begin again with a new one. Without the
+                # traceback, which has this frame: they would keep each other, and all callers.
+                missing = error.with_traceback(None)
             except StartAgain:
                 time.sleep(AGAIN_S)
             if time.monotonic() > began + LIFECYCLE_TIMEOUT_S:
