@@ -34,6 +34,7 @@ from mpmm.policy.view import (
     BusyInstance,
     Evict,
     Grant,
+    IdleInstance,
     Load,
     ModelView,
     Reason,
@@ -129,6 +130,35 @@ def test_nothing_is_kept_for_an_exchange_that_would_be_in_vain(reason: str) -> N
             state = exchanged_for_me(9.0)
             state = replace(state, models={A: replace(state.models[A], failures=3, failed_ago_s=0.1)})
     assert Grant(2, 7) in make_plan(state).decisions
+
+
+THEIRS = idle(7, A, owner=OTHER)
+IN_USE = BusyInstance(8, A, 1, 100, 1.0, owner=OTHER)
+
+
+@pytest.mark.parametrize(
+    ("copies", "busy", "expected"),
+    [
+        ([THEIRS], (), (Reason.QUIET, B, False)),
+        ([replace(THEIRS, pinned=True)], (), (Reason.PINNED, A, False)),
+        # Once the start is over, the other one makes way.
+        ([THEIRS, replace(THEIRS, row=9, device=1, pinned=True)], (), (Reason.QUIET, B, False)),
+        ([THEIRS], (replace(IN_USE, pinned=True),), (Reason.QUIET, B, False)),
+        # The copy in use makes way as soon as it is idle.
+        ([THEIRS], (IN_USE,), (Reason.COPIES, None, True)),
+        ([replace(THEIRS, pinned=True)], (IN_USE,), (Reason.COPIES, None, True)),
+        ([], (replace(IN_USE, device=0),), (Reason.COPIES, None, False)),
+    ],
+)
+def test_one_that_waits_for_an_exchange_is_told_what_prevents_it(
+    copies: list[IdleInstance], busy: tuple[BusyInstance, ...], expected: tuple[Reason, int | None, bool]
+) -> None:
+    first = model(A, owned={OTHER: len(copies) + len(busy)})
+    devices = [device(used=100, steady=B), device(1, used=100)]
+    there = view([first, model(B)], [ticket(1, A)], copies=copies, busy=busy, devices=devices, rules=at_most(1))
+    [waits] = make_plan(there).decisions
+    assert isinstance(waits, Wait)
+    assert (waits.reason, waits.why.other, waits.first) == expected
 
 
 def test_a_copy_with_several_users_is_kept_until_it_has_none() -> None:

@@ -18,6 +18,7 @@ from mpmm.policy.loading import load, needs_only_free_memory, refuse
 from mpmm.policy.making_room import choose_room, holds_up_others
 from mpmm.policy.placement import best_place
 from mpmm.policy.plan_state import PlanState, as_resume, can_use
+from mpmm.policy.quiet_start import wait_for_quiet_start
 from mpmm.policy.room_ahead import make_room_ahead
 from mpmm.policy.sharing import waiting_is_sooner
 from mpmm.policy.view import (
@@ -400,11 +401,24 @@ class Planner:
             others = [one for one in idle if not (one.pinned or state.quiet.keys() & set(one.devices))]
             if others:
                 return state.evict_for(ticket, others[-1:], Why(Reason.EXCHANGED, model.need_mb))
-            if any(one.pinned for one in idle):
-                # The other model is its own one: its copies are in the way, and not the memory that they take.
-                return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, model.need_mb, other=ticket.model))
+            if not self._exchangeable(ticket):
+                waits = self._wait_for_exchange(ticket, model, idle)
+                if waits is not None:
+                    return waits
         first = needs_another and bool(self._exchangeable(ticket))
         return Wait(ticket.row, Reason.COPIES, Why(Reason.COPIES), first=first)
+
+    def _wait_for_exchange(self, ticket: TicketView, model: ModelView, idle: list[IdleInstance]) -> Wait | None:
+        """Let a waiter wait because the idle copies that it cannot use must stay, and no copy in use can make way."""
+        state = self._state
+        # A quiet start ends by itself, and a pin may never end.
+        on = {device for one in idle if not one.pinned for device in one.devices}
+        where = [device for device in self._view.devices if device.device in on]
+        waits = wait_for_quiet_start(state, ticket, model.need_mb, where)
+        if waits is None and any(one.pinned for one in idle):
+            # The other model is its own one: its copies are in the way, and not the memory that they take.
+            return Wait(ticket.row, Reason.PINNED, Why(Reason.PINNED, model.need_mb, other=ticket.model))
+        return waits
 
 
 def _is_hopeless_there(decision: Decision | None) -> bool:
