@@ -29,6 +29,7 @@ from policy_views import RULES, A, B, D, device, model, ticket, view
 from mpmm.beam.run_inference import options_of_handler
 from mpmm.cli import main
 from mpmm.errors import InvalidArgumentError, ModelTooLargeError
+from mpmm.model_manager.request import AcquireOptions
 from mpmm.multi_process_shared import MultiProcessShared, registry
 from mpmm.policy.plan import make_plan
 from mpmm.policy.view import Load, PlacedInstance, Reason, Wait
@@ -383,3 +384,16 @@ def test_a_preload_at_a_prompt_says_what_the_model_takes(
     for nonsense in ("lots", "-5", "0", "nan", ""):
         assert main(["preload", "b", "test_administration:load_in_server", f"--expect-mb={nonsense}"]) == 2
     assert not [model for model in read_snapshot(namespace).models if model.tag == "b"]
+
+
+def test_a_model_that_fits_nowhere_is_refused_at_once_while_another_one_runs_alone(
+    namespace: str, new_manager: NewManager, new_process: NewProcess, new_device: NewDevice
+) -> None:
+    whole = new_device(1000)
+    manager, other = new_manager(memory_source=whole, wait_timeout_seconds=5.0), new_process(memory_source=whole)
+    other.call(acquire, "unknown", LoadsObject())
+    for says in (AcquireOptions(expect_mb=1001), AcquireOptions()):
+        # The second request finds what the first one said, and asks for nothing in particular.
+        with pytest.raises(ModelTooLargeError, match="needs 1001 MB"):
+            manager.acquire_model("a", Loads("a"), **says)
+    assert problems(namespace) == []

@@ -331,6 +331,18 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         view([model(A, 901, owned={OTHER: 1})], [ticket(1, A)], in_use=1),
         [Refuse(1)],
     ),
+    "too large, even while something runs alone": (
+        view(
+            [model(A), model(B, 901), model(C, 901, shared=1), model(D, 950, known=False)],
+            [ticket(row + 1, wants) for row, wants in enumerate((A, B, C, D))],
+            isolated=True,
+        ),
+        [Refuse(2)],
+    ),
+    "a preload that is satisfied is not refused while something runs alone": (
+        view([model(A, 901, owned={ME: 1})], [ticket(1, A, preload=1), ticket(2, A, preload=2)], isolated=True),
+        [Refuse(2)],
+    ),
     "a refusal blocks nobody": (
         view([model(A, 901), model(B)], [ticket(1, A), ticket(2, B)]),
         [Refuse(1), Load(2, (0,), 100, False)],

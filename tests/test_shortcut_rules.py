@@ -15,7 +15,7 @@ import pytest
 from harness import scaled
 from random_operations import step
 from random_tables import SECOND_NS, RandomTables
-from reference_view import Reference
+from reference_view import MORE_MB, Reference
 
 from mpmm.policy.fairness import rank_ns
 from mpmm.policy.plan import make_plan
@@ -157,16 +157,28 @@ class Rules(Reference):
             if found is not None:
                 return found
         if all(self.isolated()):
-            return Reason.BEHIND, 0.0
+            return None if self.may_be_refused(row) else (Reason.BEHIND, 0.0)
         if not quiet or not self.is_known(row):
             return None
         before = [one for one in waiting if one.priority <= 1 and one.rank <= rank_ns(self.now, 0)]
         heads = {one.reason for one in before if one.head_of_line_at and one.deadline > self.now}
         if not (model.active or model.idle or model.loading) and len(self.isolated()) == 1:
-            return (Reason.BEHIND, 0.0) if Reason.DRAINING in heads else None
+            is_drained = Reason.DRAINING in heads and not self.may_be_refused(row)
+            return (Reason.BEHIND, 0.0) if is_drained else None
         for_memory = FOR_MEMORY_ON_ITS_WAY | ({Reason.MEMORY} if only_this else set())
         behind = can_be_had and not self.somebody_is_to_run_alone() and heads & for_memory
         return (Reason.BEHIND, 0.0) if behind else None
+
+    def may_be_refused(self, row: int) -> bool:
+        """Whether a device could not take a model, whose size is known, even with nothing else there."""
+        model = self.tables.models[row]
+        limits = [self.tables.devices[one].total_mb for one in self._used(self.layout.devices)]
+        if not self.is_known(row) or (model.known and model.measured):
+            return False
+        need_mb = model.estimate_mb if model.known else model.expect_mb
+        if model.at_least_mb:
+            need_mb = max(need_mb, model.at_least_mb + MORE_MB)
+        return need_mb > (1.0 - self.settings.slack_percentage) * min(limits)
 
     def _for_a_copy(self, row: int, waiting: list[TicketRow]) -> tuple[Reason, float] | None:
         model, mine = self.tables.models[row], [one for one in waiting if one.model == row]
@@ -309,6 +321,18 @@ def drained_device(made: RandomTables, t: Transaction, model: int) -> None:
     block(made, t, Reason.DRAINING, urgency=0)
 
 
+def drained_device_that_is_too_small(made: RandomTables, t: Transaction, model: int) -> None:
+    """The device is drained, and the model could never be loaded."""
+    made.transitions.estimates.estimate(t, model, 1e6, measured=False)
+    block(made, t, Reason.DRAINING, urgency=0)
+
+
+def drained_device_for_one_that_has_grown(made: RandomTables, t: Transaction, model: int) -> None:
+    """The device is drained, and the model has run there, and taken more than the limit."""
+    made.transitions.estimates.estimate(t, model, 1e6, measured=True)
+    block(made, t, Reason.DRAINING, urgency=0)
+
+
 def drained_device_beside_a_load(made: RandomTables, t: Transaction, model: int) -> None:
     """The device is drained, and the model's first copy is being loaded."""
     made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
@@ -376,6 +400,7 @@ def test_a_newcomer_leaves_an_idle_copy_to_one_that_was_called_up_just_now(calle
         *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry, head_without_memory),
         *(head_that_preloads, preload_that_waits_for_a_copy),
         *(drained_device, drained_device_beside_a_load, drained_device_beside_an_idle_copy),
+        *(drained_device_that_is_too_small, drained_device_for_one_that_has_grown),
         copy_beside_which_the_last_loader_made_an_object,
     ],
 )

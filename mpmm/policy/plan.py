@@ -8,6 +8,7 @@ the line); they share `plan_state`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpmm.policy.backfill import backfill
@@ -60,7 +61,7 @@ class Plan:
 def make_plan(view: View) -> Plan:
     """Return what happens to the waiters in the view, in the order in which it is to be carried out.
 
-    Nothing happens on a device on which an instance runs alone. On other devices idle instances are handed out first,
+    Nothing begins on a device on which an instance runs alone. On other devices idle instances are handed out first,
     as far as `fairness` lets waiters overtake. Then each waiter, in the order of the queue, may load where its model
     fits, or has room made for it, or waits. Behind the first one that waits for room, the head of the line, only loads
     that fit beside its reservation begin. A device that is drained for an unknown model gets nothing new. Tickets
@@ -87,7 +88,7 @@ class Planner:
         """Return the plan; call it once."""
         state = self._state
         if self._view.devices and not state.devices:
-            return Plan((), queue_held_up=True)
+            return Plan(tuple(self._refused_at_once()), queue_held_up=True)
         order = queue_order(self._view)
         decided: dict[int, Decision | None] = dict(self._grant_idle(order))
         self._order = [ticket for ticket in order if ticket.row not in decided]
@@ -103,6 +104,15 @@ class Planner:
         decisions = (decided.get(ticket.row) for ticket in order)
         queue_held_up = state.head is not None or not state.devices
         return Plan(tuple(decision for decision in decisions if decision is not None), queue_held_up)
+
+    def _refused_at_once(self) -> Iterator[Refuse]:
+        """Refuse the waiters that can never load: the only answer while something runs alone on every device."""
+        for ticket in queue_order(self._view):
+            model = self._state.model_for(ticket)
+            if not (ticket.resumes or (ticket.preload and self._has_enough(ticket, model))):
+                refused = refuse(self._state, ticket, model)
+                if isinstance(refused, Refuse):
+                    yield refused
 
     def _is_hopeless(self, ticket: TicketView) -> bool:
         """Tell whether a waiter with the same request was found to fit nowhere behind the head of the line."""

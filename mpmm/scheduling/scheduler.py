@@ -107,8 +107,7 @@ class Scheduler:
         # Counted before the plan, which weighs the model by its demand, this request included.
         if newcomer is not None:
             self.demand.count(t, self._tables.tickets[newcomer].model)
-        # While something runs alone on every device nothing can be granted or loaded, and its end calls this again.
-        while self._queue.anybody_waits() and not self.shortcuts.all_isolated():
+        while self._queue.anybody_waits() and not self._nothing_to_decide(newcomer):
             # Read anew in each round: the last round's decisions are in the rows now, but not in the last view.
             view = self.views.read_view()
             plan = make_plan(view)
@@ -124,6 +123,15 @@ class Scheduler:
             behind = view.tickets[QUEUE_PART:]
             if plan.queue_held_up or not view.tickets or not (self._answered_all(view) or self._answered_any(behind)):
                 return
+
+    def _nothing_to_decide(self, newcomer: int | None) -> bool:
+        """Tell whether something runs alone on every device: then nothing can be granted or loaded until that ends.
+
+        Its end calls `advance` again. Until then, a newcomer may still be refused if it is known what its model needs.
+        """
+        if not self.shortcuts.all_isolated():
+            return False
+        return newcomer is None or not self.views.is_known(self._tables.tickets[newcomer].model)
 
     def why_not_at_once(self, ticket: int, or_ever: bool = False) -> Why | None:
         """Return what a waiter would wait for, or have done for it; None if it is served now, at no cost to others.

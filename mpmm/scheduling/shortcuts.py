@@ -23,7 +23,7 @@ Q4  A newcomer waits behind the head of the queue (`known_wait`, too) if no copy
     or the head waits for memory, and the newcomer's model has copies that every process can use, none of them idle
     except in a tenure, so that no other copy would be loaded beside the memory that is kept for the head. If none is
     kept yet, because nothing could be unloaded for the head, this is known only if all waiters want the newcomer's
-    model.
+    model. In the first two cases, only if its model is within the limit of each device: otherwise a plan may refuse it.
 Q5  A waiter that leaves changes nothing for the others (`holds_up_nobody`) if it waited behind another one, or for a
     copy of its own model that it can use, and none is idle: nothing was kept for it, and waiters behind it only move
     up. An idle copy of the model may be evicted for others once fewer requests wait for it. And where another one waits
@@ -147,7 +147,7 @@ class Shortcuts:
     def _waits_behind(self, model: int, figures: ModelFigures) -> Cause | None:
         """Return that a newcomer for a model waits behind another one, None if only a plan can tell; see Q4."""
         if self.all_isolated():
-            return Cause(Reason.BEHIND)
+            return None if self._may_be_refused(model) else Cause(Reason.BEHIND)
         # An unknown model would come before known ones.
         if self._devices.anything_runs_alone() or figures.failures or not self._views.is_known(model):
             return None
@@ -161,7 +161,7 @@ class Shortcuts:
         # Without copies, a plan could only load one; with them, it might hand one over.
         has_copies = figures.active or figures.idle or figures.loading
         if not has_copies and len(self._tables.used_rows(self._layout.devices)) == 1:
-            return Cause(Reason.BEHIND) if Reason.DRAINING in ahead else None
+            return Cause(Reason.BEHIND) if Reason.DRAINING in ahead and not self._may_be_refused(model) else None
         if not (figures.active or figures.idle) or not figures.shares or self.isolation_matters(waiting):
             return None
         # A process that cannot use the copies might be allowed to load its own.
@@ -169,6 +169,15 @@ class Shortcuts:
             return None
         may_wait_for_memory = Reason.MEMORY in ahead and not self._queue.waits_for_others_than(model)
         return Cause(Reason.BEHIND) if ahead & HEAD_REASONS or may_wait_for_memory else None
+
+    def _may_be_refused(self, model: int) -> bool:
+        """Tell whether a model may need more than a device can ever give; a plan tells whether it does."""
+        size = self._models.size(model)
+        if not (size.known or size.expect_mb) or (size.known and size.measured):
+            # It is tried on a whole device at most.
+            return False
+        need_mb, devices = self._views.need_mb(model), self._tables.used_rows(self._layout.devices)
+        return any(need_mb > self._views.limit_mb(device) for device in devices)
 
     def holds_up_nobody(self, ticket: int) -> bool:
         """Tell whether it is known without a plan that a waiter's leaving serves no other waiter; see Q5 above."""
