@@ -116,10 +116,11 @@ def test_no_more_are_loaded_at_a_time_than_there_may_be_where_some_requests_name
     assert [outcome for _, outcome in threads] == [[None], [None]]
 
 
-def test_an_unknown_model_is_loaded_once_where_there_may_be_one_copy_of_it(
-    namespace: str, new_manager: NewManager, new_device: NewDevice, new_gate: NewGate
+@pytest.mark.parametrize("at_most", [1, None])
+def test_an_unknown_model_is_loaded_once_where_one_copy_of_it_is_enough(
+    namespace: str, new_manager: NewManager, new_device: NewDevice, new_gate: NewGate, at_most: int | None
 ) -> None:
-    manager = new_manager(memory_source=new_device(1000, 1000), max_model_copies=1)
+    manager = new_manager(memory_source=new_device(1000, 1000), max_model_copies=at_most)
     began, go = new_gate(), new_gate()
 
     def use_it() -> None:

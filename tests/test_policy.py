@@ -18,6 +18,7 @@ from policy_views import (
     device,
     held_for_long,
     idle,
+    in_use,
     model,
     ticket,
     usable_on,
@@ -112,6 +113,63 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
             devices=[device(0), device(1)],
         ),
         [Load(1, (0,), 100, True), Wait(2, Reason.COPIES), Load(3, (1,), 100, True)],
+    ),
+    "requests for one unknown model share the copy that runs alone": (
+        view(
+            [model(A, known=False), model(B, shared=1)],
+            [ticket(1, A, priority=0), ticket(2, A, member=OTHER, priority=0), ticket(3, B)],
+            copies=[idle(7, B, on=1)],
+            devices=[device(0), device(1, used=100)],
+        ),
+        # The idle copy on the second device stays.
+        [Load(1, (0,), 100, True), Wait(2, Reason.SHARING), Grant(3, 7)],
+    ),
+    "or that is being loaded alone": (
+        view(
+            [model(A, known=False, loading={OTHER: 1}), model(B, shared=1)],
+            [ticket(1, A, priority=0), ticket(2, B)],
+            copies=[idle(7, B, on=1)],
+            devices=[device(0, reserved_mb=100, isolated=True), device(1, used=100)],
+            busy=(BusyInstance(6, A, 0, 100, 9.0, owner=OTHER, loading=True),),
+        ),
+        [Wait(1, Reason.SHARING), Grant(2, 7)],
+    ),
+    "or that is to run alone once its device is empty": (
+        view(
+            [model(A, known=False), model(B, shared=1), model(C, shared=1)],
+            [ticket(1, A, priority=0), ticket(2, A, member=OTHER, priority=0), ticket(3, A, priority=0, preload=1)],
+            copies=[idle(7, B, on=1)],
+            devices=[device(0, used=50), device(1, used=100)],
+            busy=(in_use(8, C, 50, 1.0), replace(in_use(9, C, 90, 9.0), device=1)),
+        ),
+        [Wait(1, Reason.DRAINING), Wait(2, Reason.BEHIND), Wait(3, Reason.DRAINING)],
+    ),
+    "but not one that is to run on another device": (
+        view(
+            [model(A, known=False), model(C, shared=1)],
+            [usable_on(ticket(1, A, priority=0), 0), ticket(2, A, member=OTHER, priority=0)],
+            devices=[device(0, used=50), device(1)],
+            busy=(in_use(8, C, 50, 1.0),),
+        ),
+        [Wait(1, Reason.DRAINING), Load(2, (1,), 100, True)],
+    ),
+    "nor an object of another process": (
+        view(
+            [model(A, known=False, owned={OTHER: 1})],
+            [ticket(1, A, priority=0)],
+            devices=[device(0, used=100, isolated=True), device(1)],
+            busy=(BusyInstance(6, A, 0, 100, 1.0, owner=OTHER),),
+        ),
+        [Load(1, (1,), 100, True)],
+    ),
+    "nor one that others hold for longer than a load takes": (
+        view(
+            [held_for_long(model(A, known=False, shared=1))],
+            [ticket(1, A, priority=0)],
+            devices=[device(0, used=100, isolated=True), device(1)],
+            busy=(in_use(6, A, 100, 1.0),),
+        ),
+        [Load(1, (1,), 100, True)],
     ),
     "no device is drained for a model of which there are as many copies as there may be": (
         view(

@@ -83,6 +83,8 @@ class Planner:
         self._passed: TicketView | None = None
         # How many waiters of each model were told to wait for existing instances.
         self._sharing: Counter[int] = Counter()
+        # The waiters for which devices are drained, by model.
+        self._draining: dict[int, TicketView] = {}
 
     def plan(self) -> Plan:
         """Return the plan; call it once."""
@@ -145,6 +147,8 @@ class Planner:
         # Devices that are drained for a waiter that runs alone.
         closed: set[int] = set()
         overtaken: TicketView | None = None
+        # How many waiters of each unknown model share the instance that runs alone.
+        sharing: Counter[int] = Counter()
         for ticket in order:
             if ticket.preload:
                 # A preload takes no instance, and holds up no waiter that reuses one.
@@ -162,6 +166,11 @@ class Planner:
             if state.has_most_copies(model):
                 kept |= self._kept_to_exchange(ticket, model)
             elif state.must_run_alone(ticket, model):
+                usable = state.usable_part(ticket, model)
+                if self._shared_in_s(ticket, usable, sharing[ticket.model]) is not None:
+                    # Nothing is drained for it.
+                    sharing[ticket.model] += 1
+                    continue
                 closed = closed or self._drained_for(ticket, model)
                 if len(closed) == len(state.devices):
                     break
@@ -248,7 +257,7 @@ class Planner:
         if state.has_most_copies(model):
             return backs_off or self._swap_instance(ticket, model)
         if state.must_run_alone(ticket, model):
-            return backs_off or isolate(state, ticket, model.need_mb)
+            return self._share_alone(ticket, model) or backs_off or self._isolate(ticket, model)
         suspended = state.suspended_for(ticket)
         if ticket.preload:
             return self._resume(ticket, model, suspended) or backs_off or self._load(ticket, model)
@@ -269,8 +278,7 @@ class Planner:
         if suspended is not None:
             # The time of a resume is what another copy costs.
             usable = replace(usable, load_s=suspended.resume_s)
-        ahead = self._sharing[ticket.model]
-        shared_in_s = waiting_is_sooner(usable, ticket, ahead, self._view.now_s, self._state.seen)
+        shared_in_s = self._shared_in_s(ticket, usable, self._sharing[ticket.model])
         if shared_in_s is not None:
             self._sharing[ticket.model] += 1
             return Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
@@ -278,6 +286,39 @@ class Planner:
             # It was chosen to be suspended because suspending and resuming it is quicker than a load.
             return Wait(ticket.row, Reason.SUSPENDING, Why(Reason.SUSPENDING, seconds=model.resume_s))
         return None
+
+    def _share_alone(self, ticket: TicketView, model: ModelView) -> Wait | None:
+        """Let a waiter for an unknown model wait for an instance that runs alone, or is to, like `_share`.
+
+        Otherwise a second device would be drained for it, and its idle instances unloaded.
+        """
+        if ticket.preload:
+            return None
+        usable, ahead = self._state.usable_part(ticket, model), self._sharing[ticket.model]
+        shared_in_s, wait = self._shared_in_s(ticket, usable, ahead), None
+        first = self._draining.get(ticket.model)
+        if shared_in_s is not None:
+            wait = Wait(ticket.row, Reason.SHARING, Why(Reason.SHARING, seconds=shared_in_s))
+        # If it may load elsewhere than the first one, it may be served sooner there.
+        elif first is not None and _where(first) == _where(ticket):
+            # As if that one were loading already: its devices are those on which a model can run alone soonest.
+            loading = {**usable.loading, first.member: usable.loading.get(first.member, 0) + 1}
+            usable = replace(usable, loading=loading, loading_for_s=0.0)
+            if self._shared_in_s(ticket, usable, ahead) is not None:
+                wait = Wait(ticket.row, Reason.BEHIND)
+        self._sharing[ticket.model] += wait is not None
+        return wait
+
+    def _shared_in_s(self, ticket: TicketView, usable: ModelView, ahead: int) -> float | None:
+        """Return in how many seconds a waiter can share an instance if that is sooner than its own load, else None."""
+        return waiting_is_sooner(usable, ticket, ahead, self._view.now_s, self._state.seen)
+
+    def _isolate(self, ticket: TicketView, model: ModelView) -> Decision | None:
+        """Let a waiter load alone, or have devices drained for that."""
+        decision = isolate(self._state, ticket, model.need_mb)
+        if isinstance(decision, Evict) or (isinstance(decision, Wait) and decision.first):
+            self._draining.setdefault(ticket.model, ticket)
+        return decision
 
     def _resume(self, ticket: TicketView, model: ModelView, suspended: SuspendedInstance | None) -> Decision | None:
         """Let a waiter resume an instance, or have room made for that on its device; None if a load should be tried."""
@@ -434,6 +475,11 @@ class Planner:
 def _is_hopeless_there(decision: Decision | None) -> bool:
     """Tell whether a decision about some devices means that others leave a waiter no room there."""
     return isinstance(decision, Refuse) or (isinstance(decision, Wait) and decision.reason in _ELSEWHERE)
+
+
+def _where(ticket: TicketView) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return where a waiter may load, and use an instance."""
+    return ticket.loadable_on, ticket.usable_on, ticket.span
 
 
 def _is_of_the_many(ticket: TicketView) -> bool:
