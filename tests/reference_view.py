@@ -30,6 +30,7 @@ COMING = (Instance.LOADING, Instance.RESUMING)
 GOING = (Instance.UNLOADING, Instance.SUSPENDING)
 IN_HOST = (Instance.SUSPENDING, Instance.SUSPENDED, Instance.RESUMING)
 QUEUE_PART = 32
+IN_TURN = 8
 MORE_MB = 1.0
 
 
@@ -343,10 +344,27 @@ class Reference:
         firsts: dict[tuple[object, ...], int] = {}
         for row in order:
             firsts.setdefault(self._kind(row), row)
-        others = [row for row in firsts.values() if row in rest][:QUEUE_PART]
+        others = self._some_of([row for row in firsts.values() if row in rest])
         patient = self.patient(order)
         last = [max(patient, key=lambda row: self.tables.tickets[row].rank)] if patient else []
         return list(dict.fromkeys([*part, *others, *last]))
+
+    def _some_of(self, rows: list[int]) -> list[int]:
+        """Return those of the first waiters of each kind that a plan looks at."""
+        if len(rows) <= QUEUE_PART:
+            return rows
+        tickets, models = self.tables.tickets, self.tables.models
+
+        def shares(row: int) -> bool:
+            model = models[tickets[row].model]
+            return tickets[row].reason in (Reason.SHARING, Reason.COPIES) and bool(model.active or model.loading)
+
+        rows = sorted(rows, key=lambda row: 0 if tickets[row].head_of_line_at else 1 + shares(row))
+        first, left = rows[: QUEUE_PART - IN_TURN], rows[QUEUE_PART - IN_TURN :]
+        others = [row for row in left if models[tickets[row].model].state != Model.LEASE]
+        start = self.now // 1000 % max(1, len(others))
+        in_turn = (others[start:] + others[:start])[:IN_TURN]
+        return [*first, *in_turn, *(row for row in left if row not in others)][:QUEUE_PART]
 
     def _kind(self, row: int) -> tuple[object, ...]:
         # Waiters of a kind ask for the same.

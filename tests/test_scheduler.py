@@ -17,8 +17,9 @@ from mpmm.policy.plan import Plan
 from mpmm.policy.sharing import FIRST_LOAD_S
 from mpmm.policy.view import Decision, Evict, Grant, Load, Reason, Refuse, Satisfied, Wait, Why
 from mpmm.scheduling import Scheduler, wakes
-from mpmm.scheduling.views import QUEUE_PART
+from mpmm.scheduling.views import IN_TURN, QUEUE_PART
 from mpmm.shared_state.durations import LONGEST_NS
+from mpmm.shared_state.events import Cause
 from mpmm.shared_state.layout import Instance, Ticket
 from mpmm.shared_state.signal_words import Signal
 from mpmm.shared_state.snapshot import read_snapshot
@@ -224,6 +225,77 @@ def test_waiters_of_another_kind_are_answered_behind_a_part_of_the_queue_that_wa
         Scheduler(made.namespace).advance(t)
     assert plan.call_count == 3
     assert [made.tables.tickets[one].state for one in (first, second)] == [Ticket.REFUSED] * 2
+
+
+def enqueue_kinds(made: RandomTables, tag: str, reason: Reason, kinds: int, head: int = -1) -> list[int]:
+    """Let a worker wait for a model once for each of several kinds; return the tickets' rows. head: place of the one
+    that is the head of the line."""
+    tickets = []
+    with made.namespace.transaction() as t:
+        model = made.transitions.models.claim(t, tag, tag.encode())
+        for bits in range(1, kinds + 1):
+            asked = (t, model, 1, 1, 100.0, LONGEST_NS, 0, bits)
+            tickets.append(made.transitions.tickets.enqueue(*asked, cause=Cause(reason)))
+        if head >= 0:
+            made.transitions.tickets.block(t, tickets[head])
+    return tickets
+
+
+def looked_at(made: RandomTables) -> list[int]:
+    """Return the waiters that the next plan looks at."""
+    with made.namespace.transaction():
+        return [one.row for one in Scheduler(made.namespace).read_view().tickets]
+
+
+@pytest.mark.parametrize("reason", [Reason.SHARING, Reason.COPIES])
+@pytest.mark.parametrize("loads", [True, False])
+def test_waiters_for_copies_of_their_model_hide_no_other_however_many_kinds_of_them_there_are(
+    made: RandomTables, reason: Reason, loads: bool
+) -> None:
+    if loads:
+        with made.namespace.transaction() as t:
+            made.transitions.loads.begin(t, made.transitions.models.claim(t, "a", b"a"), 1, 1, 100.0, alone=False)
+    else:
+        load(made, "a")
+    first = enqueue_kinds(made, "a", reason, 2 * QUEUE_PART + 3)
+    others = [enqueue(made, f"other {number}") for number in range(3)]
+    found = looked_at(made)
+    assert found[:QUEUE_PART] == first[:QUEUE_PART]
+    assert set(others) <= set(found)
+
+
+def test_of_more_kinds_than_a_plan_looks_at_some_are_looked_at_in_turn(made: RandomTables) -> None:
+    alike = [enqueue(made, "a") for _ in range(QUEUE_PART)]
+    # Its last one is the head of the line.
+    kinds = enqueue_kinds(made, "b", Reason.EXTERNAL, 45, head=44)
+    seen: set[int] = set()
+    looks = 0
+    with mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
+        while not seen.issuperset(kinds) and looks < len(kinds):
+            made.now += 1000 * looks
+            looks += 1
+            found = looked_at(made)
+            assert len(found) == 2 * QUEUE_PART
+            assert set(found) >= {*alike, *kinds[: QUEUE_PART - IN_TURN - 1], kinds[-1]}
+            seen |= set(found)
+    assert seen.issuperset(kinds)
+    assert 1 < looks < len(kinds)
+
+
+def test_leases_are_looked_at_only_in_the_order_of_the_queue(made: RandomTables) -> None:
+    for _ in range(QUEUE_PART):
+        enqueue(made, "a")
+    kinds = enqueue_kinds(made, "b", Reason.EXTERNAL, QUEUE_PART - 2)
+    with made.namespace.transaction() as t:
+        lease = made.transitions.leases.claim(t, b"lease", 90.0)
+        leases = [
+            made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, 0, bits, cause=Cause(Reason.LEASED))
+            for bits in (1, 2, 3)
+        ]
+    last = enqueue(made, "c")
+    found = looked_at(made)
+    assert set(found) >= {*kinds, leases[0], last}
+    assert not set(leases[1:]) & set(found)
 
 
 def test_a_newcomer_counts_as_a_request_before_the_plan(made: RandomTables) -> None:

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from mpmm.policy.fairness import UNKNOWN_FIRST
 from mpmm.policy.out_of_memory import MORE_MB
-from mpmm.policy.view import DeviceView, IdleInstance, ModelView, Rules, TicketView, View
+from mpmm.policy.view import DeviceView, IdleInstance, ModelView, Reason, Rules, TicketView, View
 from mpmm.scheduling.copies import Copies, CopiesReader
 from mpmm.scheduling.demand import Demands
 from mpmm.scheduling.suspension import SuspensionDecisions
 from mpmm.shared_state.durations import to_ns
-from mpmm.shared_state.layout import Ticket
+from mpmm.shared_state.layout import Model, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.reads.models import ModelSize
 
@@ -26,6 +26,10 @@ __all__ = ["Views"]
 
 # How many waiters one plan looks at, and how many of other kinds behind these.
 QUEUE_PART = 32
+# If there are more other kinds, how many of those are looked at in turn.
+IN_TURN = 8
+# Waits for a copy of the waiter's own model.
+_FOR_A_COPY = [Reason.SHARING, Reason.COPIES]
 # What makes a kind of waiters: of those that ask for the same, the later ones can get nothing that the first cannot,
 # except an idle copy.
 _KIND = [Ticket.MODEL, Ticket.PRELOAD, Ticket.LOADABLE_ON, Ticket.USABLE_ON, Ticket.SPAN, Ticket.STEADY, Ticket.NESTED]
@@ -162,7 +166,8 @@ class Views:
         """Return the first waiters of the queue, and the first ones for every model that has idle copies.
 
         And the first of each kind that has none among them: thirty waiters may all wait for what holds up nobody else.
-        Others can get nothing before these do, so a thousand waiters cost no more than sixty, of as many kinds.
+        Others can get nothing before these do, so a thousand waiters cost no more than sixty, of as many kinds. If
+        there are more kinds than that, see `_some_of`.
         """
         order = self.queue_order()
         # The waiters whose turn comes first; the plan sorts them itself.
@@ -188,8 +193,29 @@ class Views:
         # One number for each kind (integers wrap around), because NumPy compares a thousand of them in 0.2 ms.
         kinds = self._tables.view(self._layout.tickets)[order[:, np.newaxis], _KIND] @ _MIX
         _, firsts = np.unique(kinds, return_index=True)
-        rows: list[int] = order[np.sort(firsts[firsts >= QUEUE_PART])[:QUEUE_PART]].tolist()
+        others = order[np.sort(firsts[firsts >= QUEUE_PART])]
+        rows: list[int] = (self._some_of(others) if len(others) > QUEUE_PART else others).tolist()
         return [row for row in rows if row not in chosen]
+
+    def _some_of(self, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        """Return as many waiters of different kinds as a plan looks at; there are more of them.
+
+        Heads of the line come first, because room is kept for them, and those that wait for copies of their own model
+        come last: they hold up nobody, and only what happens to these copies serves them. Some of those that are left
+        are looked at in turn, so that no number of waiters that hold up nobody hides another one for ever. But no
+        lease, which would come before leases that have waited for longer.
+        """
+        tickets, models = self._tables.ticket_columns(), self._tables.model_columns()
+        model = tickets.model[rows]
+        shares = np.isin(tickets.reason[rows], _FOR_A_COPY) & (models.active[model] + models.loading[model] > 0)
+        rank = np.where(tickets.head_of_line_at[rows] > 0, 0, np.where(shares, 2, 1))
+        rows = rows[np.argsort(rank, kind="stable")]
+        first, left = rows[: QUEUE_PART - IN_TURN], rows[QUEUE_PART - IN_TURN :]
+        leases = models.state[tickets.model[left]] == Model.LEASE
+        others = left[~leases]
+        # Any number will do that is another one for each plan.
+        turn = time.monotonic_ns() // 1000 % max(1, len(others))
+        return np.concatenate([first, np.roll(others, -turn)[:IN_TURN], left[leases]])[:QUEUE_PART]
 
     def queue_order(self) -> npt.NDArray[np.intp]:
         """Return the rows of waiters in the queue's order. Those whose deadline has passed are about to leave."""

@@ -106,6 +106,8 @@ class TicketColumns(Columns):
     model = _words(Ticket.MODEL)
     enqueued = _words(Ticket.ENQUEUED)
     deadline = _words(Ticket.DEADLINE)
+    reason = _words(Ticket.REASON)
+    head_of_line_at = _words(Ticket.HEAD_OF_LINE_AT)
     rank = _words(Ticket.RANK)
 
 
