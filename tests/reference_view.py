@@ -24,7 +24,7 @@ from mpmm.policy.view import (
 )
 from mpmm.shared_state.layout import Device, Header, Instance, Member, Model, Table, Ticket, device_rows
 from mpmm.shared_state.namespace import Namespace
-from mpmm.shared_state.rows import InstanceRow
+from mpmm.shared_state.rows import InstanceRow, ModelRow
 
 COMING = (Instance.LOADING, Instance.RESUMING)
 GOING = (Instance.UNLOADING, Instance.SUSPENDING)
@@ -201,9 +201,14 @@ class Reference:
             resume_s=model.resume_s,
             coming_s=resume_s(self.movable(newest_row)) if resumes else 0.0,
             bound_mb=model.at_least_mb,
-            measured=bool(model.known and model.measured),
+            fitted=bool(model.known and self.has_fitted(model)),
             users=1 + seats / len(loaded) if loaded else float(model.users or 1),
         )
+
+    def has_fitted(self, model: ModelRow) -> bool:
+        """Tell whether copies have taken what the estimate says: what processes, or their devices, showed."""
+        inferred = model.sd_mb > 0 and model.loads > 0 and not self.words[Header.SOURCE_ACCOUNTING_ONLY]
+        return model.measured or inferred
 
     def busy(self) -> list[BusyInstance]:
         """Return the copies in use, and those that load or resume."""

@@ -173,7 +173,7 @@ class Rules(Reference):
         """Whether a device could not take a model, whose size is known, even with nothing else there."""
         model = self.tables.models[row]
         limits = [self.tables.devices[one].total_mb for one in self._used(self.layout.devices)]
-        if not self.is_known(row) or (model.known and model.measured):
+        if not self.is_known(row) or (model.known and self.has_fitted(model)):
             return False
         need_mb = model.estimate_mb if model.known else model.expect_mb
         if model.at_least_mb:

@@ -175,8 +175,11 @@ class NamespaceEstimates:
         self._remembered = self._file.read(self._kind)
         self._saved = dict(self._remembered)
 
-    def recall(self, t: Transaction, model: int, tag: str) -> None:
-        """Take the estimate of a model (row) from the file if there is none yet. Needs the lock."""
+    def recall(self, t: Transaction, model: int, tag: str, span: int = 1) -> None:
+        """Take the estimate of a model (row) from the file if there is none yet. Needs the lock.
+
+        span: over how many devices a copy is to be loaded.
+        """
         remembered = self._remembered.get(tag)
         row = self._namespace.tables.models[model]
         if remembered is not None and not row.suspends:
@@ -186,9 +189,21 @@ class NamespaceEstimates:
         if remembered.mb <= row.at_least_mb:
             # The model has run out of memory with more than that free.
             return
+        if not remembered.measured and self._is_above_limits(remembered.mb / span):
+            # It would have the model refused, and no load could change it. As an unknown one it is measured anew.
+            return
         # An inferred estimate keeps yielding to better figures.
         sd_mb = 0.0 if remembered.measured else ALONE_SD * remembered.mb
         self._namespace.transitions.estimates.estimate(t, model, remembered.mb, remembered.measured, sd_mb)
+
+    def _is_above_limits(self, share_mb: float) -> bool:
+        """Tell whether an inferred share is larger than the limit of each device, where devices are measured."""
+        namespace = self._namespace
+        tables, least_free = namespace.tables, namespace.settings.slack_percentage
+        if tables.header.source_accounting_only:
+            return False
+        rows = tables.used_rows(namespace.segment.layout.devices)
+        return all(share_mb > tables.devices[row].total_mb * (1.0 - least_free) for row in rows)
 
     def save_if_due(self) -> None:
         """Write what has changed, every few seconds at most; without the lock."""

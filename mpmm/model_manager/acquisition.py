@@ -192,7 +192,7 @@ class Acquisition(QueuedRequest["LoadedInstance | Booking"]):
         with namespace.transaction(self.left_s()) as t:
             model = namespace.transitions.models.claim(t, self.tag, encoded)
             if session.estimates_file is not None:
-                session.estimates_file.recall(t, model, self.tag)
+                session.estimates_file.recall(t, model, self.tag, self.request.span)
             if self.request.expect_mb:
                 namespace.transitions.estimates.expect(t, model, self.request.expect_mb)
             self._make_ticket(t, model)

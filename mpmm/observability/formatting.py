@@ -177,10 +177,13 @@ def why(row: TicketInfo | EventInfo, need_mb: float | None = None, seconds: floa
 def needs(snapshot: Snapshot) -> Callable[[TicketInfo], float]:
     """Return a function that says how many MB a ticket needs.
 
-    An unknown model is tried on a whole device at most, and so is one that was measured to take more.
+    An unknown model is tried on a whole device at most, and so is one whose copies were seen to take more.
     """
     unknown = {model.row for model in snapshot.models if model.estimate_mb is None and model.expect_mb is None}
-    tried = unknown | {model.row for model in snapshot.models if model.measured}
+    infers = not snapshot.accounting_only
+    tried = unknown | {
+        model.row for model in snapshot.models if model.measured or (infers and model.sd_mb and model.loads)
+    }
     largest = max((device.limit_mb for device in snapshot.devices), default=math.inf)
     return lambda ticket: min(ticket.need_mb, largest) if ticket.model in tried else ticket.need_mb
 

@@ -204,10 +204,12 @@ class PlanState:
 
         A measured estimate above the limit counts as the limit, because a copy has just run there: it took less when it
         was loaded, and grew into the slack while it was used, as caching allocators do. The limit depends on the
-        settings and on the devices where the waiter may load, so the estimate itself stays as it was measured. What
-        users say that a model takes is refused if it is above the limit.
+        settings and on the devices where the waiter may load, so the estimate itself stays as it was measured. The same
+        holds for what was inferred from whole devices while copies were loaded: such a figure may also be too high, and
+        if the model were refused for that, nothing could change it. What users say that a model takes is refused if it
+        is above the limit.
         """
-        if model.measured:
+        if model.fitted:
             largest = largest_limit_mb(self.allowed_for(ticket), self.slack, ticket.span) * ticket.span
             return min(model.need_mb, largest) if largest > 0 else model.need_mb
         if model.known:
@@ -220,9 +222,9 @@ class PlanState:
         return min(model.need_mb, reach) if reach > 0 else model.need_mb
 
     def model_for(self, ticket: TicketView) -> ModelView:
-        """Return a waiter's model, with what its load needs instead of a measured estimate above the limit."""
+        """Return a waiter's model, with what its load needs instead of an estimate above the limit if copies fitted."""
         model = self.models[ticket.model]
-        if not model.measured:
+        if not model.fitted:
             return model
         need_mb = self.need_mb(ticket, model)
         return model if need_mb == model.need_mb else replace(model, need_mb=need_mb)

@@ -139,7 +139,7 @@ class ModelView:
     not expected to be requested again. suspending: copies that are being suspended. resume_s: how long a resume takes,
     0 unknown. coming_s: how long the newest load takes in all if it resumes a suspended copy; 0 if it is a load.
     bound_mb: a load has run out of memory with this much free, 0 if none has. users: how many may use a copy at a time,
-    on average over the loaded ones. measured: a copy was seen to take what the estimate says, so it fitted.
+    on average over the loaded ones. fitted: a copy was seen to take what the estimate says, so it fitted.
     """
 
     model: int
@@ -165,7 +165,7 @@ class ModelView:
     resume_s: float = 0.0
     coming_s: float = 0.0
     bound_mb: float = 0.0
-    measured: bool = False
+    fitted: bool = False
     users: float = 1.0
 
     @property

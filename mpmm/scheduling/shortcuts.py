@@ -173,7 +173,7 @@ class Shortcuts:
     def _may_be_refused(self, model: int) -> bool:
         """Tell whether a model may need more than a device can ever give; a plan tells whether it does."""
         size = self._models.size(model)
-        if not (size.known or size.expect_mb) or (size.known and size.measured):
+        if not (size.known or size.expect_mb) or (size.known and size.fitted):
             # It is tried on a whole device at most.
             return False
         need_mb, devices = self._views.need_mb(model), self._tables.used_rows(self._layout.devices)

@@ -152,7 +152,7 @@ class Views:
             resume_s=figures.resume_s,
             coming_s=copies.coming_s.get(model, 0.0),
             bound_mb=size.at_least_mb,
-            measured=size.known and size.measured,
+            fitted=size.known and size.fitted,
             users=self._users(model, copies, figures.users),
         )
 

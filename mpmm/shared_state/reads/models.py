@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpmm.shared_state.layout import Instance, Model
+from mpmm.shared_state.layout import Header, Instance, Model
 from mpmm.shared_state.tables import Tables
 
 __all__ = ["ModelFigures", "ModelReads", "ModelSize"]
@@ -19,14 +19,15 @@ _CAN_BE_SHARED = (Instance.ACTIVE, Instance.IDLE, Instance.LOADING)
 class ModelSize:
     """What is known about the memory of a copy, in MB, 0 for nothing.
 
-    known: there is an estimate. measured: it was read from processes, in this run or an earlier one.
+    known: there is an estimate. fitted: a copy has taken that much: it was read from processes, in this run or an
+    earlier one, or copies have been loaded, and it was inferred from what whole devices had in use meanwhile.
     """
 
     known: bool
     estimate_mb: float
     expect_mb: float
     at_least_mb: float
-    measured: bool = False
+    fitted: bool = False
 
 
 @dataclass(slots=True)
@@ -95,8 +96,16 @@ class ModelReads:
             floats[at + Model.ESTIMATE_MB],
             floats[at + Model.EXPECT_MB],
             floats[at + Model.AT_LEAST_MB],
-            words[at + Model.MEASURED] != 0,
+            self._has_fitted(at),
         )
+
+    def _has_fitted(self, at: int) -> bool:
+        words = self._words
+        if words[at + Model.MEASURED]:
+            return True
+        # What users say has no deviation, and where nothing is measured, it is all that is known.
+        is_inferred = self._floats[at + Model.SD_MB] > 0 and not words[Header.SOURCE_ACCOUNTING_ONLY]
+        return is_inferred and words[at + Model.LOADS] > 0
 
     def is_sized(self, model: int) -> bool:
         """Tell whether there is an estimate, or users have said what a copy takes."""
