@@ -14,8 +14,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from harness import NewProcess, Process, Seat, acquire, problems, release, wait_until, waiting
+from harness import NewProcess, Process, Seat, acquire, copies_of, problems, release, wait_until, waiting
+from loaders import Loads
 
+from mpmm.errors import AcquireTimeoutError
 from mpmm.model_manager import tenure
 from mpmm.shared_state.core import is_compiled
 from mpmm.shared_state.snapshot import read_snapshot
@@ -145,6 +147,33 @@ def test_whoever_waits_for_something_else_ends_it(
     third.call(release)
     other.result()
     assert problems(namespace) == []
+
+
+def test_a_copy_that_is_not_to_be_kept_goes_with_the_last_waiter(namespace: str, new_process: NewProcess) -> None:
+    holder, second = (new_process(**ONE_COPY) for _ in range(2))
+    third = new_process(**ONE_COPY, wait_timeout_seconds=1.5)
+    second.call(lengthen, 30.0, 30.0)
+    # The tenure of the second one is not over when this one gives up.
+    third.call(lengthen, 30.0, 30.0)
+    wait_until(partial(_has_polled, namespace), "the first poll is over")
+    holder.call(acquire_for_now, "a")
+    second.send(acquire_for_now, "a")
+    wait_until(partial(_are_waiting, namespace, 1), "it waits")
+    third.send(acquire_for_now, "a")
+    wait_until(partial(_are_waiting, namespace, 2), "it waits, too")
+    holder.call(release)
+    second.result()
+    second.call(release)
+    assert [copy.state for copy in copies_of(namespace, "a")] == ["idle"]
+    with pytest.raises(AcquireTimeoutError):
+        third.result()
+    wait_until(lambda: not copies_of(namespace, "a"), "it is unloaded", 5.0)
+    assert problems(namespace) == []
+
+
+def acquire_for_now(seat: Seat, tag: str) -> None:
+    """Acquire a model whose copies are unloaded as soon as they are idle."""
+    seat.held.append((tag, seat.manager.acquire_model(tag, Loads(tag), keep_alive_seconds=0)))
 
 
 def reserve(seat: Seat, mb: float) -> None:

@@ -173,10 +173,12 @@ class QueuedRequest(Generic[T]):
             if is_asked:
                 left = session.scheduler.why(row), session.scheduler.expected_wait_s(row) if timed_out else None
             moves_somebody = not session.scheduler.holds_up_nobody(row)
+            model = session.namespace.tables.tickets[row].model
             if not leave_if_there(session.namespace, ticket, t):
                 return False
             if timed_out:
                 t.add(Header.TIMEOUTS, 1)
+            session.unloads.unload_if_last_has_left(t, model)
             return moves_somebody
 
         session.deferred.apply_or_defer(leave)

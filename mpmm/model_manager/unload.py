@@ -144,11 +144,24 @@ class Unloads:
 
         Other processes may not know that it is not kept; the next poll finds copies that they give back.
         """
-        if not self._namespace.reads.instances.is_idle(copy.row, copy.generation):
-            return
+        if self._namespace.reads.instances.is_idle(copy.row, copy.generation):
+            tables = self._namespace.tables
+            self._unload_if_unwanted(t, tables.copy_of(copy.row), tables.instances[copy.row].model)
+
+    def unload_if_last_has_left(self, t: Transaction, model: int) -> None:
+        """Have the idle copies of a model (row) unloaded that is not kept at all, once no request waits for it.
+
+        A release has left them for those that waited, or for a process that was handed one a moment ago.
+        """
         tables = self._namespace.tables
-        row, model = tables.copy_of(copy.row), tables.models[tables.instances[copy.row].model]
-        unwanted = model.keep_alive == Model.AT_ONCE and not model.waiting and not model.pins
+        if tables.models[model].keep_alive == Model.AT_ONCE and not tables.models[model].waiting:
+            for row in tables.idle_copies():
+                if tables.instances[row].model == model and not t.is_long:
+                    self._unload_if_unwanted(t, row, model)
+
+    def _unload_if_unwanted(self, t: Transaction, row: int, model: int) -> None:
+        tables, found = self._namespace.tables, self._namespace.tables.models[model]
+        unwanted = found.keep_alive == Model.AT_ONCE and not found.waiting and not found.pins
         if unwanted and not tables.is_in_use(row):
             cause = Cause(Reason.EXPIRED)
             self._namespace.transitions.unloads.begin(t, row, self._namespace.slot, evicted=False, cause=cause)
