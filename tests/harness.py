@@ -283,6 +283,14 @@ def stop_process(pid: int) -> None:
     wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, f"pid {pid} stopped")
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Tell whether a process is gone, or has only not been reaped yet: with its last thread its locks are free."""
+    try:
+        return not process.is_running() or (process.status() == psutil.STATUS_ZOMBIE and process.num_threads() == 1)
+    except psutil.NoSuchProcess:
+        return True
+
+
 class Process:
     """A child process with a `Seat`, at the other end of a pipe."""
 

@@ -31,6 +31,7 @@ from harness import (
     copies_of,
     files_in,
     force_reset,
+    has_ended,
     in_thread,
     leader_pid,
     learn,
@@ -396,11 +397,13 @@ def test_a_loader_that_returns_after_its_load_was_given_up_gets_an_error_and_its
     namespace: str, new_process: NewProcess, new_gate: NewGate, new_device: Callable[..., SimulatedDevice]
 ) -> None:
     device = new_device(100.0)
-    slow = new_process(load_timeout_seconds=0.5, poll_interval=0.1, memory_source=device)
+    slow, other = (new_process(poll_interval=0.1, memory_source=device) for _ in range(2))
     slow.call(learn, a=50.0)
     began, go = new_gate(), new_gate()
     slow.send(acquire, "a", LoadsObject("a", began, go, device, 50.0))
     began.wait()
+    # Only now, as otherwise a busy machine might give the load up before its loader runs.
+    other.call(update_settings, load_timeout_seconds=0.5)
     wait_until(lambda: not copies_of(namespace, "a"), "the load is given up")
     go.open()
     with pytest.raises(LoadTimeoutError):
@@ -417,7 +420,7 @@ def test_a_load_that_was_given_up_before_its_loader_ran_spoils_no_measurement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = new_device(1000.0)
-    manager = new_manager(load_timeout_seconds=1.0, poll_interval=0.1, memory_source=device)
+    manager = new_manager(poll_interval=0.1, memory_source=device)
     other = new_process(memory_source=device)
     reached, go_on = threading.Event(), threading.Event()
     figures = manager._connected().figures
@@ -435,7 +438,10 @@ def test_a_load_that_was_given_up_before_its_loader_ran_spoils_no_measurement(
     loaded: list[str] = []
     late, outcome = in_thread(lambda: manager.acquire_model("a", lambda: loaded.append("a")))
     assert reached.wait(DEADLINE_S)
+    # For this load alone.
+    manager.update_settings(load_timeout_seconds=0.1)
     wait_until(lambda: not copies_of(namespace, "a"), "the load is given up")
+    manager.update_settings(load_timeout_seconds=DEADLINE_S)
     other.call(acquire, "b", LoadsObject("b", device=device, mb=300.0))
     assert [copy.row for copy in copies_of(namespace, "b")] == rows, "it has the row of the load that was given up"
     go_on.set()
@@ -474,14 +480,6 @@ def kill(pid: int) -> None:
     process = psutil.Process(pid)
     process.kill()
     wait_until(lambda: has_ended(process), f"pid {pid} is gone")
-
-
-def has_ended(process: psutil.Process) -> bool:
-    """Tell whether a process is gone, or has only not been reaped yet: with its last thread its locks are free."""
-    try:
-        return not process.is_running() or (process.status() == psutil.STATUS_ZOMBIE and process.num_threads() == 1)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def pid_of_served(_: Seat, handle: str) -> int:

@@ -21,7 +21,19 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import NewGate, NewManager, NewProcess, acquire, import_path, learn, problems, release, wait_until, waiting
+from harness import (
+    NewGate,
+    NewManager,
+    NewProcess,
+    acquire,
+    has_ended,
+    import_path,
+    learn,
+    problems,
+    release,
+    wait_until,
+    waiting,
+)
 from loaders import Gate, Loads
 from patience import DEADLINE_S
 
@@ -119,7 +131,8 @@ def test_killed_with_minus_9_its_program_goes_too_and_its_lease_is_back_within_a
     killed = time.monotonic()
     worker.result(SOON_S)
     print(f"the lease was back after {time.monotonic() - killed:.2f} s")
-    assert not program.is_running() or program.status() == psutil.STATUS_ZOMBIE
+    # It has closed its files by now, but may be a moment from its end.
+    wait_until(lambda: has_ended(program), "its program has ended")
     assert problems(namespace) == []
 
 
@@ -359,8 +372,8 @@ def test_on_a_terminal_it_says_what_it_waits_for(
     assert (len(lines) > 1, all(line.startswith("  ") for line in lines[1:])) == (columns == 60, True)
     said = " ".join(line.strip() for line in lines)
     assert re.fullmatch(
-        rf"mpmm {namespace}: pid {pid} has waited 1 s for mine, which waits: needs 200 MB, 100 free, and the leases "
-        rf"that are held leave too little room \(pid {os.getpid()} leases 900 MB as first for \d+ s\)",
+        rf"mpmm {namespace}: pid {pid} has waited [1-4] s for mine, which waits: needs 200 MB, 100 free, and the "
+        rf"leases that are held leave too little room \(pid {os.getpid()} leases 900 MB as first for \d+ s\)",
         said,
     )
 

@@ -26,11 +26,13 @@ from harness import (
     acquire,
     attach,
     files_in,
+    has_ended,
     open_descriptors,
     problems,
     release,
     segments_of,
     shut_down,
+    stop_outside_of_transactions,
     stop_process,
     wait_until,
 )
@@ -164,9 +166,10 @@ def test_a_server_whose_lock_file_was_removed_ends_with_its_copy(namespace: str,
     with manager.model("a", LoadsServer("served")) as handle:
         pid = server_pid(handle)
     assert pid is not None
+    process = psutil.Process(pid)
     os.unlink(registry_for(None).life_path("served"))
     manager.release_model("b", manager.acquire_model("b", Loads()))
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: has_ended(process), "it has ended")
     assert [copy.tag for copy in read_snapshot(namespace).instances] == ["b"]
 
 
@@ -278,9 +281,14 @@ def test_members_put_back_what_was_removed_of_the_folder(
     one, two = new_process(), new_process()
     path = runtime_root / namespace / name
     token = (runtime_root / namespace / "token").read_text()
+    # So that none of them puts it back before we look.
+    for process in (one, two):
+        stop_outside_of_transactions(process, namespace)
     path.unlink()
     if name != "leader.lock":
         assert any(name in finding.text and finding.urgent for finding in findings(read_snapshot(namespace)))
+    for process in (one, two):
+        process.resume()
     wait_until(path.exists, f"{name} is there again")
     wait_until(lambda: read_snapshot(namespace).files_put_back == 1, "somebody says so")
     snapshot = read_snapshot(namespace)
