@@ -329,13 +329,15 @@ def begin_to_resume(gpus: SimulatedGpus, suspends: Process, resumes: Process) ->
     """Have one process load and suspend a model, and another one begin to resume it; return the server's pid."""
     pid = load(suspends, gpus, "a")
     assert suspends.call(suspend, "a") == 1
-    gpus.checkpoints.set_rates(0.0, 600.0)
+    # So slow that it has not ended by the time that a busy machine has found the helper.
+    gpus.checkpoints.set_rates(0.0, 150.0)
     resumes.send(acquire, "a", loads(gpus, "a"))
     await_middle(gpus)
     return pid
 
 
 def expect_suspended_as_a_whole(namespace: str, gpus: SimulatedGpus, survivor: Process, pid: int) -> None:
+    gpus.checkpoints.set_rates(0.0, 0.0)
     await_states(namespace, "a", "suspended")
     assert (gpus.checkpoints.state_of(pid), gpus.used_mb(0), gpus.checkpoints.host_mb()) == (CHECKPOINTED, 0.0, 600.0)
     assert survivor.call(acquire, "a", loads(gpus, "a")) == "a"
@@ -420,8 +422,11 @@ def test_a_helper_that_is_stopped_costs_the_operation_and_another_one_takes_its_
     new_process: NewProcess,
     runtime_root: Path,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 2.0)
+    stopped = tmp_path / "stopped"
+    # In all processes, but not while a helper has to start.
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 2.0 if stopped.exists() else DEADLINE_S)
     chosen: dict[str, Any] = {"memory_source": "nvml", "suspend": "checkpoint", "suspend_budget_mb": 2000.0}
     first, second = new_process(**chosen), new_process(**chosen)
     first.call(learn, a=600.0)
@@ -432,11 +437,13 @@ def test_a_helper_that_is_stopped_costs_the_operation_and_another_one_takes_its_
     helper = helper_pid(namespace, runtime_root)
     assert helper is not None
     stop_process(helper)
+    stopped.touch()
     # The copy, since it is unknown what the helper has done to it; but not the model.
     assert first.call(suspend, "a") == 0
     await_states(namespace, "a")
     assert model_of(namespace, "a").unsuspendable == 0
     wait_until(lambda: helper_pid(namespace, runtime_root) != helper, "it is not in the way of another one")
+    stopped.unlink()
     load(second, gpus, "a")
     assert second.call(suspend, "a") == 1
     assert (gpus.used_mb(0), gpus.checkpoints.host_mb(), problems(namespace)) == (0.0, 600.0, [])

@@ -35,6 +35,7 @@ from harness import (
     waiting,
 )
 from loaders import Gate, Loads, LoadsObject
+from patience import DEADLINE_S
 from sleepers import CarefulSleeper, LoadsSleeper, MakesSleeper, pretend_load_s, steps
 
 from mpmm import ModelManager, cli
@@ -353,7 +354,8 @@ def test_a_suspension_that_hangs_has_a_limit_and_holds_up_nobody_else(
     (tmp_path / "hang_sleep").touch()
     suspending = threading.Thread(target=manager.suspend, args=("a",))
     suspending.start()
-    wait_until(lambda: states(manager.namespace, "a") == ["suspending"], "it is being suspended")
+    # Not the state, which may be over before a busy machine lets us look at it.
+    wait_until((tmp_path / "hangs_sleep").exists, "it is being suspended")
     manager._estimator.set_initial_estimate("small", 100.0)
     with manager.model("small", Loads()):
         pass
@@ -557,7 +559,9 @@ def test_an_object_whose_resume_is_interrupted_is_asleep_in_the_end(
 def test_who_is_stopped_in_the_middle_is_waited_for_only_so_long(
     namespace: str, new_process: NewProcess, tmp_path: Path, new_gate: NewGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.5)
+    stopped = tmp_path / "stopped"
+    # In all processes, but not before the victim is stopped: it would give up by itself.
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.5 if stopped.exists() else DEADLINE_S)
     hang = new_gate()
     leader, victim = new_process(suspend_budget_mb=2000.0), new_process(suspend_budget_mb=2000.0)
     leader.call(acquire, "a", LoadsSleeper("stuck", MakesSleeper(tmp_path, hang=hang), spawn=True))
@@ -566,6 +570,7 @@ def test_who_is_stopped_in_the_middle_is_waited_for_only_so_long(
     victim.send(suspend, "a")
     wait_until(lambda: states(namespace, "a") == ["suspending"], "it is being suspended")
     victim.stop()
+    stopped.touch()
     await_states(namespace, "a")
     assert model_of(namespace, "a").unsuspendable == 0, "it is not the model's fault"
     hang.open()
@@ -582,8 +587,6 @@ def test_who_is_stopped_before_it_hears_of_a_resume_waits_again_and_loads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     manager, victim = new_manager(suspend_budget_mb=2000.0), new_process()
-    # Only for the leader, which is this process.
-    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.2)
     learn(Seat(manager), a=600)
     victim.call(acquire, "a", MakesSleeper(tmp_path))
     victim.call(release)
@@ -594,6 +597,8 @@ def test_who_is_stopped_before_it_hears_of_a_resume_waits_again_and_loads(
     stop_outside_of_transactions(victim, namespace)
     lease.release()
     assert states(namespace, "a") == ["resuming"]
+    # Only for the leader, which is this process.
+    monkeypatch.setattr("mpmm.suspend.suspender.limit_s", lambda mb: 0.2)
     await_states(namespace, "a", "unloading")
     assert problems(namespace) == []
     assert len(waiting(namespace, "a")) == 1
