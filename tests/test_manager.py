@@ -38,10 +38,10 @@ def longest_round(seat: Seat, tag: str, rounds: int) -> float:
     """Return the seconds of the slowest of several warm rounds of acquire and release."""
     longest = 0.0
     for _ in range(rounds):
-        began = time.monotonic()
+        watch = Stopwatch()
         copy = seat.manager.acquire_model(tag, Loads(tag))
         seat.manager.release_model(tag, copy)
-        longest = max(longest, time.monotonic() - began)
+        longest = max(longest, watch.calm_s())
     return longest
 
 

@@ -97,7 +97,7 @@ def test_a_gpu_that_falls_off_the_bus_keeps_its_last_figure_which_ages_and_comes
     assert [device.used_mb for device in devices(namespace)] == [300, 0]
     with caplog.at_level(logging.INFO, "mpmm"):
         gpus.faults.lose(0)
-        wait_until(lambda: age_s(namespace, 0) > 0.5 > age_s(namespace, 1), "the figure of the lost GPU ages alone")
+        wait_until(lambda: age_s(namespace, 0) > 0.5 + age_s(namespace, 1), "the figure of the lost GPU ages alone")
         gpus.allocate(200, 1)
         wait_until(lambda: devices(namespace)[1].used_mb == 200, "the other GPU is measured")
         assert devices(namespace)[0].used_mb == 300
@@ -151,7 +151,7 @@ def test_fields_that_are_not_available_are_unknown_and_not_zero(
     # One without a total cannot be used at all.
     wait_until(lambda: [device.used_mb for device in devices(namespace)] == [400, 400], "there are figures")
     gpus.faults.refuse(1, "memory", GPU_IS_LOST)
-    wait_until(lambda: age_s(namespace, 1) > 0.5 > age_s(namespace, 0), "the figure ages, and the other does not")
+    wait_until(lambda: age_s(namespace, 1) > 0.5 + age_s(namespace, 0), "the figure ages, and the other does not")
     assert devices(namespace)[1].used_mb == 400
     # One that is lost makes the program fail as a whole; the others are asked for one by one.
     gpus.faults.refuse(1, "memory", 0)
@@ -332,6 +332,8 @@ def test_twenty_leaders_killed_one_after_the_other_leave_no_long_gap_between_sam
     }
     longest_s = 0.0
     for _ in range(20):
+        # The last sample may have come from a process that stood in for a leader that had not said yet that it leads.
+        wait_until(lambda: leader_pid(read_snapshot(namespace)) in living, "one leads")
         leader = leader_pid(read_snapshot(namespace))
         assert leader is not None
         living.pop(leader).kill()
