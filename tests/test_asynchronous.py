@@ -382,8 +382,9 @@ def test_what_a_cancelled_task_had_is_given_back_by_another_thread_than_the_loop
     undo = AsyncAcquire._undo_load
 
     def undo_load(acquire: AsyncAcquire, value: Any = None) -> None:
-        undo(acquire, value)
+        # First, as everything may seem settled before `undo` has returned.
         undone_by.append(threading.current_thread())
+        undo(acquire, value)
 
     monkeypatch.setattr(AsyncAcquire, "_undo_load", undo_load)
 
