@@ -51,13 +51,12 @@ def test_loads_and_evictions_are_said_with_figures_and_reasons(
     lines = said(caplog)
     begin = f"mpmm {namespace}: pid {pid} "
     assert f"{begin}begins to load a, 100 MB reserved on device 0: it loads: needs 100 MB, 150 free" in lines
-    assert f"{begin}loaded a in 0.0 s: 100 MB on device 0" in lines
     [evicted] = [line for line in lines if line.startswith(f"{begin}unloads a, 100 MB: it ")]
     assert "for b, which needs 100 MB" in evicted
     assert f"{begin}unloaded a" in lines
-    order = [
-        lines.index(line) for line in (evicted, f"{begin}unloaded a", f"{begin}loaded b in 0.0 s: 100 MB on device 0")
-    ]
+    loaded = [line for line in lines if re.fullmatch(rf"{begin}loaded [ab] in \d+\.\d s: 100 MB on device 0", line)]
+    assert [line.removeprefix(f"{begin}loaded ")[0] for line in loaded] == ["a", "b"]
+    order = [lines.index(line) for line in (loaded[0], evicted, f"{begin}unloaded a", loaded[1])]
     assert order == sorted(order)
 
 

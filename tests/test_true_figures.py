@@ -89,7 +89,7 @@ def test_memory_of_an_unload_is_seen_to_be_back_although_another_load_fills_it(
     namespace: str, new_manager: NewManager, new_gpus: NewGpus, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpus = new_gpus(1000)
-    manager = new_manager(memory_source="nvidia-smi", poll_interval=0.2, memory_return_seconds=2.0)
+    manager = new_manager(memory_source="nvidia-smi", poll_interval=0.2, memory_return_seconds=10.0)
     learn(Seat(manager), a=600, b=700, c=800)
     with caplog.at_level(logging.WARNING, "mpmm"):
         for tag, mb in {"a": 600.0, "b": 700.0, "c": 800.0}.items():
