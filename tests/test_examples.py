@@ -126,7 +126,10 @@ def ask_often(address: str) -> list[dict[str, Any]]:
 
 def has_ended(pid: int) -> bool:
     """Tell whether a process that is not our child has ended."""
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def one_server(found: list[dict[str, Any]], asked: int, workers: int) -> int:

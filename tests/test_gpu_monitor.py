@@ -512,7 +512,7 @@ def test_a_source_that_hangs_is_waited_for_no_longer_than_asked_and_its_figure_a
     watch = Stopwatch()
     assert not monitor.refresh(timeout_s=-1.0)
     monitor.request_refresh()
-    assert watch.calm_s() < 0.1
+    assert watch.calm_s() < 1.0
     # Its late answer counts, although no caller waits for it any more.
     hanging.answer.set()
     assert monitor.refresh()
@@ -530,10 +530,10 @@ def test_callers_share_samples_none_of_which_began_before_they_asked(
     with ThreadPoolExecutor(8) as threads:
         answers = [threads.submit(monitor.refresh, timeout_s=DEADLINE_S) for _ in range(8)]
         # All of them are in the queue, and some that do not wait.
-        wait_until(lambda: monitor._sampler._asked == monitor._sampler._begun + 1, "a second one is asked for")
+        wait_until(lambda: len(monitor._sampler._waiting) == 8, "all of them wait")
+        assert monitor._sampler._asked == monitor._sampler._begun + 1, "a second one is asked for"
         for _ in range(3):
             monitor.request_refresh()
-        time.sleep(0.05)
         hanging.answer.set()
         assert all(answer.result() for answer in answers)
     assert hanging.samples == 2 and hanging.most_inside == 1

@@ -306,7 +306,7 @@ def test_servers_have_what_a_main_module_defines_that_they_cannot_import(
 # ---- programs that set something for all that is in them ---------------------------------------------------------
 
 SETTINGS = """
-import os, signal, socket, time
+import contextlib, os, signal, socket, time
 import psutil
 from mpmm import ModelManager, ModelServerError, MultiProcessShared
 
@@ -378,8 +378,9 @@ def test_a_server_that_dies_is_an_error_also_where_sigpipe_ends_the_program(swit
     use = """pid, found = detector.pid_and_sigpipe()
         print(found)
         os.kill(pid, signal.SIGKILL)
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
         for numbers in ([1], [1] * 100_000):
             try:
                 detector.slow(numbers)

@@ -166,7 +166,7 @@ def test_nobody_gets_more_than_there_is(new_gpus: NewGpus) -> None:
 
 
 def test_freed_memory_comes_back_late(new_gpus: NewGpus, new_holder: Any, nvml: Any) -> None:
-    gpus = new_gpus(1000, linger_s=0.3)
+    gpus = new_gpus(1000, linger_s=2.0)
     holder = new_holder(gpus, 400)
     gpus.allocate(50, 0)
     nvml.nvmlInit()
