@@ -72,9 +72,16 @@ def test_an_address_is_that_of_a_name_below_a_root_even_if_the_root_is_made_anew
 def test_who_does_not_find_the_file_waits_until_the_owner_has_looked_for_it(life: LifeLock, address: bytes) -> None:
     asking, answers = in_thread(lambda: wait_for_answer(address, never))
     wait_for_a_caller(life)
-    # Others may ask before the owner answers.
-    another, others = in_thread(lambda: wait_for_answer(address, never))
-    time.sleep(3 * life_module.LOOK_MS / 1000)
+    has_looked = threading.Event()
+
+    def looks() -> bool:
+        has_looked.set()
+        return False
+
+    # Others may ask before the owner answers; one that has looked in vain is in the queue.
+    another, others = in_thread(lambda: wait_for_answer(address, looks))
+    assert has_looked.wait(10)
+    time.sleep(2 * life_module.LOOK_MS / 1000)
     assert answers == others == []
     with life.answering():
         pass

@@ -306,7 +306,6 @@ def test_the_ring_of_events_tells_the_whole_story(namespace: str, new_process: N
     holder.call(release)
     waiter.result()
     events = read_snapshot(namespace).events
-    events = read_snapshot(namespace).events
     told = [
         (
             event.kind,
