@@ -84,7 +84,7 @@ def test_people_see_the_name_and_programs_the_tag(
 def test_those_who_wait_are_told_names_in_logs_and_errors(
     namespace: str, new_manager: NewManager, new_process: NewProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
-    manager, holder = new_manager(fallback_memory_mb=100.0, wait_timeout_seconds=0.3), new_process()
+    manager, holder = new_manager(fallback_memory_mb=100.0, wait_timeout_seconds=1.0), new_process()
     # The other process knows the name, and this one has to take it from the segment.
     holder.call(acquire_named, TAG, NAME)
     assert display_name(TAG) == ""

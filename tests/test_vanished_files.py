@@ -207,11 +207,12 @@ def test_nobody_leads_by_a_lock_file_that_another_one_has_replaced(
     namespace: str, runtime_root: Path, new_manager: NewManager
 ) -> None:
     leader = new_manager()._connected().leader
-    path = runtime_root / namespace / "leader.lock"
-    path.unlink()
-    # Another process leads by the new file, and none by the old one.
-    other = LockFile(path)
+    new = runtime_root / "new.lock"
+    # Another process leads by the new file, and none by the old one. There is no moment without such a file, in which
+    # the background thread would put it back.
+    other = LockFile(new)
     assert other.try_exclusive()
+    new.rename(runtime_root / namespace / "leader.lock")
     leader.leading = False
     leader._lock_file.unlock()
     leader.lead_if_free()
