@@ -98,8 +98,9 @@ def test_three_models_run_on_the_local_multi_process_runner(surroundings: dict[s
     for model in run["models"]:
         assert model["exactly_once"] and model["accuracy"] > 0.9
         assert model["loads"] >= 1
-        # Batches of 8, five for each of the workers, and every acquire either loads or reuses; and a load ahead.
-        assert 5 * WORKERS <= model["loads"] + model["reuses"] <= 5 * WORKERS + 1
+        # Batches of 8, five for each of the workers, and every acquire either loads or reuses. A worker may load it
+        # ahead, too; so may one that starts so late that the first one's copy has made room already.
+        assert 5 * WORKERS <= model["loads"] + model["reuses"] <= 5 * WORKERS + WORKERS
     assert sum(model["evictions"] for model in run["models"]) >= 1
     assert 0 < run["peak_held_mb"] <= run["budget_mb"]
     assert not list((tmp_path / "runs").iterdir())
