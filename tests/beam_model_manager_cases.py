@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from beam_wheel import load_beam_tests, names_of
+from harness import wait_until
 
 from mpmm.model_manager import GPUMonitor, ModelManager
 from mpmm.policy import eviction
@@ -73,7 +74,8 @@ def test_names_that_other_projects_tests_use_show_the_shared_state() -> None:
 def test_the_condition_waits_for_a_change_and_no_longer_than_asked() -> None:
     manager = ModelManager(**BOOKED)
     with manager._cv:
-        assert not manager._cv.wait(timeout=0.02)
+        # The background thread changes something now and then.
+        wait_until(lambda: not manager._cv.wait(timeout=0.02), "nothing changes for a moment")
         threading.Timer(0.05, manager.acquire_model, ("a", object)).start()
         assert manager._cv.wait_for(lambda: manager._total_active_jobs == 1, timeout=10.0)
     manager.shutdown()
