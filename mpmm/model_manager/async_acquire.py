@@ -187,7 +187,11 @@ class AsyncAcquire:
             if outcome is None:
                 raise await self._in_transaction(acquisition.time_out, never=self._leave)
             if isinstance(outcome, BaseException):
-                raise outcome
+                try:
+                    raise outcome
+                finally:
+                    # Its traceback has this frame, so they would keep each other, and the task with its loader.
+                    del outcome
             if outcome == Ticket.GRANTED and (copy := acquisition.take_grant()) is not None:
                 return copy
             found = await self._in_transaction(self._act, self._undo_act, self._leave)

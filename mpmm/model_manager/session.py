@@ -231,8 +231,12 @@ class Session:
         _sessions.discard(self)
         self.is_closed = True
         call.frame = None
-        if trouble is not None:
-            raise trouble
+        try:
+            if trouble is not None:
+                raise trouble
+        finally:
+            # Its traceback has this frame, so they would keep each other, and all callers.
+            del trouble
 
     def keep_estimates(self, at_last: bool = False) -> None:
         """Write the estimates to their file, if there is one and a source measures.

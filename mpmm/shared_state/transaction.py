@@ -720,8 +720,12 @@ def _call_all(calls: Iterable[Callable[[], object]]) -> None:
         except Exception as error:
             # For example a program's own log handler. The wake-ups after it must still be made.
             failed = failed or error
-    if failed is not None:
-        raise failed
+    try:
+        if failed is not None:
+            raise failed
+    finally:
+        # Its traceback has this frame, so they would keep each other, and all callers.
+        del failed
 
 
 _AT_WORK = frozenset(

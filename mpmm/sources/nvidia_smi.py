@@ -30,6 +30,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from mpmm.sources.base import DeviceInfo, DeviceSample, unavailable
@@ -147,7 +148,7 @@ class NvidiaSmiSource:
             lines, failure = self._ask("memory.free")
             values = _values(lines)
             if failure is not None and not values:
-                raise failure
+                raise copy(failure)
             return {uuid: values[line] for uuid, line in self._line_of.items() if line < len(values)}
         lines, failure = self._ask("uuid,memory.free")
         found = self._by_uuid(lines)
@@ -164,7 +165,7 @@ class NvidiaSmiSource:
             if lost is not None:
                 troubles[uuid] = " ".join(lines) or str(lost)
         if not found:
-            raise failure
+            raise copy(failure)
         return troubles | found
 
     def _by_uuid(self, lines: Sequence[str]) -> dict[str, str]:
@@ -175,6 +176,7 @@ class NvidiaSmiSource:
     def _ask(self, fields: str, gpu: str | None = None) -> tuple[list[str], subprocess.CalledProcessError | None]:
         """Return the program's lines, for all GPUs or one, and the failure that they ended with, if any.
 
+        Raise a copy of it: the traceback of what is raised has the frame, so it and a variable would keep each other.
         Raises OSError, subprocess.TimeoutExpired.
         """
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
@@ -188,7 +190,7 @@ class NvidiaSmiSource:
             if error.returncode == _INFOROM_CORRUPTED:
                 self._warn(output)
             else:
-                failure = error
+                failure = error.with_traceback(None)
         return output.strip().splitlines(), failure
 
     def _warn(self, output: str) -> None:
@@ -204,7 +206,7 @@ class NvidiaSmiSource:
         lines, failure = self._ask("memory.total")
         if failure is not None:
             if failure.returncode in _HOPELESS:
-                raise failure
+                raise copy(failure)
             return self._boards_one_by_one()
         totals = _values(lines)
         labels = self._labels(len(totals))

@@ -192,7 +192,11 @@ def outcome(kind: int, value: Any, tag: str, method: str) -> Any:
             tag=tag,
             method=method,
         )
-    raise raised from RemoteTraceback(text)
+    try:
+        raise raised from RemoteTraceback(text)
+    finally:
+        # Its traceback has this frame, so they would keep each other, and all callers with what their variables hold.
+        del raised
 
 
 def dump_for_server(thing: object, what: str) -> bytes:

@@ -161,13 +161,17 @@ def _open_finished(runtime: RuntimeDirectory, name: str) -> Segment | None:
         try:
             return Segment.open(name)
         except UnfinishedSegment as problem:
-            unfinished = problem
+            # Without the traceback, which has this frame: they would keep each other, and all callers.
+            unfinished = problem.with_traceback(None)
             # If the segment is the same before and after a moment at which the lock was free, its maker is dead.
             before, place = place, identity_of(path)
         if place is not None and place == before:
             if _has_members(runtime.path):
                 # They have joined a finished segment, which another program has emptied since.
-                raise unfinished
+                try:
+                    raise unfinished
+                finally:
+                    del unfinished
             raise DeadMakerError(
                 f"namespace {runtime.name!r} is unfinished: the process that made it has died; the next process to "
                 "attach makes it anew, and `mpmm prune` removes it"
