@@ -1,7 +1,7 @@
 """An error keeps none of the callers alive that it went through, with no garbage collector either.
 
-A frame that raises an exception that is in one of its variables is in the exception's traceback, so they keep each other,
-and all frames up to the one that catches it: with the models, managers and loaders in their variables.
+A frame that raises an exception that is in one of its variables is in the exception's traceback, so they keep each
+other, and all frames up to the one that catches it: with the models, managers and loaders in their variables.
 """
 
 from __future__ import annotations
@@ -10,17 +10,27 @@ import asyncio
 import gc
 import subprocess
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 import pytest
-from harness import NewManager, waiting
+from harness import NewManager
 from loaders import Loads
+from patience import Stopwatch
 from shared_workers import new_worker as new_worker  # the fixture
 from shared_workers import path as path  # the fixture
 from shared_workers import proxy as proxy  # the fixture
 
-from mpmm.errors import ClosedError, SourceUnavailableError
+from mpmm.errors import (
+    AcquireTimeoutError,
+    ClosedError,
+    InvalidArgumentError,
+    LeaseTooLargeError,
+    ModelTooLargeError,
+    NotAcquiredError,
+    SourceUnavailableError,
+)
+from mpmm.model_manager import ModelManager
 from mpmm.sources import nvidia_smi
 
 
@@ -60,34 +70,93 @@ def test_what_a_method_in_a_server_raises(proxy: Any, lets_go: LetsGo) -> None:
     assert lets_go(proxy.raises_key_error, KeyError)
 
 
-def test_the_end_of_a_wait_in_a_loop(namespace: str, new_manager: NewManager, lets_go: LetsGo) -> None:
-    manager = new_manager(max_model_copies=1)
-    manager.acquire_model("a", Loads())
+def fail() -> NoReturn:
+    raise LookupError
+
+
+def fail_in_use(manager: ModelManager, tag: str) -> None:
+    with manager.model(tag, Loads()):
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    ("use", "raises"),
+    [
+        pytest.param(lambda manager: manager.acquire_model("fails", fail), LookupError, id="load"),
+        pytest.param(lambda manager: fail_in_use(manager, "b"), LookupError, id="use"),
+        pytest.param(lambda manager: manager.acquire_model("used", Loads()), AcquireTimeoutError, id="wait"),
+        pytest.param(
+            lambda manager: manager.acquire_model("a", Loads(), expect_mb=1e9), ModelTooLargeError, id="too large"
+        ),
+        pytest.param(lambda manager: manager.reserve(1e9), LeaseTooLargeError, id="lease"),
+        pytest.param(lambda manager: manager.reserve(999), AcquireTimeoutError, id="wait for lease"),
+        pytest.param(lambda manager: manager.preload("fails", fail), LookupError, id="preload"),
+        pytest.param(lambda manager: manager.release_model("a", "not held"), NotAcquiredError, id="release"),
+        pytest.param(lambda manager: manager.acquire_model("\ud800", Loads()), InvalidArgumentError, id="odd tag"),
+    ],
+)
+def test_what_a_call_of_a_manager_raises(
+    new_manager: NewManager, lets_go: LetsGo, use: Callable[[ModelManager], object], raises: type[BaseException]
+) -> None:
+    manager = new_manager(fallback_memory_mb=1000.0, wait_timeout_seconds=0.1, max_model_copies=1)
+    manager.acquire_model("used", Loads())
+    assert lets_go(lambda: use(manager), raises)
+
+
+async def closes(manager: ModelManager) -> None:
+    task = asyncio.create_task(asyncio.to_thread(manager.shutdown))
+    try:
+        async with manager.model_async("used", Loads()):
+            pytest.fail("it is in use")
+    finally:
+        await task
+
+
+async def in_block(manager: ModelManager, tag: str, loader: Callable[[], Any], **options: Any) -> None:
+    async with manager.model_async(tag, loader, **options):
+        raise LookupError
+
+
+@pytest.mark.parametrize(
+    ("use", "raises"),
+    [
+        pytest.param(lambda manager: in_block(manager, "fails", fail), LookupError, id="load"),
+        pytest.param(lambda manager: in_block(manager, "b", Loads()), LookupError, id="use"),
+        pytest.param(lambda manager: in_block(manager, "used", Loads()), AcquireTimeoutError, id="wait"),
+        pytest.param(
+            lambda manager: in_block(manager, "a", Loads(), expect_mb=1e9), ModelTooLargeError, id="too large"
+        ),
+        pytest.param(closes, ClosedError, id="shutdown"),
+    ],
+)
+def test_what_a_task_is_told(
+    new_manager: NewManager, use: Callable[[ModelManager], Awaitable[None]], raises: type[BaseException]
+) -> None:
+    wait_s = 40.0 if raises is ClosedError else 0.1
+    manager = new_manager(fallback_memory_mb=1000.0, wait_timeout_seconds=wait_s, max_model_copies=1)
+    manager.acquire_model("used", Loads())
 
     async def main() -> None:
-        async def use() -> bool:
-            # In the task itself: that a task ends with an error has it keep its frames, whoever raised it.
-            kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+        kept: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-            async def caller() -> None:
-                own = Kept()
-                kept.add(own)
-                try:
-                    async with manager.model_async("a", Loads()):
-                        pytest.fail("it is in use")
-                except ClosedError:
-                    pass
-
-            await caller()
-            return not kept
+        # In one task, because a task that ends with an error keeps its frames.
+        async def caller() -> None:
+            own = Kept()
+            kept.add(own)
+            try:
+                await use(manager)
+            except raises:
+                return
+            pytest.fail("nothing was raised")
 
         gc.collect()
         gc.disable()
-        task = asyncio.create_task(use())
-        while not waiting(namespace, "a"):
+        await caller()
+        # The loop, or a thread, may be about to let go of the last step.
+        watch = Stopwatch()
+        while kept and watch.calm_s() < 2.0:
             await asyncio.sleep(0.002)
-        await asyncio.to_thread(manager.shutdown)
-        assert await task
+        assert not kept
 
     try:
         asyncio.run(main())
@@ -109,19 +178,16 @@ def test_what_an_unload_raises_in_a_shutdown(new_manager: NewManager, lets_go: L
 def test_what_a_call_after_a_transaction_raises(new_manager: NewManager, lets_go: LetsGo) -> None:
     namespace = new_manager()._connected().namespace
 
-    def fails() -> NoReturn:
-        raise LookupError
-
     def change() -> None:
         with namespace.transaction() as t:
-            t.after += [fails, fails]
+            t.after += [fail, fail]
 
     assert lets_go(change, LookupError)
 
 
 def test_what_a_program_of_the_driver_fails_with(monkeypatch: pytest.MonkeyPatch, lets_go: LetsGo) -> None:
-    def fail(command: list[str], *_: Any) -> NoReturn:
+    def fail_with_status(command: list[str], *_: Any) -> NoReturn:
         raise subprocess.CalledProcessError(9, command, "no driver")
 
-    monkeypatch.setattr(nvidia_smi, "_output", fail)
+    monkeypatch.setattr(nvidia_smi, "_output", fail_with_status)
     assert lets_go(nvidia_smi.NvidiaSmiSource, SourceUnavailableError)

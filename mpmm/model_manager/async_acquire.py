@@ -132,6 +132,8 @@ class AsyncAcquire:
                 given_back.result()
         finally:
             given_back.cancel()
+            # See `_in_thread`.
+            del given_back
 
     async def make_room(self) -> None:
         """Make room after a use of the model has run out of memory."""
@@ -317,6 +319,8 @@ class AsyncAcquire:
             raise
         finally:
             self._operation.unheard_by = None
+            # They refer to what is raised, whose traceback has this frame: it would keep the task, with its loader.
+            del future, wrapped
 
     def _not_begun(self, timeout_s: float) -> MpmmError:
         """Return the error for a function with which no thread has begun, because the threads wait for the lock."""
