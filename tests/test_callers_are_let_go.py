@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import pytest
 from harness import NewManager
 from loaders import Loads
-from patience import Stopwatch
+from patience import DEADLINE_S, Stopwatch
 from shared_workers import new_worker as new_worker  # the fixture
 from shared_workers import path as path  # the fixture
 from shared_workers import proxy as proxy  # the fixture
@@ -32,6 +32,7 @@ from mpmm.errors import (
 )
 from mpmm.model_manager import ModelManager
 from mpmm.sources import nvidia_smi
+from mpmm.sources.timeouts import answer_within
 
 
 class Kept:
@@ -183,6 +184,10 @@ def test_what_a_call_after_a_transaction_raises(new_manager: NewManager, lets_go
             t.after += [fail, fail]
 
     assert lets_go(change, LookupError)
+
+
+def test_what_something_fails_with_that_has_a_time_limit(lets_go: LetsGo) -> None:
+    assert lets_go(lambda: answer_within(fail, DEADLINE_S, "asks"), LookupError)
 
 
 def test_what_a_program_of_the_driver_fails_with(monkeypatch: pytest.MonkeyPatch, lets_go: LetsGo) -> None:

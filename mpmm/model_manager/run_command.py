@@ -132,7 +132,7 @@ def _run(command: Sequence[str], lease: Lease, mask: Collection[int]) -> int:
         )
     # ValueError: no argument can have a null character, or half of a surrogate pair.
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        why = error.strerror if isinstance(error, OSError) else str(error)
         print(f"mpmm: cannot run {command[0]!r}: {why}", file=sys.stderr)
         return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_CANNOT_RUN
     finally:
