@@ -171,6 +171,16 @@ CASES: Mapping[str, tuple[View, list[object]]] = {
         ),
         [Load(1, (1,), 100, True)],
     ),
+    "nor one that more wait for than it can serve within a load": (
+        view(
+            [replace(model(A, known=False, shared=1), load_s=2.0, hold_s=1.5), model(B, shared=1)],
+            [ticket(1, A, priority=0), ticket(2, A, priority=0), ticket(3, B)],
+            copies=[idle(7, B, on=1)],
+            devices=[device(0, used=100, isolated=True), device(1, used=100)],
+            busy=(in_use(6, A, 100, 1.0),),
+        ),
+        [Wait(1, Reason.SHARING), Evict(2, (7,)), Wait(3, Reason.SHARING)],
+    ),
     "no device is drained for a model of which there are as many copies as there may be": (
         view(
             [model(A, known=False, owned={OTHER: 1}), model(B, shared=1)],
