@@ -278,7 +278,7 @@ def test_an_idle_copy_is_handed_out_past_one_whose_room_nothing_here_can_make(
     assert [(one.ticket, one.instance) for one in granted] == [(1, 7)]
 
 
-@settings(max_examples=scaled(150), deadline=None)
+@settings(max_examples=scaled(300), deadline=None)
 @given(states_at_rest())
 def test_nobody_waits_without_end_while_nothing_is_in_use_and_no_memory_is_expected(state: View) -> None:
     """Somebody gets something, or all wait for what only others can end: external memory, leases, pins."""

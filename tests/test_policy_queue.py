@@ -117,6 +117,19 @@ def test_the_copy_is_exchanged_once_its_users_have_overtaken_the_one_that_cannot
     assert make_plan(exchanged_for_me(2.0)).decisions[0] == Evict(1, (7,))
 
 
+def test_a_copy_over_several_devices_is_exchanged_too() -> None:
+    copy = replace(idle(7, A, mb=600, owner=OTHER), other_shares=((1, 600.0),))
+    state = view(
+        [model(A, 1200, owned={OTHER: 1})],
+        [replace(ticket(1, A, head_for=2.0), span=2), replace(ticket(2, A, member=OTHER), span=2)],
+        copies=[copy],
+        devices=[device(0, used=600), device(1, used=600)],
+        rules=at_most(1),
+    )
+    # Each device has room for the half, not for the whole.
+    assert make_plan(state).decisions[0] == Evict(1, (7,))
+
+
 @pytest.mark.parametrize("reason", ["no room", "pinned", "quiet", "failing"])
 def test_nothing_is_kept_for_an_exchange_that_would_be_in_vain(reason: str) -> None:
     match reason:

@@ -248,7 +248,7 @@ def check_answers(made: RandomTables, scheduler: Scheduler) -> None:
             assert shortcuts.holds_up_nobody(rules.row_of(ticket)) == expected
 
 
-@pytest.mark.parametrize("seed", range(scaled(20)))
+@pytest.mark.parametrize("seed", range(scaled(40)))
 def test_what_the_rules_name_is_known_without_a_plan(seed: int) -> None:
     made = RandomTables(seed)
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
@@ -280,6 +280,12 @@ def head_in_a_hurry(made: RandomTables, t: Transaction, model: int) -> None:
     """The head of the queue comes before a newcomer."""
     hold(made, t, model)
     block(made, t, Reason.IN_USE, urgency=0)
+
+
+def head_that_is_about_to_leave(made: RandomTables, t: Transaction, model: int) -> None:
+    """The head of the queue is at its deadline."""
+    hold(made, t, model)
+    block(made, t, Reason.IN_USE, urgency=0, deadline=made.now)
 
 
 def head_that_preloads(made: RandomTables, t: Transaction, model: int) -> None:
@@ -345,6 +351,35 @@ def drained_device_beside_an_idle_copy(made: RandomTables, t: Transaction, model
     block(made, t, Reason.DRAINING, urgency=0)
 
 
+def idle_copy_of_a_tenure_behind_a_head(made: RandomTables, t: Transaction, model: int) -> None:
+    """The model's only copy is idle, but left to a waiter that was called up, and memory is kept for the head."""
+    made.transitions.holds.release(t, hold(made, t, model))
+    ticket = made.transitions.tickets.enqueue(t, model, 2, 1, 100.0, LONGEST_NS, cause=Cause(Reason.SHARING))
+    made.transitions.tickets.call_up(t, ticket)
+    block(made, t, Reason.IN_USE, urgency=0)
+
+
+def load_behind_a_head(made: RandomTables, t: Transaction, model: int) -> None:
+    """Another copy is being loaded after the first one was unloaded, and memory is kept for the head."""
+    row = hold(made, t, model)
+    made.transitions.holds.release(t, row)
+    made.transitions.unloads.begin(t, row, 1, False, Cause(Reason.BY_HAND))
+    made.transitions.unloads.end(t, row)
+    made.transitions.loads.begin(t, model, 1, 1, 100.0, alone=False)
+    block(made, t, Reason.IN_USE, urgency=0)
+
+
+def waiter_behind_one_whose_model_was_never_held(made: RandomTables, t: Transaction, model: int) -> None:
+    """All waiters' models were loaded before, but one of them has no figure for how long a copy is held."""
+    block(made, t, Reason.IN_USE, urgency=0)
+    made.transitions.estimates.estimate(t, model, 100.0, measured=True)
+    made.transitions.tickets.enqueue(t, model, 2, 1, 100.0, LONGEST_NS, cause=Cause(Reason.BEHIND))
+    other = made.transitions.models.claim(t, "other", b"other")
+    for row in (model, other):
+        t.set_float(made.tables.model(row) + Model.LOAD_S, 1.0)
+    t.set_float(made.tables.model(model) + Model.HOLD_S, 1.0)
+
+
 def hold(made: RandomTables, t: Transaction, model: int) -> int:
     """Let a worker hold a copy of a model, which no other can use meanwhile; return its row."""
     made.transitions.models.set_users(t, model, 1)
@@ -361,11 +396,13 @@ def wait_for_leases(made: RandomTables, t: Transaction, *reasons: Reason) -> Non
         made.transitions.tickets.enqueue(t, lease, 0, 1, 90.0, LONGEST_NS, cause=Cause(reason))
 
 
-def block(made: RandomTables, t: Transaction, reason: Reason, urgency: int, preload: int = 0) -> None:
+def block(
+    made: RandomTables, t: Transaction, reason: Reason, urgency: int, preload: int = 0, deadline: int = LONGEST_NS
+) -> None:
     """Let a request for another model wait at the head of the queue."""
     other = made.transitions.models.claim(t, "other", b"other")
     made.transitions.estimates.estimate(t, other, 100.0, measured=True)
-    asked = (other, 2, 2 if preload else 1, 100.0, LONGEST_NS, preload)
+    asked = (other, 2, 2 if preload else 1, 100.0, deadline, preload)
     ticket = made.transitions.tickets.enqueue(t, *asked, cause=Cause(reason), urgency=urgency)
     made.transitions.tickets.block(t, ticket)
 
@@ -398,9 +435,10 @@ def test_a_newcomer_leaves_an_idle_copy_to_one_that_was_called_up_just_now(calle
     "arrange",
     [
         *(lease_before_another, lease_behind_another, head_without_hurry, head_in_a_hurry, head_without_memory),
-        *(head_that_preloads, preload_that_waits_for_a_copy),
+        *(head_that_is_about_to_leave, head_that_preloads, preload_that_waits_for_a_copy),
         *(drained_device, drained_device_beside_a_load, drained_device_beside_an_idle_copy),
         *(drained_device_that_is_too_small, drained_device_for_one_that_has_grown),
+        *(idle_copy_of_a_tenure_behind_a_head, load_behind_a_head, waiter_behind_one_whose_model_was_never_held),
         copy_beside_which_the_last_loader_made_an_object,
     ],
 )

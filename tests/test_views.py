@@ -93,7 +93,7 @@ def _without_members(model: Any) -> Any:
     return dataclasses.replace(model, owned={}, loading={})
 
 
-@pytest.mark.parametrize("seed", range(scaled(15)))
+@pytest.mark.parametrize("seed", range(scaled(30)))
 def test_a_view_says_what_the_rows_say(seed: int) -> None:
     made = RandomTables(seed)
     with closing(made), mock.patch("time.monotonic_ns", side_effect=lambda: made.now):
