@@ -37,7 +37,15 @@ from mpmm.multi_process_shared.host import (
     new_record,
     public_methods,
 )
-from mpmm.multi_process_shared.registry import LEAVE_PRIORITY, ServerRegistry, registry_at, start_time_of
+from mpmm.multi_process_shared.life import LifeLock
+from mpmm.multi_process_shared.registry import (
+    LEAVE_PRIORITY,
+    ServerRecord,
+    ServerRegistry,
+    registry_at,
+    start_time_of,
+    write_record,
+)
 from mpmm.multi_process_shared.rpc import protocol, sockets
 from mpmm.multi_process_shared.rpc.channel import Channel, Message
 from mpmm.multi_process_shared.rpc.protocol import decode_answer, encode_request
@@ -439,6 +447,39 @@ def test_a_host_whose_record_cannot_be_written_ends(registry: ServerRegistry, mo
     with pytest.raises(OSError, match="No space left"):
         host_object(registry, new_record(registry, "it", spawned=False, ready=True), Model, Model(), life)
     assert (registry.look("it"), hosted.find_host(registry, "it"), life.fd) == ((False, None), None, -1)
+    wait_until(lambda: not threads(), "its threads have ended")
+
+
+def test_a_life_file_is_not_put_back_while_the_record_is_written_into_it(
+    registry: ServerRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life, looks = registry.take_life("it"), list[threading.Thread]()
+    assert life is not None
+
+    def write_late(to: LifeLock, record: ServerRecord) -> None:
+        fd = to.fd
+        if not looks:
+            to.path.unlink()
+            host = hosted.find_host(registry, "it")
+            assert host is not None
+            looks.append(threading.Thread(target=host.look_after_files))
+            looks[0].start()
+            looks[0].join(0.2)
+        # A number that is closed may be another file's by then.
+        os.fstat(fd)
+        write_record(to, record)
+
+    monkeypatch.setattr(module, "write_record", write_late)
+    host_object(registry, new_record(registry, "it", spawned=False, ready=True), Model, Model(), life)
+    looks[0].join(DEADLINE_S)
+    assert life.is_current()
+    is_served, record = registry.look("it")
+    assert is_served
+    assert record is not None
+    assert record.pid == os.getpid()
+    host = hosted.find_host(registry, "it")
+    assert host is not None
+    host.end()
     wait_until(lambda: not threads(), "its threads have ended")
 
 

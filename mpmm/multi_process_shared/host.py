@@ -107,6 +107,12 @@ class Host:
         """Start answering clients, in daemon threads."""
         self._start_thread(leads=True)
 
+    def publish(self) -> None:
+        """Tell clients, in the life file, how they find this host."""
+        # Its thread may be putting that file back, which closes the descriptor.
+        with self._files_lock:
+            write_record(self._life, self.record)
+
     def acquire(self) -> int:
         """Add a user and return its token; make the object again if it was dropped. Raises what the constructor raises.
 
@@ -619,7 +625,7 @@ def host_object(
     hosted.add(host)
     try:
         host.start()
-        write_record(life, record)
+        host.publish()
     except BaseException:
         # Otherwise this process would go on with an object that no other process knows of.
         host.end()
