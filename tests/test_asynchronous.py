@@ -131,6 +131,7 @@ def uncollected() -> Iterator[None]:
     gc.enable()
 
 
+# The collector closes the coroutine, whose block can await nothing then; Python reports that it tries.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_block_that_is_dropped_while_the_lock_is_taken_gives_its_copy_back(
     namespace: str, new_manager: NewManager

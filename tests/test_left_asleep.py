@@ -204,6 +204,7 @@ class EndsItsThread(Weights):
         raise asyncio.CancelledError
 
 
+# That the exception ends the thread that unloads is what is tried here.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_unload_method_that_raises_anything_leaves_nothing_booked(namespace: str, new_manager: NewManager) -> None:
     manager = new_manager(default_estimate_mb=1000.0, **RARE_POLLS)

@@ -41,7 +41,7 @@ from operator import attrgetter
 from mpmm.policy.fairness import rank_ns
 from mpmm.policy.sharing import served_in_s
 from mpmm.policy.view import Reason
-from mpmm.scheduling.views import Views
+from mpmm.scheduling.views import FOR_A_COPY, Views
 from mpmm.shared_state.core import is_compiled
 from mpmm.shared_state.durations import to_ns
 from mpmm.shared_state.events import Cause
@@ -54,8 +54,6 @@ __all__ = ["CALLED_UP_FOR_NS", "Shortcuts"]
 
 # Waits that do not end when a copy of another model becomes idle.
 QUIET_REASONS = frozenset({Reason.LEASED, Reason.EXTERNAL, Reason.PINNED, Reason.SHARING, Reason.COPIES})
-# Waits for a copy of the waiter's own model.
-SHARED_REASONS = frozenset({Reason.SHARING, Reason.COPIES})
 # Waits of the head of the queue for which room is kept.
 HEAD_REASONS = frozenset({Reason.IN_USE, Reason.UNLOADING, Reason.RETURNING})
 # Waits for which nothing is kept, and which hold up no other waiter.
@@ -192,7 +190,7 @@ class Shortcuts:
             return False
         if figures.active or figures.loading:
             mates = (one.reason for one in self.waiting() if one.model == model and one.row != ticket)
-            return SHARED_REASONS.issuperset(mates)
+            return FOR_A_COPY.issuperset(mates)
         if figures.waiting > 1 or not figures.load_s:
             return True
         others = (self._models.figures(other) for other in {one.model for one in self.waiting()})
@@ -229,7 +227,7 @@ class Shortcuts:
         return (
             newest is not None
             and newest.model == model
-            and newest.reason in SHARED_REASONS
+            and newest.reason in FOR_A_COPY
             # The reason of a ticket with special wishes, or for which room is kept, does not hold for a newcomer.
             and not (newest.preload or newest.usable_on or newest.head_of_line_at)
         )

@@ -22,14 +22,14 @@ from mpmm.shared_state.layout import Model, Ticket
 from mpmm.shared_state.namespace import Namespace
 from mpmm.shared_state.reads.models import ModelSize
 
-__all__ = ["Views"]
+__all__ = ["FOR_A_COPY", "Views"]
 
 # How many waiters one plan looks at, and how many of other kinds behind these.
 QUEUE_PART = 32
 # If there are more other kinds, how many of those are looked at in turn.
 IN_TURN = 8
 # Waits for a copy of the waiter's own model.
-_FOR_A_COPY = [Reason.SHARING, Reason.COPIES]
+FOR_A_COPY = frozenset({Reason.SHARING, Reason.COPIES})
 # What makes a kind of waiters: of those that ask for the same, the later ones can get nothing that the first cannot,
 # except an idle copy.
 _KIND = [Ticket.MODEL, Ticket.PRELOAD, Ticket.LOADABLE_ON, Ticket.USABLE_ON, Ticket.SPAN, Ticket.STEADY, Ticket.NESTED]
@@ -207,7 +207,7 @@ class Views:
         """
         tickets, models = self._tables.ticket_columns(), self._tables.model_columns()
         model = tickets.model[rows]
-        shares = np.isin(tickets.reason[rows], _FOR_A_COPY) & (models.active[model] + models.loading[model] > 0)
+        shares = np.isin(tickets.reason[rows], list(FOR_A_COPY)) & (models.active[model] + models.loading[model] > 0)
         rank = np.where(tickets.head_of_line_at[rows] > 0, 0, np.where(shares, 2, 1))
         rows = rows[np.argsort(rank, kind="stable")]
         first, left = rows[: QUEUE_PART - IN_TURN], rows[QUEUE_PART - IN_TURN :]
